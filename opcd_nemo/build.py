@@ -1,0 +1,82 @@
+"""From configuration and inputs to a run: models, optimizer, engines, phases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.evaluation import EvaluationPlan, Evaluator
+from opcd_nemo.inputs import Inputs
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.optim import StudentOptimizer
+from opcd_nemo.parallel import Parallel
+from opcd_nemo.rollout import RolloutEngine, SamplingParams
+from opcd_nemo.step import Phase, Run
+from opcd_nemo.teacher import FrozenTeacher
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
+    """Load both models into this rank's shards and assemble the run. Collective over the world."""
+    student = LanguageModel(inputs.student_config, parallel, DTYPES[config.student.dtype])
+    student.load(inputs.student, config.student.keep_layers)
+    teacher = LanguageModel(inputs.teacher.config, parallel, DTYPES[config.teacher.dtype])
+    teacher.load(inputs.teacher)
+    rollout, batching = config.rollout, config.batching
+    phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
+    warmup = phase
+    if config.warmup.steps:
+        warmup = Phase(
+            sampler=_sampler(config.warmup.sampler), loss=build_plug(config.warmup.loss)
+        )
+    return Run(
+        parallel=parallel,
+        task=inputs.task,
+        conversation=inputs.conversation,
+        student=student,
+        teacher=FrozenTeacher(teacher, inputs.prefix_ids),
+        engines={
+            "student": _engine(config.engine, student, inputs),
+            "teacher": _engine(config.engine, teacher, inputs),
+        },
+        optimizer=StudentOptimizer(student, config.optim, config.trainer["max_steps"]),
+        sampling=SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_new_tokens=rollout.max_new_tokens,
+        ),
+        phase=phase,
+        warmup=warmup,
+        warmup_steps=config.warmup.steps,
+        seed=config.seed,
+        prompts_per_step=batching.global_batch_size,
+        anchors_per_step=round(batching.global_batch_size * rollout.anchor_fraction),
+        micro_batch_size=batching.micro_batch_size,
+        aggregation="token_mean" if batching.aggregation == "token_mean" else "sequence_mean",
+    )
+
+
+def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Evaluator:
+    """The evaluator of the run's tables."""
+    evaluation = config.evaluation
+    plan = EvaluationPlan(
+        num_questions=evaluation.num_questions,
+        num_retention=evaluation.num_retention,
+        max_new_tokens=evaluation.max_new_tokens,
+        retention_max_new_tokens=evaluation.retention_max_new_tokens,
+    )
+    return Evaluator(inputs.task, inputs.conversation, plan, parallel, inputs.prefix_ids)
+
+
+def _engine(plug: dict[str, Any], model: LanguageModel, inputs: Inputs) -> RolloutEngine:
+    engine: RolloutEngine = build_plug(plug, model=model, eos_ids=inputs.tokenizer.eos_ids)
+    return engine
+
+
+def _sampler(name: str) -> Any:
+    assert name in ("student", "teacher"), name
+    return name

@@ -1,0 +1,88 @@
+"""Distributed checkpoints (torch_dist): every rank writes its shards, any layout reads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.optim import StudentOptimizer
+from opcd_nemo.parallel import Parallel
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(
+    path: Path,
+    common: dict[str, Any],
+    student: LanguageModel,
+    optimizer: StudentOptimizer,
+    parallel: Parallel,
+) -> None:
+    """Write student and `common` under a temporary name, then publish the folder.
+
+    The optimizer is written when `common` holds Lightning's `optimizer_states`, that is unless the
+    checkpoint callback says `save_weights_only`. Collective over the world.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    if parallel.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    parallel.barrier()
+    state = {"student": student.module.sharded_state_dict(metadata=_METADATA)}
+    if "optimizer_states" in common:
+        state |= _optimizer_state(state["student"], optimizer, is_loading=False)
+    dist_checkpointing.save({**state, "common": common}, str(temporary))
+    parallel.barrier()
+    if parallel.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    parallel.barrier()
+
+
+def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dict[str, Any]:
+    """Fill student and optimizer from a checkpoint of any layout; returns its `common`."""
+    _prepare_loading(optimizer.optimizer)
+    state = {"student": student.module.sharded_state_dict(metadata=_METADATA)}
+    state |= _optimizer_state(state["student"], optimizer, is_loading=True)
+    loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
+    student.module.load_state_dict(loaded["student"], strict=True)
+    optimizer.optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    _own_step_counts(optimizer.optimizer)
+    common: dict[str, Any] = loaded["common"]
+    return common
+
+
+def _optimizer_state(
+    weights: dict[str, Any], optimizer: StudentOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    return {
+        "optimizer": optimizer.optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=_METADATA
+        ),
+        "scheduler": optimizer.scheduler.state_dict(),
+    }
+
+
+def _prepare_loading(optimizer: Any) -> None:
+    """Give torch's AdamW the state Megatron's DistributedOptimizer loads into.
+
+    Megatron 0.16.1 expects a `step` that torch's AdamW has only after its first step.
+    """
+    for part in optimizer.chained_optimizers:
+        if hasattr(part, "init_state_fn"):
+            part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def _own_step_counts(optimizer: Any) -> None:
+    """Loading shares one step tensor among all parameters: AdamW would count it once for each."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()

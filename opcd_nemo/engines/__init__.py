@@ -1,0 +1,1 @@
+"""Rollout engines; each is chosen by `_target_` in `conf/engine/`."""

@@ -1,0 +1,206 @@
+"""Rollouts inside the training process: live Megatron weights, KV cache, tp and pp.
+
+With pp > 1 the prompts are split into pp groups that follow each other through the stages, so that
+no stage waits for a token. Finished sequences leave their group's cache and stop costing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opcd_nemo.attention import DecodeAttention, KeyValue, KVCache
+from opcd_nemo.batching import pack, starts_with
+from opcd_nemo.language_model import LanguageModel, Stream
+from opcd_nemo.layers import PackedWeight, pack_weights, unpack_weights
+from opcd_nemo.rollout import SamplingParams, row_uniforms, sample_tokens
+from opcd_nemo.types import Prompt, Sample
+
+
+class _Group:
+    """Sequences that decode together."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], places: Sequence[int], uniforms: torch.Tensor
+    ) -> None:
+        self.prompts, self.places, self.uniforms = prompts, places, uniforms
+        self.rows = list(range(len(prompts)))  # the live ones, in cache order
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.finished_by_eos = [False] * len(prompts)
+        self.cache = KVCache(0)
+        self.pending = False  # sampled on the last stage, not yet known here
+
+
+class MegatronEngine:
+    """The engine of `conf/engine/megatron.yaml`."""
+
+    def __init__(
+        self, model: LanguageModel, eos_ids: Sequence[int], *, max_batch_size: int, pack: bool
+    ) -> None:
+        """Generate with `model`.
+
+        Args:
+            model: whose present weights are used.
+            eos_ids: token ids that end a response.
+            max_batch_size: sequences decoded together.
+            pack: reorder the weights once per `load_weights` for small products (CPU only).
+        """
+        self._model, self._eos = model, frozenset(eos_ids)
+        self._max_batch_size = max_batch_size
+        self._pack = pack and model.parallel.device.type == "cpu"
+        self._head: PackedWeight | None = None
+        self._prefixes: dict[tuple[int, ...], dict[int, KeyValue]] = {}
+        self.weights_version = -1
+
+    def load_weights(self, version: int) -> None:
+        """Take the model's present weights; nothing to do when this version is held."""
+        if version == self.weights_version:
+            return
+        self.weights_version = version
+        self._prefixes.clear()
+        if self._pack:
+            pack_weights(self._model.module)
+            if self._model.parallel.is_last_stage:
+                self._head = PackedWeight(self._model.head_weight_VH)
+
+    def release_weights(self) -> None:
+        """Give back the packed copies; `load_weights` makes them anew."""
+        self.weights_version = -1
+        unpack_weights(self._model.module)
+        self._head = None
+        self._prefixes.clear()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        prefix_ids: Sequence[int] = (),
+    ) -> list[Sample]:
+        """One continuation a prompt, in order. Collective over tp and pp."""
+        self._model.module.eval()
+        samples: list[Sample | None] = [None] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place].token_ids))
+        width = self._max_batch_size * self._model.parallel.pp
+        for start in range(0, len(prompts), width):
+            groups = self._groups(prompts, by_length[start : start + width], sampling, seed, step)
+            self._decode(groups, sampling, prefix_ids)
+            for group in groups:
+                for row, place in enumerate(group.places):
+                    samples[place] = Sample(
+                        response_ids=tuple(group.tokens[row]),
+                        logprobs=tuple(group.logprobs[row]),
+                        finish_reason="eos" if group.finished_by_eos[row] else "length",
+                    )
+        return [sample for sample in samples if sample is not None]
+
+    def _groups(
+        self,
+        prompts: Sequence[Prompt],
+        places: Sequence[int],
+        sampling: SamplingParams,
+        seed: int,
+        step: int,
+    ) -> list[_Group]:
+        count = min(self._model.parallel.pp, len(places))
+        groups = []
+        for first in range(count):
+            chosen = places[first::count]
+            rows = [prompts[place] for place in chosen]
+            uniforms = [row_uniforms(seed, step, p.index, sampling.max_new_tokens) for p in rows]
+            groups.append(_Group(rows, chosen, torch.stack(uniforms)))
+        return groups
+
+    def _decode(
+        self, groups: list[_Group], sampling: SamplingParams, prefix_ids: Sequence[int]
+    ) -> None:
+        for group in groups:
+            self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
+        while any(group.rows for group in groups):
+            for group in groups:
+                self._learn(group, sampling)
+                if group.rows:
+                    self._finish_step(group, self._step(group), sampling)
+        self._model.parallel.flush()
+
+    def _prefill(
+        self, group: _Group, sampling: SamplingParams, prefix_ids: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Hidden states at the prompts' last tokens, on the last stage."""
+        ids = [prompt.token_ids for prompt in group.prompts]
+        held = bool(prefix_ids) and all(starts_with(row, prefix_ids) for row in ids)
+        skipped = len(prefix_ids) if held else 0
+        group.cache = KVCache(max(map(len, ids)) + sampling.max_new_tokens)
+        batch = pack(
+            [row[skipped:] for row in ids],
+            [1] * len(ids),
+            device=self._model.parallel.device,
+            first_position=skipped,
+            multiple=self._model.stream_multiple,
+        )
+        prefix = self._prefix(tuple(prefix_ids)) if held else None
+        hidden = self._model.prefill(batch, group.cache, prefix)
+        group.cache.lengths = [len(row) for row in ids]
+        return hidden
+
+    def _prefix(self, ids: tuple[int, ...]) -> dict[int, KeyValue]:
+        if ids not in self._prefixes:
+            self._prefixes[ids] = self._model.prefix(ids)
+        return self._prefixes[ids]
+
+    def _step(self, group: _Group) -> torch.Tensor | None:
+        """Feed each live row's last token; hidden states on the last stage."""
+        device = self._model.parallel.device
+        last = [group.tokens[row][-1] for row in group.rows]
+        padding = -len(last) % self._model.stream_multiple
+        positions = torch.tensor(group.cache.lengths + [0] * padding, device=device)
+        state = DecodeAttention(self._model.rotary_tables(positions), group.cache)
+        stream = Stream(torch.tensor(last + [0] * padding, device=device), state)
+        hidden = self._model.stage_forward(stream)
+        group.cache.lengths = [length + 1 for length in group.cache.lengths]
+        return None if hidden is None else hidden[: len(last)]
+
+    def _finish_step(
+        self, group: _Group, hidden: torch.Tensor | None, sampling: SamplingParams
+    ) -> None:
+        """Sample on the last stage and send the tokens to the others, which look later."""
+        parallel = self._model.parallel
+        group.pending = True
+        if hidden is None:
+            return
+        logits = self._model.logits(hidden, self._head)
+        place = len(group.tokens[group.rows[0]])
+        uniform = group.uniforms[group.rows, place].to(logits.device)
+        tokens, logprobs = sample_tokens(logits, uniform, sampling)
+        drawn = torch.stack((tokens.double(), logprobs.double()))
+        for stage in range(parallel.pp - 1):
+            parallel.send_to_stage(drawn, stage)
+        self._take(group, drawn, sampling)
+
+    def _learn(self, group: _Group, sampling: SamplingParams) -> None:
+        """Receive the tokens of the group's last step, where they are not known yet."""
+        if group.pending:
+            parallel = self._model.parallel
+            drawn = torch.empty(2, len(group.rows), dtype=torch.float64, device=parallel.device)
+            self._take(group, parallel.receive_from_stage(drawn, parallel.pp - 1), sampling)
+
+    def _take(self, group: _Group, drawn: torch.Tensor, sampling: SamplingParams) -> None:
+        """Record one token a live row and drop the rows it finishes."""
+        group.pending = False
+        going = []
+        for slot, (row, token, logprob) in enumerate(
+            zip(group.rows, *drawn.tolist(), strict=True)
+        ):
+            group.tokens[row].append(int(token))
+            group.logprobs[row].append(logprob)
+            group.finished_by_eos[row] = int(token) in self._eos
+            if not (group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens):
+                going.append(slot)
+        if len(going) < len(group.rows):
+            group.cache.keep(torch.tensor(going, dtype=torch.long, device=drawn.device))
+            group.rows = [group.rows[slot] for slot in going]

@@ -1,0 +1,142 @@
+"""Everything a run reads, opened and checked before a process group starts or a model loads."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.context import ContextSource
+from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.parallel import check_layout
+from opcd_nemo.rollout import Conversation, context_prefix
+from opcd_nemo.tasks import Task
+from opcd_nemo.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Opened files, and what was made of them without loading a weight."""
+
+    student: Checkpoint
+    student_config: ModelConfig
+    teacher: Checkpoint
+    task: Task
+    conversation: Conversation
+    prefix_ids: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The tokenizer of student and teacher."""
+        return self.conversation.tokenizer
+
+
+def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Open models, tokenizer, task and context, and check that they fit each other.
+
+    Raises:
+        ValueError: one line with the key, its value and what is allowed.
+    """
+    _check_world(config, world_size)
+    _check_writable(Path(config.exp_manager["exp_dir"]))
+    student = open_checkpoint(config.student.path)
+    teacher = open_checkpoint(config.teacher.path or config.student.path)
+    student_config = student.config
+    if config.student.keep_layers is not None:
+        student_config = keep_layers(student_config, config.student.keep_layers)
+    tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    _check_stages(config, {"student": student_config, "teacher": teacher.config})
+    source: ContextSource = build_plug(config.context)
+    conversation = Conversation(
+        tokenizer=tokenizer,
+        source=source,
+        max_positions=min(student_config.max_positions, teacher.config.max_positions),
+    )
+    task: Task = build_plug(config.task)
+    _check_prompts(config, task, conversation)
+    return Inputs(
+        student=student,
+        student_config=student_config,
+        teacher=teacher,
+        task=task,
+        conversation=conversation,
+        prefix_ids=context_prefix(
+            lambda question: tokenizer.render(source.context("", 0).messages(question))
+        ),
+    )
+
+
+def _check_world(config: TrainConfig, world_size: int) -> None:
+    parallel, batching = config.parallel, config.batching
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    check_layout(
+        world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    dp = world_size // model_parallel
+    if batching.global_batch_size % (batching.micro_batch_size * dp):
+        raise ValueError(
+            f"batching.global_batch_size={batching.global_batch_size}: allowed: a multiple of "
+            f"batching.micro_batch_size={batching.micro_batch_size} x {dp} data-parallel ranks"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"exp_manager.exp_dir={folder}: {error.strerror}; allowed: a writable folder"
+        ) from error
+
+
+def _shared_tokenizer(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig
+) -> ChatTokenizer:
+    tokenizer = ChatTokenizer.from_path(config.student.path)
+    if config.teacher.path is None:
+        return tokenizer
+    other = ChatTokenizer.from_path(config.teacher.path)
+    pair = f"teacher.path={config.teacher.path}"
+    if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
+        raise ValueError(
+            f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
+            f"{student.vocab_size} ({config.student.path}); allowed: the same vocabulary"
+        )
+    if set(tokenizer.eos_ids) != set(other.eos_ids):
+        raise ValueError(
+            f"{pair}: end-of-sequence ids {other.eos_ids} differ from the student's "
+            f"{tokenizer.eos_ids} ({config.student.path}); allowed: the same ids"
+        )
+    return tokenizer
+
+
+def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
+    stages = config.parallel.pipeline_model_parallel_size
+    for side, model in models.items():
+        if model.num_layers % stages:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_size={stages}: the {side} has "
+                f"{model.num_layers} layers; allowed: a divisor of that"
+            )
+
+
+def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+    """Render what is known now; later prompts are checked when they are rendered."""
+    evaluation = config.evaluation
+    anchors = round(config.batching.global_batch_size * config.rollout.anchor_fraction)
+    plain = config.batching.global_batch_size - anchors
+    questions = task.episodes("test", 0, evaluation.num_questions)
+    questions += task.episodes("train", 0, plain) if plain else []
+    questions += task.anchors(0, anchors) if anchors else []
+    questions += task.retention(evaluation.num_retention)
+    new_tokens = max(
+        config.rollout.max_new_tokens,
+        evaluation.max_new_tokens,
+        evaluation.retention_max_new_tokens,
+    )
+    for episode in questions:
+        for prompt in conversation.prompts(episode):
+            conversation.check_fits(prompt, new_tokens)

@@ -1,0 +1,125 @@
+"""Distillation losses: a weighted sum over response tokens, from hidden states and output heads.
+
+The divergences live in `opcd_kernels`; here are only their choice and their statistics.
+
+Shape letters: `N` response tokens, `H` hidden, `V` vocabulary of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from opcd_kernels import linear_divergence, linear_token_logprob
+
+from opcd_nemo.metrics import Stats
+from opcd_nemo.parallel import Parallel
+
+Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Hidden states and this rank's shard of the output head; logits exist only in chunks."""
+
+    hidden_NH: torch.Tensor
+    weight_VH: torch.Tensor
+    num_valid_columns: int
+
+
+class Loss(Protocol):
+    """A weighted sum over response tokens, and its statistics, in nats."""
+
+    needs_teacher: bool
+
+    def __call__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        *,
+        target_ids_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        parallel: Parallel,
+    ) -> tuple[torch.Tensor, Stats]:
+        """Collective over tp."""
+
+
+class DivergenceLoss:
+    """Exact full-vocabulary divergence of student and teacher.
+
+    Source: On-Policy Context Distillation (arXiv 2602.12275) eq. 1-2 for `reverse_kl`.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, kind: Kind, beta: float, temperature: float, chunk_tokens: int) -> None:
+        """Keep the divergence and its temperature (independent of the rollout's)."""
+        self._kind, self._beta = kind, beta
+        self._temperature, self._chunk_tokens = temperature, chunk_tokens
+
+    def __call__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        *,
+        target_ids_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        parallel: Parallel,
+    ) -> tuple[torch.Tensor, Stats]:
+        """Sum of weight * divergence. Collective over tp."""
+        assert teacher is not None
+        loss_N = linear_divergence(
+            student.hidden_NH,
+            student.weight_VH,
+            teacher.hidden_NH,
+            teacher.weight_VH,
+            kind=self._kind,
+            beta=self._beta,
+            temperature=self._temperature,
+            group=parallel.tp_group if parallel.tp > 1 else None,
+            chunk_tokens=self._chunk_tokens,
+            num_valid_columns=student.num_valid_columns,
+            weight_N=weight_N,
+        )
+        return _weighted(f"loss/{self._kind}", loss_N, weight_N)
+
+
+class HardLabelLoss:
+    """Negative log-likelihood of the sampled tokens: SFT on the teacher's samples."""
+
+    needs_teacher = False
+
+    def __init__(self, temperature: float, chunk_tokens: int) -> None:
+        """Keep the temperature of the student's distribution."""
+        self._temperature, self._chunk_tokens = temperature, chunk_tokens
+
+    def __call__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        *,
+        target_ids_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        parallel: Parallel,
+    ) -> tuple[torch.Tensor, Stats]:
+        """Sum of weight * -log p(target). Collective over tp."""
+        loss_N = -linear_token_logprob(
+            student.hidden_NH,
+            student.weight_VH,
+            target_ids_N,
+            temperature=self._temperature,
+            group=parallel.tp_group if parallel.tp > 1 else None,
+            chunk_tokens=self._chunk_tokens,
+            num_valid_columns=student.num_valid_columns,
+            weight_N=weight_N,
+        )
+        return _weighted("loss/nll", loss_N, weight_N)
+
+
+def _weighted(
+    name: str, loss_N: torch.Tensor, weight_N: torch.Tensor
+) -> tuple[torch.Tensor, Stats]:
+    """The sum of weighted losses, logged as a mean over the weights."""
+    total = loss_N.sum()
+    return total, Stats({name: (total.item(), weight_N.sum().item())})

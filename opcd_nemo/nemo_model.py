@@ -1,0 +1,104 @@
+"""The NeMo model: student and teacher under one trainer, one distillation step a batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.core import ModelPT
+from omegaconf import DictConfig
+
+from opcd_nemo.build import build_evaluator, build_run
+from opcd_nemo.config import load_config
+from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.inputs import open_inputs
+from opcd_nemo.metrics import MetricLogger, Stats
+from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
+from opcd_nemo.step import distill_step
+
+_log = logging.getLogger(__name__)
+
+
+class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
+    """On-policy context distillation of a Megatron student from a Megatron teacher."""
+
+    def __init__(self, cfg: DictConfig, trainer: pl.Trainer) -> None:
+        """Open the inputs, then load both models into this rank's shards.
+
+        Raises:
+            ValueError: a key is wrong, before anything is loaded.
+        """
+        strategy = trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        config = load_config(cfg)
+        inputs = open_inputs(config, strategy.parallel.world_size)
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.automatic_optimization = False
+        self.run = build_run(config, inputs, strategy.parallel)
+        self.evaluator = build_evaluator(config, inputs, strategy.parallel)
+        self.student_module = self.run.student.module
+        self.metrics: MetricLogger | None = None
+        self._max_steps = config.trainer["max_steps"]
+        self._every_n_steps = config.evaluation.every_n_steps
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The counter that Lightning steps around Megatron's optimizer."""
+        return StepCounter(self.run.optimizer)
+
+    def train_dataloader(self) -> Any:
+        """Step numbers: episodes are a pure function of (seed, step)."""
+        return torch.utils.data.DataLoader(range(self._max_steps), batch_size=None)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        """One distillation step."""
+        step, started, cpu = int(batch), time.perf_counter(), time.process_time()
+        watch = self.run.watch
+        before = (dict(watch.wall_s), dict(watch.cpu_s))
+        stats: Stats = self.optimizers().step(closure=lambda: distill_step(self.run, step))
+        seconds = time.perf_counter() - started
+        values = stats.means()
+        response_tokens = stats.sums["rollout/response_tokens"][0]
+        values["perf/tokens_per_s"] = response_tokens / seconds
+        values["time/step_s"] = seconds
+        for phase in watch.wall_s:
+            values[f"time/{phase}_s"] = watch.wall_s[phase] - before[0].get(phase, 0.0)
+        values.update(self._cpu_seconds(before[1], time.process_time() - cpu))
+        self._show(values)
+        if self.metrics is not None:
+            self.metrics.log(step, values)
+
+    def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
+        """CPU seconds of the step over all ranks, in all and by phase."""
+        spent = {phase: s - before.get(phase, 0.0) for phase, s in self.run.watch.cpu_s.items()}
+        sums = Stats()
+        for values in self.run.parallel.gather_objects({**spent, "step": total}):
+            sums.add(Stats({f"cpu/{phase}_s": (s, 1.0) for phase, s in values.items()}))
+        return {name: value for name, (value, _) in sums.sums.items()}
+
+    def _show(self, values: dict[str, float]) -> None:
+        loss = next(name for name in values if name.startswith("loss/"))
+        for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
+            self.log(name, value, prog_bar=True, batch_size=1)
+
+    def scores(self, who: str, *, with_context: bool) -> tuple[Evaluation, Evaluation]:
+        """Task and retention scores of `student` or `teacher`. Collective over the world."""
+        engine = self.run.engines["student" if who == "student" else "teacher"]
+        engine.load_weights(self.run.optimizer.scheduler.num_steps)
+        task = self.evaluator.task_score(engine, "test", with_context=with_context)
+        retention = self.evaluator.retention(engine, with_context=with_context)
+        engine.release_weights()
+        return task, retention
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Nothing: see `train_dataloader`."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Nothing: see `scores`."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None are published."""
+        return []

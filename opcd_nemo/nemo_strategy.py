@@ -1,0 +1,101 @@
+"""Lightning's view of Megatron: groups that exist already, steps that Megatron takes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from nemo.utils.app_state import AppState
+
+from opcd_nemo import checkpoint
+from opcd_nemo.optim import StudentOptimizer
+from opcd_nemo.parallel import Parallel
+
+
+class StepCounter(torch.optim.Optimizer):
+    """What Lightning steps: it runs the distillation step, whose update is Megatron's own.
+
+    Lightning counts global steps, and thereby checkpoints, by this optimizer.
+    """
+
+    def __init__(self, student_optimizer: StudentOptimizer) -> None:
+        """Show Megatron's parameter groups (and learning rates) to Lightning's callbacks."""
+        parameter = torch.nn.Parameter(torch.zeros(()))
+        super().__init__([parameter], {"lr": 0.0})
+        self.student_optimizer = student_optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the step that the closure holds."""
+        self.param_groups[0]["lr"] = self.student_optimizer.optimizer.param_groups[0]["lr"]
+        return closure() if closure is not None else None
+
+
+class MegatronStrategy(DDPStrategy):
+    """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        """Take the groups; Lightning must neither start nor wrap anything."""
+        super().__init__(
+            accelerator=None,
+            cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
+        )
+        self.parallel = parallel
+
+    def setup_distributed(self) -> None:
+        """Tell NeMo about the groups that exist."""
+        super().setup_distributed()
+        parallel, state = self.parallel, AppState()
+        state.tensor_model_parallel_size = parallel.tp
+        state.pipeline_model_parallel_size = parallel.pp
+        state.model_parallel_size = parallel.tp * parallel.pp
+        state.tensor_model_parallel_rank = parallel.tp_rank
+        state.pipeline_model_parallel_rank = parallel.pp_rank
+        state.data_parallel_size = parallel.dp
+        state.data_parallel_rank = parallel.dp_rank
+        state.tensor_model_parallel_group = parallel.tp_group
+        state.pipeline_model_parallel_group = parallel.pp_group
+        state.data_parallel_group = parallel.dp_group
+
+    def configure_ddp(self) -> None:
+        """Nothing: Megatron's own data parallelism wraps the student."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: weights go into the distributed checkpoint."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Nothing: the optimizer goes into the distributed checkpoint."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a folder named `filepath`. Collective over the world."""
+        run = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        checkpoint.save(Path(filepath), checkpoint_, run.student, run.optimizer, self.parallel)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Fill the student and its optimizer; returns Lightning's own part."""
+        run = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer)
+
+    def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has filled the student."""
+
+    def load_optimizer_state_dict(self, checkpoint_: Any) -> None:
+        """Nothing: `load_checkpoint` has filled the optimizer."""
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint folder."""
+        if self.parallel.rank == 0:
+            shutil.rmtree(filepath)
+
+    def teardown(self) -> None:
+        """Keep the groups: evaluation follows training."""

@@ -1,0 +1,191 @@
+"""A whole training run on this rank: evaluate, distil, evaluate, report."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo import report
+from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.inputs import open_inputs
+from opcd_nemo.metrics import MetricLogger, read_metrics
+from opcd_nemo.nemo_model import OPCDModel
+from opcd_nemo.nemo_strategy import MegatronStrategy
+from opcd_nemo.parallel import Parallel, environment_world, init_parallel
+
+Say = Callable[[str], None]
+LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"
+
+
+def train(raw: DictConfig, say: Say) -> Path:
+    """Run the configured training; `say` prints on rank 0. Collective over the world.
+
+    Returns:
+        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, config.yaml and
+        checkpoints.
+
+    Raises:
+        ValueError: a key is wrong, before a model loads.
+        NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
+    """
+    started = time.perf_counter()
+    config = load_config(raw)
+    rank, world_size = environment_world()
+    open_inputs(config, world_size)
+    parallel = init_parallel(config.parallel, config.seed)
+    quiet = say if rank == 0 else _silent
+    quiet(_first_line(parallel))
+    folder = Path(config.exp_manager["exp_dir"]) / config.name
+    trainer = _trainer(config, parallel)
+    _set_aside_old_run(folder, config, parallel)
+    exp_manager(trainer, _exp_manager_config(raw, folder))
+    trainer.strategy.setup_environment()
+    model = OPCDModel(raw, trainer)
+    before = _scores_before(model, quiet)
+    with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
+        model.metrics = metrics
+        trainer.fit(model)
+    after = model.scores("student", with_context=False)
+    _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
+    parallel.barrier()
+    return folder
+
+
+def _silent(_: str) -> None: ...
+
+
+class _NoLogger:
+    """Only rank 0 records."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _first_line(parallel: Parallel) -> str:
+    return (
+        f"device {parallel.device.type} ({parallel.device_reason}); {parallel.world_size} ranks: "
+        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}; layers: {parallel.layer_spec}"
+    )
+
+
+def _trainer(config: TrainConfig, parallel: Parallel) -> pl.Trainer:
+    warnings.filterwarnings("ignore", module="lightning")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return pl.Trainer(
+        accelerator=parallel.device.type,
+        devices=local_ranks,
+        num_nodes=parallel.world_size // local_ranks,
+        strategy=MegatronStrategy(parallel),
+        max_epochs=1,
+        logger=False,  # exp_manager brings logger and checkpoints
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **config.trainer,
+    )
+
+
+def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
+    settings = OmegaConf.to_container(raw.exp_manager, resolve=True)
+    assert isinstance(settings, dict)
+    settings.pop("exp_dir")
+    return OmegaConf.create({**settings, "explicit_log_dir": str(folder)})
+
+
+def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) -> None:
+    """Keep an earlier run of the same name under the next free number; nothing is lost."""
+    parallel.barrier()
+    if parallel.rank == 0 and folder.exists() and not config.exp_manager["resume_if_exists"]:
+        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    parallel.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _scores_before(model: OPCDModel, say: Say) -> dict[str, tuple[Evaluation, Evaluation]]:
+    before = {
+        "base": model.scores("student", with_context=False),
+        "in_context": model.scores("teacher", with_context=True),
+    }
+    say(
+        f"in-context gap before training: without context {before['base'][0].score:.2f}, "
+        f"with context {before['in_context'][0].score:.2f}"
+    )
+    return before
+
+
+def _report(
+    config: TrainConfig,
+    raw: DictConfig,
+    model: OPCDModel,
+    folder: Path,
+    scores: Mapping[str, tuple[Evaluation, Evaluation]],
+    started: float,
+    say: Say,
+) -> None:
+    """Write the run's files on rank 0 and show the table. Collective over the world."""
+    parallel = model.run.parallel
+    peaks = parallel.gather_objects(report.peak_rss_kib())
+    if parallel.rank != 0:
+        return
+    launcher = os.environ.get(LAUNCHER_PID_ENV)
+    if launcher is not None:
+        peaks.append(report.peak_rss_of(int(launcher)))
+    lines = read_metrics(folder / "metrics.jsonl")
+    summary: dict[str, Any] = {name: pair[0].score for name, pair in scores.items()}
+    for name, pair in zip(("before", "in_context", "after"), scores.values(), strict=True):
+        summary[f"retention_{name}"] = pair[1].score
+    summary |= {
+        "steps": len(lines),
+        "seconds_total": round(time.perf_counter() - started, 1),
+        **_cpu_seconds(lines),
+        "peak_rss_gib": report.gib(peaks),
+        "world_size": parallel.world_size,
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "dp": parallel.dp,
+        "seed": config.seed,
+        "context_hash": model.run.conversation.source.context("", 0).content_hash,
+        "versions": report.versions(),
+    }
+    report.write_json(folder / "summary.json", summary)
+    report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
+    report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
+    names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
+    table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
+    say(report.results_table(table))
+    say(_costs(summary))
+    say(f"written: {folder}")
+
+
+def _cpu_seconds(lines: list[dict[str, float]]) -> dict[str, Any]:
+    """CPU seconds a step over all ranks, in all and by phase."""
+    def mean(name: str) -> float:
+        return round(sum(line[name] for line in lines) / len(lines), 2)
+
+    phases = [name for name in lines[0] if name.startswith("cpu/") and name != "cpu/step_s"]
+    return {
+        "cpu_seconds_per_step": mean("cpu/step_s"),
+        "cpu_seconds_by_phase": {name[4:-2]: mean(name) for name in phases},
+    }
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    phases = ", ".join(f"{k} {v:.2f}" for k, v in summary["cpu_seconds_by_phase"].items())
+    return (
+        f"{summary['steps']} steps, {summary['cpu_seconds_per_step']:.2f} CPU-seconds a step over "
+        f"all ranks ({phases}); peak RSS {summary['peak_rss_gib']:.2f} GiB; "
+        f"{summary['seconds_total']:.0f} s in all"
+    )

@@ -1,0 +1,103 @@
+"""Megatron's data parallelism, optimizer and learning-rate schedule around one student."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from opcd_nemo.language_model import LanguageModel, reduce_gradients
+from opcd_nemo.metrics import Stats
+
+
+class OptimSettings(Protocol):
+    """The fields of `conf/optim/*.yaml`."""
+
+    lr: float
+    min_lr: float
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: int
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+    use_distributed_optimizer: bool
+    overlap_grad_reduce: bool
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; nothing was updated."""
+
+
+class StudentOptimizer:
+    """AdamW with fp32 master weights over gradients summed across data-parallel ranks."""
+
+    def __init__(self, model: LanguageModel, settings: OptimSettings, max_steps: int) -> None:
+        """Wrap the model's module; its parameters move into Megatron's buffers."""
+        bf16 = model.dtype == torch.bfloat16
+        self._clip_grad = settings.clip_grad
+        self.ddp = DistributedDataParallel(
+            model.megatron_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=settings.use_distributed_optimizer,
+                overlap_grad_reduce=settings.overlap_grad_reduce,
+            ),
+            model.module,
+        )
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            bf16=bf16,
+            params_dtype=model.dtype,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(config, [self.ddp])
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # one pass over memory, where torch's AdamW is the backend
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0 if settings.warmup_steps else settings.lr,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(max_steps, settings.warmup_steps + 1),
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=max_steps,
+            wd_incr_style="constant",
+        )
+        model.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        model.megatron_config.finalize_model_grads_func = reduce_gradients
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers before accumulation."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> Stats:
+        """Clip and update, once. Collective over the world.
+
+        Raises:
+            NonFiniteError: on every rank, before any parameter changes.
+        """
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.clip_grad_norm(self._clip_grad))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm}: stopped before the optimizer step")
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        return Stats({"optim/grad_norm": (norm, 1.0), "optim/lr": (lr, 1.0)})

@@ -1,0 +1,74 @@
+"""What is asked and how an answer is scored. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from opcd_nemo.types import Message, Split, Turn
+
+
+class Context(Protocol):
+    """What an episode needs of a context."""
+
+    def messages(self, question: str) -> tuple[Message, ...]:
+        """Return the chat that ends with `question`."""
+        ...
+
+
+class Episode(Protocol):
+    """One play, used once: ask for a turn, reply, until it is done; then score."""
+
+    @property
+    def uid(self) -> str:
+        """The prompt's name, the same in every epoch."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """True when no further reply is taken."""
+        ...
+
+    def turn(self, context: Context) -> Turn:
+        """Return what student and teacher are asked now."""
+        ...
+
+    def reply(self, text: str) -> None:
+        """Take the answer to the current turn."""
+        ...
+
+    def score(self) -> float:
+        """Return the result in [0, 1] of an episode that is done."""
+        ...
+
+
+class Task(Protocol):
+    """A source of episodes; every method is pure in its arguments and the task's seed."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        """Return `n` new episodes of different prompts.
+
+        Training prompts follow an order shuffled anew each epoch, and no prompt comes twice in an
+        epoch. The other splits ignore `step` and give their first `n`, always in the same order.
+
+        Raises:
+            ValueError: `n` is below 1 or above the number of prompts.
+        """
+        ...
+
+    def retention(self, n: int) -> list[Episode]:
+        """Return the first `n` episodes of a task that the context has nothing to do with.
+
+        Raises:
+            ValueError: as in `episodes`.
+        """
+        ...
+
+    def anchors(self, step: int, n: int) -> list[Episode]:
+        """Return `n` episodes whose teacher sees no context, against forgetting; never scored.
+
+        Drawn like training prompts.
+
+        Raises:
+            ValueError: as in `episodes`.
+        """
+        ...

@@ -1,0 +1,81 @@
+"""The values that flow through a distillation step.
+
+Shape letters: `T` tokens of a packed micro-batch, `R` its sequences, `N` response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Split = Literal["train", "validation", "test"]
+FinishReason = Literal["eos", "length"]
+
+
+class Message(TypedDict):
+    """One chat message, as chat templates expect it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One problem of a task; `uid` is unique within its split."""
+
+    uid: str
+    question: str
+    answer: str | None
+    split: Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What student and teacher are asked; the two differ only by the context."""
+
+    student_messages: tuple[Message, ...]
+    teacher_messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Token ids to be continued, and the key of their randomness.
+
+    `index` is the prompt's place in the global batch of its step: a sample is a pure function
+    of (seed, step, index), whatever the batch or the data-parallel size.
+    """
+
+    token_ids: tuple[int, ...]
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One continuation of a `Prompt`; log-probabilities in nats, under the sampling temperature."""
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A response with both prompts it is scored under.
+
+    Student sequence = `prompt_ids + response_ids`; teacher sequence =
+    `teacher_prompt_ids + response_ids`. Ids are concatenated, never re-tokenised.
+    """
+
+    uid: str
+    turn_index: int
+    prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sampled_logprobs: tuple[float, ...]
+    weights_version: int
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        """Check that every response token has its log-probability."""
+        assert len(self.sampled_logprobs) == len(self.response_ids) >= 1, self.uid
+        assert self.prompt_ids and self.teacher_prompt_ids, self.uid
