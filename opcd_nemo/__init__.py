@@ -1,0 +1,1 @@
+"""On-policy context distillation on NeMo and megatron-core."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _CPU = torch.device("cpu")
-_MEGATRON = os.path.join("megatron", "core")
+_PIECE = 4 << 20  # elements of a gradient exchange
+_MEGATRON = str(Path("megatron", "core"))
 _FACTORIES = "tensor zeros ones empty full arange as_tensor empty_like zeros_like ones_like".split()
 
 
@@ -79,31 +80,33 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def _reduce_scatter(
     output: torch.Tensor, input: torch.Tensor, *, op: Any, group: Any, async_op: bool
 ) -> None:
-    """Sum `input` over the group's ranks and keep this rank's chunk, in rank order.
+    """Sum `input` over the group's ranks and keep this rank's chunk.
 
-    Gloo's own is an all-reduce and a copy: 3-6 times the CPU and wall time (docs/log.md).
+    Own values first, then the others' in rank order, piece by piece, so that nothing of the size
+    of the gradients is allocated. Gloo's own is an all-reduce and a copy: 3-6 times the CPU and
+    wall time (docs/log.md).
     """
     assert op == dist.ReduceOp.SUM
     chunks = input.chunk(dist.get_world_size(group))
     me = dist.get_rank(group)
-    others = [rank for rank in range(len(chunks)) if rank != me]
-    sent = [dist.isend(chunks[rank], dist.get_global_rank(group, rank)) for rank in others]
-    total, received = chunks[me], torch.empty_like(output)
-    for rank in others:
-        dist.recv(received, dist.get_global_rank(group, rank))
-        total = torch.add(total, received, out=output)
-    for work in sent:
-        work.wait()
+    others = {rank: dist.get_global_rank(group, rank) for rank in range(len(chunks)) if rank != me}
+    for start in range(0, len(output), _PIECE):
+        piece = slice(start, start + _PIECE)
+        sent: list[Any] = [dist.isend(chunks[rank][piece], to) for rank, to in others.items()]
+        total, received = chunks[me][piece], torch.empty_like(output[piece])
+        for source in others.values():
+            dist.recv(received, source)
+            total = torch.add(total, received, out=output[piece])
+        for work in sent:
+            work.wait()
 
 
-def _all_gather(
-    output: torch.Tensor, input: torch.Tensor, *, group: Any, async_op: bool
-) -> None:
+def _all_gather(output: torch.Tensor, input: torch.Tensor, *, group: Any, async_op: bool) -> None:
     """Fill `output` with every rank's `input`, in rank order."""
     chunks = output.chunk(dist.get_world_size(group))
     me = dist.get_rank(group)
     others = [rank for rank in range(len(chunks)) if rank != me]
-    sent = [dist.isend(input, dist.get_global_rank(group, rank)) for rank in others]
+    sent: list[Any] = [dist.isend(input, dist.get_global_rank(group, rank)) for rank in others]
     chunks[me].copy_(input)
     for rank in others:
         dist.recv(chunks[rank], dist.get_global_rank(group, rank))
@@ -133,9 +136,10 @@ def install() -> None:
     tensor.cuda = torch.nn.Module.cuda = _itself  # type: ignore[assignment]
 
     # Megatron decorates its fusions with torch.compile at import: seconds, for code unused here
-    compile_, torch.compile = torch.compile, _uncompiled
+    compile_ = torch.compile
+    torch.compile = _uncompiled  # type: ignore[assignment]
     import megatron.core.jit
-    import megatron.core.models.gpt  # noqa: F401  # the import that decorates
+    import megatron.core.models.gpt  # the import that decorates
     import megatron.core.tensor_parallel.random as megatron_random
 
     torch.compile = compile_

@@ -81,7 +81,7 @@ def causal_attention(
     rows, queries, heads, size = q_RQAD.shape
     keys, groups = k_RSGD.shape[1:3]
     if q_RQAD.device.type != "cpu":
-        out = F.scaled_dot_product_attention(
+        out: torch.Tensor = F.scaled_dot_product_attention(
             q_RQAD.transpose(1, 2),
             k_RSGD.transpose(1, 2),
             v_RSGD.transpose(1, 2),
@@ -108,9 +108,7 @@ def masked_attention(
     rows, heads, size = q_RAD.shape
     q = q_RAD.view(rows, k_RGSD.shape[1], -1, size)  # a group's query heads share its keys
     mask = visible_RS[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k_RGSD, v_RGSD, attn_mask=mask).view(
-        rows, heads, size
-    )
+    return F.scaled_dot_product_attention(q, k_RGSD, v_RGSD, attn_mask=mask).view(rows, heads, size)
 
 
 @dataclass(frozen=True)

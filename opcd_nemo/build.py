@@ -29,9 +29,7 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase
     if config.warmup.steps:
-        warmup = Phase(
-            sampler=_sampler(config.warmup.sampler), loss=build_plug(config.warmup.loss)
-        )
+        warmup = Phase(sampler=_sampler(config.warmup.sampler), loss=build_plug(config.warmup.loss))
     return Run(
         parallel=parallel,
         task=inputs.task,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 
 @dataclass(kw_only=True)
@@ -139,6 +140,15 @@ _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.anchor_fraction warmup.steps optim.min_lr "
     "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps"
 ).split()
+_POSITIVE_OF_PLUGS = (  # where the plug has them
+    "loss.temperature loss.chunk_tokens warmup.loss.temperature warmup.loss.chunk_tokens "
+    "engine.max_batch_size"
+).split()
+_UNTYPED = {
+    "trainer.max_steps": int,
+    "exp_manager.exp_dir": str,
+    "exp_manager.resume_if_exists": bool,
+}
 _CHOICES = {
     "student.dtype": ("bf16", "fp32"),
     "teacher.dtype": ("bf16", "fp32"),
@@ -164,13 +174,13 @@ def load_config(raw: DictConfig) -> TrainConfig:
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ValueError(f"{missing[0]}: no value is given; allowed: a value in conf/ or key=value")
+        for key in _keys_without_value(merged):
+            raise ValueError(f"{key}: no value is given; allowed: {_allowed_type(key)}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_one_line(error, raw)) from error
     assert isinstance(config, TrainConfig)
+    _check_untyped(merged)
     _check_values(merged)
     for key in _PLUGS:
         check_plug(key, getattr(config, key))
@@ -180,18 +190,62 @@ def load_config(raw: DictConfig) -> TrainConfig:
     return config
 
 
-def _one_line(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None)
-    problem = str(error.msg or error).splitlines()[0]
-    allowed = ""
-    names = getattr(error, "object_type", None)
-    if names is not None and "not in" in problem and hasattr(names, "__dataclass_fields__"):
-        allowed = "; allowed: " + ", ".join(names.__dataclass_fields__)
-    return f"{key}: {problem}{allowed}"
+def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            yield f"{prefix}{name}"
+        elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+            yield from _keys_without_value(node[name], f"{prefix}{name}.")
+
+
+def _one_line(error: OmegaConfBaseException, raw: DictConfig) -> str:
+    key = re.sub(r"\[\d+\]$", "", str(error.full_key))
+    try:
+        shown = f"{key}={OmegaConf.select(raw, key)}"
+    except OmegaConfBaseException:  # the value is the interpolation that fails
+        shown = key
+    if isinstance(error, ValidationError):
+        return f"{shown}: allowed: {_allowed_type(key)}"
+    fields = getattr(error.object_type, "__dataclass_fields__", None)
+    if isinstance(error, ConfigKeyError) and fields:
+        return f"{shown}: no such key; allowed: {', '.join(fields)}"
+    return f"{shown}: {str(error.msg or error).splitlines()[0]}; allowed: a key that exists"
+
+
+_TYPE_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    str | None: "a text, or null",
+    list[float]: "a list of numbers",
+    list[int] | None: "a list of whole numbers, or null",
+}
+
+
+def _allowed_type(key: str) -> str:
+    """What the schema takes under a dotted key, in words."""
+    kind: Any = TrainConfig
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
+    if is_dataclass(kind):
+        return f"a group with the keys {', '.join(kind.__dataclass_fields__)}"
+    return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
+
+
+def _check_untyped(config: Any) -> None:
+    """Check what a run reads of groups that NeMo and Lightning own."""
+    for key, kind in _UNTYPED.items():
+        value = OmegaConf.select(config, key)
+        if type(value) is not kind:
+            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[kind]}")
+    if any(part in ("", ".", "..") for part in config.name.split("/")):
+        raise ValueError(f"name={config.name}: allowed: the name of a folder")
 
 
 def _check_values(config: Any) -> None:
-    for key in _POSITIVE + _NOT_NEGATIVE:
+    given = [key for key in _POSITIVE_OF_PLUGS if OmegaConf.select(config, key) is not None]
+    for key in _POSITIVE + given + _NOT_NEGATIVE:
         value = OmegaConf.select(config, key)
         zero = key in _NOT_NEGATIVE
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -231,15 +285,31 @@ def check_plug(key: str, plug: Any) -> None:
     target = plug["_target_"]
     factory = _resolve(key, target)
     arguments = {name: value for name, value in plug.items() if name != "_target_"}
-    parameters = inspect.signature(factory).parameters
+    parameters = inspect.signature(factory, eval_str=True).parameters
     allowed = ", ".join(name for name in parameters if name not in RUNTIME_ARGUMENTS)
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in parameters:
-            raise ValueError(f"{key}.{name}={arguments[name]}: {target} allows: {allowed}")
+            raise ValueError(
+                f"{key}.{name}={value}: no such argument of {target}; allowed: {allowed}"
+            )
+        _check_argument(f"{key}.{name}", value, parameters[name].annotation)
     for name, parameter in parameters.items():
         given = name in arguments or name in RUNTIME_ARGUMENTS
         if parameter.default is inspect.Parameter.empty and not given:
-            raise ValueError(f"{key}.{name}: no value is given; {target} allows: {allowed}")
+            raise ValueError(f"{key}.{name}: no value is given to {target}; allowed: {allowed}")
+
+
+def _check_argument(key: str, value: Any, annotation: Any) -> None:
+    """Check an argument of a simple type; a class checks the others itself."""
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            raise ValueError(f"{key}={value}: allowed: {', '.join(get_args(annotation))}")
+    elif annotation in (bool, int, float, str):
+        whole = annotation is float and type(value) is int
+        if type(value) is not annotation and not whole:
+            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[annotation]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: allowed: a finite number")
 
 
 RUNTIME_ARGUMENTS = frozenset({"model", "eos_ids"})  # given by the program, not by YAML
@@ -250,7 +320,9 @@ def _resolve(key: str, target: Any) -> Callable[..., Any]:
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key}._target_={target}: allowed: an importable class ({error})") from error
+        raise ValueError(
+            f"{key}._target_={target}: allowed: an importable class ({error})"
+        ) from error
     return factory
 
 

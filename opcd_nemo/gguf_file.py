@@ -60,7 +60,7 @@ class _Header:
         (raw,) = self.unpack(f"{length}s")
         return bytes(raw).decode()
 
-    def value(self, kind: int) -> Any:  # noqa: ANN401 - the file says what it is
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -163,7 +163,7 @@ class GgufFile:
         """The metadata under the keys of a Hugging Face `config.json`; absent ones are None."""
         architecture = self.metadata.get("general.architecture")
 
-        def get(key: str) -> Any:  # noqa: ANN401 - the file says what it is
+        def get(key: str) -> Any:
             return self.metadata.get(f"{architecture}.{key}")
 
         heads, hidden = get("attention.head_count"), get("embedding_length")

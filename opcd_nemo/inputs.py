@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from opcd_nemo.config import TrainConfig, build_plug
@@ -11,7 +15,7 @@ from opcd_nemo.context import ContextSource
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
 from opcd_nemo.parallel import check_layout
 from opcd_nemo.rollout import Conversation, context_prefix
-from opcd_nemo.tasks import Task
+from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer
 
 
@@ -40,11 +44,16 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     """
     _check_world(config, world_size)
     _check_writable(Path(config.exp_manager["exp_dir"]))
-    student = open_checkpoint(config.student.path)
-    teacher = open_checkpoint(config.teacher.path or config.student.path)
+    with _about("student.path", config.student.path):
+        student = open_checkpoint(config.student.path)
+    teacher = student
+    if config.teacher.path is not None:
+        with _about("teacher.path", config.teacher.path):
+            teacher = open_checkpoint(config.teacher.path)
     student_config = student.config
     if config.student.keep_layers is not None:
-        student_config = keep_layers(student_config, config.student.keep_layers)
+        with _about("student.keep_layers", config.student.keep_layers):
+            student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
     _check_stages(config, {"student": student_config, "teacher": teacher.config})
     source: ContextSource = build_plug(config.context)
@@ -95,10 +104,12 @@ def _check_writable(folder: Path) -> None:
 def _shared_tokenizer(
     config: TrainConfig, student: ModelConfig, teacher: ModelConfig
 ) -> ChatTokenizer:
-    tokenizer = ChatTokenizer.from_path(config.student.path)
+    with _about("student.path", config.student.path):
+        tokenizer = ChatTokenizer.from_path(config.student.path)
     if config.teacher.path is None:
         return tokenizer
-    other = ChatTokenizer.from_path(config.teacher.path)
+    with _about("teacher.path", config.teacher.path):
+        other = ChatTokenizer.from_path(config.teacher.path)
     pair = f"teacher.path={config.teacher.path}"
     if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
         raise ValueError(
@@ -125,18 +136,41 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
 
 def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
     """Render what is known now; later prompts are checked when they are rendered."""
-    evaluation = config.evaluation
-    anchors = round(config.batching.global_batch_size * config.rollout.anchor_fraction)
-    plain = config.batching.global_batch_size - anchors
-    questions = task.episodes("test", 0, evaluation.num_questions)
-    questions += task.episodes("train", 0, plain) if plain else []
-    questions += task.anchors(0, anchors) if anchors else []
-    questions += task.retention(evaluation.num_retention)
+    evaluation, batch = config.evaluation, config.batching.global_batch_size
+    anchors = round(batch * config.rollout.anchor_fraction)
+    asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
+        ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
+        ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        ("batching.global_batch_size", batch - anchors, partial(task.episodes, "train", 0)),
+        ("rollout.anchor_fraction", anchors, partial(task.anchors, 0)),
+    ]
     new_tokens = max(
         config.rollout.max_new_tokens,
         evaluation.max_new_tokens,
         evaluation.retention_max_new_tokens,
     )
-    for episode in questions:
-        for prompt in conversation.prompts(episode):
-            conversation.check_fits(prompt, new_tokens)
+    for key, count, draw in asked:
+        if count == 0:
+            continue
+        with _about(key, attrgetter(key)(config)):
+            episodes = draw(count)
+            if len(episodes) != count:
+                raise ValueError(
+                    f"the task has {len(episodes)} prompts where {count} are asked for; "
+                    "allowed: a task that is not empty, and at most as many as it has"
+                )
+        for episode in episodes:
+            student, teacher = conversation.prompts(episode)
+            with _about("task._target_", config.task["_target_"]):
+                conversation.check_fits(student, new_tokens)
+            with _about("context._target_", config.context["_target_"]):
+                conversation.check_fits(teacher, new_tokens)
+
+
+@contextmanager
+def _about(key: str, value: object) -> Iterator[None]:
+    """Put the key and its value before what a reader of files has to say."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}={value}: {error}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import traceback
@@ -17,11 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from opcd_nemo.config import TrainConfig, load_config
 from opcd_nemo.inputs import open_inputs
+from opcd_nemo.parallel import choose_device
+from opcd_nemo.types import NonFiniteError
 
+EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -39,10 +44,8 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
     try:
         code = _run_rank(load_main, config_name) if is_rank else _launch(config_name)
-    except _bad_input_errors() as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {_one_line(error)}\n")
-        code = EXIT_BAD_INPUT
+    except Exception as error:  # the interpreter must not end on its own, see below
+        code = _report_error(error, config_name)
     for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
         child.terminate()
     sys.stdout.flush()
@@ -50,26 +53,60 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
 
 
-def _bad_input_errors() -> tuple[type[Exception], ...]:
+def _report_error(error: Exception, config_name: str) -> int:
+    """Print one line for what a user can mend, a traceback for the rest; returns the exit code."""
+    line = _one_line(error, config_name)
+    if line is None and not isinstance(error, NonFiniteError):
+        traceback.print_exception(error)
+        return EXIT_FAILURE
+    spoken_for = LAUNCHER_PID_ENV in os.environ and "RANK" in os.environ  # the launcher prints it
+    if os.environ.get("RANK", "0") == "0" and not spoken_for:
+        sys.stderr.write(f"error: {line or error}\n")
+    return EXIT_BAD_INPUT if line else EXIT_FAILURE
+
+
+def _one_line(error: Exception, config_name: str) -> str | None:
+    """What is wrong with the input and what is allowed; None when the input is not to blame."""
     from hydra.errors import HydraException
 
-    return (ValueError, HydraException)
+    if isinstance(error, HydraException):
+        return _explain_hydra(error, config_name)
+    if isinstance(error, OmegaConfBaseException):
+        fields = ", ".join(getattr(error.object_type, "__dataclass_fields__", ()))
+        return f"{error.full_key}: {str(error).splitlines()[0]}; allowed: {fields or 'see conf/'}"
+    refused = isinstance(error, ValueError) and "allowed" in str(error)  # as every refusal says
+    return " ".join(str(error).split()) if refused else None
 
 
-def _one_line(error: Exception) -> str:
-    cause = error.__cause__ if error.__cause__ is not None and "override" in str(error) else None
-    lines = str(error).splitlines()
-    if cause is not None:
-        lines.append(str(cause).splitlines()[0])
-    return " ".join(line.strip() for line in lines if line.strip())
+def _explain_hydra(error: Exception, config_name: str) -> str:
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(error.options)}"
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown is None:
+        lines = [line.strip() for line in str(error).splitlines()]
+        shown = [line for line in lines if line and not line.startswith(("See ", "Config search"))]
+        return f"{'; '.join(shown)}; allowed: key=value with a key of conf/{config_name}.yaml"
+    key = unknown[1]
+    given = next((text for text in sys.argv[1:] if text.startswith(f"{key}=")), key)
+    group, names = "", compose(config_name, [])
+    for part in key.split(".")[:-1]:
+        child = names.get(part)
+        if not isinstance(child, DictConfig):
+            break
+        group, names = f" in {part}" if not group else f"{group}.{part}", child
+    return f"{given}: no such key; allowed{group}: {', '.join(map(str, names))}"
 
 
 def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    quiet_libraries()
     main = load_main()
     from nemo.core.config import hydra_runner
+
+    quiet_libraries()
 
     def task(config: DictConfig) -> None:
         main(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
@@ -79,11 +116,14 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
 
 
 def quiet_libraries() -> None:
-    """Leave warnings and progress of third parties to their own log files."""
+    """Keep third parties' notes off the screen; their errors stay."""
     import warnings
 
+    from nemo.utils import logging as nemo_logging
+
     warnings.filterwarnings("ignore")
-    for name in ("nemo_logger", "lightning", "lightning.pytorch", "megatron.core", "torch"):
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning", "lightning.pytorch", "megatron.core", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -91,23 +131,21 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """Compose a configuration as `hydra_runner` does."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
 
     with initialize_config_dir(str(CONF), version_base=None):
-        return hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
+        composed = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)  # run names interpolate Hydra's choices
+    config = composed.copy()
+    with open_dict(config):
+        config.pop("hydra")
+    return config
 
 
 def _launch(config_name: str) -> int:
     """Check everything, then run the same command as `parallel.num_ranks` ranks."""
-    raw = compose(config_name, sys.argv[1:])
-    from hydra.core.hydra_config import HydraConfig
-
-    HydraConfig.instance().set_config(raw)
-    plain = raw.copy()
-    from omegaconf import open_dict
-
-    with open_dict(plain):
-        plain.pop("hydra")
-    config = load_config(plain)
+    config = load_config(compose(config_name, sys.argv[1:]))
+    choose_device(config.parallel.device, config.parallel.num_ranks)
     open_inputs(config, config.parallel.num_ranks)
     _check_port(config.parallel.port)
     return _torchrun(config)
@@ -145,8 +183,10 @@ def _torchrun(config: TrainConfig) -> int:
         elastic_launch(settings, sys.executable)(*["-u", *sys.argv])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        sys.stderr.write(f"error: rank {rank} failed first (exit code {failure.exitcode}): "
-                         f"{_last_line(failure.message)}\n")
+        sys.stderr.write(
+            f"error: rank {rank} failed first (exit code {failure.exitcode}): "
+            f"{_last_line(failure.message)}\n"
+        )
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
 

@@ -27,10 +27,12 @@ from opcd_nemo.parallel import LayerSpec
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that carries Megatron's sequence-parallel mark, which its torch norm refuses."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, **_: object
+    ) -> None:
         """Take the keyword arguments that Megatron gives every norm."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedWeight:

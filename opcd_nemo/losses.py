@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from opcd_kernels import linear_divergence, linear_token_logprob
 
+from opcd_kernels import linear_divergence, linear_token_logprob
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 

@@ -50,7 +50,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def train_dataloader(self) -> Any:
         """Step numbers: episodes are a pure function of (seed, step)."""
-        return torch.utils.data.DataLoader(range(self._max_steps), batch_size=None)
+        steps: Any = range(self._max_steps)  # any sequence is a dataset
+        return torch.utils.data.DataLoader(steps, batch_size=None)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One distillation step."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils.app_state import AppState
 
@@ -76,14 +76,14 @@ class MegatronStrategy(DDPStrategy):
         self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         """Write a folder named `filepath`. Collective over the world."""
-        run = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         checkpoint.save(Path(filepath), checkpoint_, run.student, run.optimizer, self.parallel)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Fill the student and its optimizer; returns Lightning's own part."""
-        run = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer)
 
     def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:

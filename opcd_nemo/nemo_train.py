@@ -107,7 +107,9 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
     """Keep an earlier run of the same name under the next free number; nothing is lost."""
     parallel.barrier()
     if parallel.rank == 0 and folder.exists() and not config.exp_manager["resume_if_exists"]:
-        number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+        number = next(
+            n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists()
+        )
         folder.rename(folder.with_name(f"{folder.name}.{number}"))
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +174,7 @@ def _report(
 
 def _cpu_seconds(lines: list[dict[str, float]]) -> dict[str, Any]:
     """CPU seconds a step over all ranks, in all and by phase."""
+
     def mean(name: str) -> float:
         return round(sum(line[name] for line in lines) / len(lines), 2)
 

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from opcd_nemo.config import OptimConfig
 from opcd_nemo.language_model import LanguageModel, reduce_gradients
 from opcd_nemo.metrics import Stats
-
-
-class OptimSettings(Protocol):
-    """The fields of `conf/optim/*.yaml`."""
-
-    lr: float
-    min_lr: float
-    schedule: Literal["constant", "cosine"]
-    warmup_steps: int
-    betas: list[float]
-    eps: float
-    weight_decay: float
-    clip_grad: float
-    use_distributed_optimizer: bool
-    overlap_grad_reduce: bool
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; nothing was updated."""
+from opcd_nemo.types import NonFiniteError
 
 
 class StudentOptimizer:
     """AdamW with fp32 master weights over gradients summed across data-parallel ranks."""
 
-    def __init__(self, model: LanguageModel, settings: OptimSettings, max_steps: int) -> None:
+    def __init__(self, model: LanguageModel, settings: OptimConfig, max_steps: int) -> None:
         """Wrap the model's module; its parameters move into Megatron's buffers."""
         bf16 = model.dtype == torch.bfloat16
         self._clip_grad = settings.clip_grad

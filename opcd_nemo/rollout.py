@@ -107,9 +107,9 @@ class Conversation:
     source: ContextSource
     max_positions: int
 
-    def prompts(self, episode: Episode, *, with_context: bool = True) -> tuple[
-        tuple[int, ...], tuple[int, ...]
-    ]:
+    def prompts(
+        self, episode: Episode, *, with_context: bool = True
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Student's and teacher's prompt ids of the episode's turn.
 
         Without context the teacher reads what the student reads.

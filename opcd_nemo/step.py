@@ -12,7 +12,7 @@ from opcd_nemo.batching import Aggregation, DistillBatch, TokenBatch, make_disti
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.losses import Head, Loss
 from opcd_nemo.metrics import Stats, Stopwatch
-from opcd_nemo.optim import NonFiniteError, StudentOptimizer
+from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.rollout import (
     Conversation,
@@ -23,7 +23,7 @@ from opcd_nemo.rollout import (
 )
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.teacher import FrozenTeacher
-from opcd_nemo.types import Rollout
+from opcd_nemo.types import NonFiniteError, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,7 @@ def distill_step(run: Run, step: int) -> Stats:
         batches = _batches(run, rollouts, phase.loss)
         scores = run.teacher.score(batches) if phase.loss.needs_teacher else []
     with run.watch.phase("student"):
+        run.parallel.give_back_memory()
         run.optimizer.zero_grad()
         stats = _forward_backward(run, batches, scores, phase.loss)
     stats.add(_rollout_stats(run.parallel, rollouts))

@@ -247,7 +247,7 @@ def _template_environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(layout: str) -> str:
         return datetime.now().strftime(layout)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:  # noqa: ANN401
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
     environment = ImmutableSandboxedEnvironment(

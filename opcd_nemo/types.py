@@ -78,4 +78,9 @@ class Rollout:
     def __post_init__(self) -> None:
         """Check that every response token has its log-probability."""
         assert len(self.sampled_logprobs) == len(self.response_ids) >= 1, self.uid
-        assert self.prompt_ids and self.teacher_prompt_ids, self.uid
+        assert self.prompt_ids, self.uid
+        assert self.teacher_prompt_ids, self.uid
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; nothing was updated."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from opcd_nemo.hf import write_hf_folder
 from opcd_nemo.model_config import (
     CLASS_NAMES,
     Architecture,
@@ -55,7 +56,7 @@ _CORPUS = [
 ]
 
 
-def model_config(architecture: Architecture = "qwen3", **changes: Any) -> ModelConfig:  # noqa: ANN401
+def model_config(architecture: Architecture = "qwen3", **changes: Any) -> ModelConfig:
     """A shape with three KV groups and odd sizes, so that TP 2 and 4 must pad everything."""
     values: dict[str, Any] = {
         "architecture": architecture,
@@ -92,7 +93,7 @@ def random_tensors(
 
 def write_transformers_folder(
     folder: Path, config: ModelConfig, seed: int = 0, max_shard_size: str = "5GB"
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Let transformers write a model folder; returns its model, in fp32, for comparison."""
     import transformers
 
@@ -277,3 +278,11 @@ def write_gguf_tokenizer(path: Path, folder: Path, pre: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_chat_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A model folder as a user has it: config, random weights, tokenizer and chat template."""
+    values = {"vocab_size": 320, "max_positions": 2048, **changes}
+    config = model_config("llama", **values)
+    write_hf_folder(folder, config, random_tensors(config, seed), torch.float32)
+    return write_chat_tokenizer(folder, vocab_size=config.vocab_size)

@@ -71,6 +71,7 @@ class MegatronEngine:
         unpack_weights(self._model.module)
         self._head = None
         self._prefixes.clear()
+        self._model.parallel.give_back_memory()
 
     @torch.no_grad()
     def generate(
@@ -193,13 +194,13 @@ class MegatronEngine:
         """Record one token a live row and drop the rows it finishes."""
         group.pending = False
         going = []
-        for slot, (row, token, logprob) in enumerate(
-            zip(group.rows, *drawn.tolist(), strict=True)
-        ):
+        for slot, (row, token, logprob) in enumerate(zip(group.rows, *drawn.tolist(), strict=True)):
             group.tokens[row].append(int(token))
             group.logprobs[row].append(logprob)
             group.finished_by_eos[row] = int(token) in self._eos
-            if not (group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens):
+            if not (
+                group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens
+            ):
                 going.append(slot)
         if len(going) < len(group.rows):
             group.cache.keep(torch.tensor(going, dtype=torch.long, device=drawn.device))

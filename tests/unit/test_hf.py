@@ -91,7 +91,7 @@ def test_export_refuses_a_folder_with_files(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def write_folder(folder: Path, **changes: Any) -> ModelConfig:  # noqa: ANN401
+def write_folder(folder: Path, **changes: Any) -> ModelConfig:
     config = model_config("llama")
     tensors = random_tensors(config)
     write_hf_folder(folder, config, tensors, torch.float32)

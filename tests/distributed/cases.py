@@ -1,0 +1,190 @@
+"""What is run in every layout: models, training cases, rollouts, prompts. No megatron-core here.
+
+Students and teachers differ in depth and width. `odd` sizes are divided by no tensor-parallel size
+that is tested (groups and heads by 3 alone), `even` sizes by 2 and 4.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from opcd_nemo.model_config import ModelConfig
+from opcd_nemo.types import Prompt
+from tests.tiny import ARCHITECTURES, LLAMA3_ROPE, model_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A world and its axes."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+
+
+LAYOUTS = {
+    "one": Layout(world=1),
+    "tp2": Layout(world=2, tp=2),
+    "pp2": Layout(world=2, pp=2),
+    "dp2": Layout(world=2),
+    "tp2sp": Layout(world=2, tp=2, sequence_parallel=True),
+    "tp3": Layout(world=3, tp=3),
+    "tp4": Layout(world=4, tp=4),
+    "tp2pp2": Layout(world=4, tp=2, pp=2),
+    "tp2pp2sp": Layout(world=4, tp=2, pp=2, sequence_parallel=True),
+    "tp2dp2": Layout(world=4, tp=2),
+}
+SHARDED = [name for name in LAYOUTS if name != "one"]
+
+Size = Literal["odd", "even"]
+LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard"]
+
+_SHAPES: dict[str, dict[str, int]] = {
+    "odd-student": {},
+    "odd-teacher": {
+        "num_layers": 4,
+        "hidden_size": 40,
+        "ffn_hidden_size": 53,
+        "num_attention_heads": 10,
+        "num_query_groups": 5,
+    },
+    "even-student": {
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "vocab_size": 64,
+    },
+    "even-teacher": {
+        "num_layers": 4,
+        "hidden_size": 48,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_query_groups": 8,
+        "vocab_size": 64,
+    },
+}
+
+MODELS: dict[str, ModelConfig] = {
+    f"{architecture}-{ends}-{shape}": model_config(
+        architecture, tied_embeddings=ends == "tied", **_SHAPES[shape]
+    )
+    for architecture, ends, shape in product(ARCHITECTURES, ("tied", "untied"), _SHAPES)
+} | {
+    "llama-rope": model_config("llama", rope_scaling=LLAMA3_ROPE, head_dim=8),
+    "llama-gguf": model_config("llama", head_dim=8),
+    # the last of four ranks holds no vocabulary at all
+    "nine-words-student": model_config("llama", vocab_size=9),
+    "nine-words-teacher": model_config("llama", vocab_size=9, **_SHAPES["odd-teacher"]),
+}
+CONVERTED = [name for name in MODELS if "nine" not in name]
+KEPT_LAYERS = (0, 3)  # of "qwen3-untied-odd-teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCase:
+    """Three distillation steps of one student from one teacher."""
+
+    family: str
+    size: Size = "odd"
+    loss: LossName = "reverse_kl"
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    micro_batch_size: int = 2
+    token_mean: bool = False
+    on_policy: bool = False
+
+    @property
+    def student(self) -> str:
+        """Name of the student's model."""
+        return f"{self.family}-{self.size}-student"
+
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher's model."""
+        return f"{self.family}-{self.size}-teacher"
+
+
+TRAIN_CASES = {
+    "llama-untied": TrainCase(family="llama-untied"),
+    "llama-untied-distributed": TrainCase(family="llama-untied", distributed_optimizer=True),
+    "llama-tied-distributed": TrainCase(family="llama-tied", distributed_optimizer=True),
+    "qwen2-tied": TrainCase(family="qwen2-tied"),
+    "qwen2-untied-distributed": TrainCase(family="qwen2-untied", distributed_optimizer=True),
+    "qwen3-untied": TrainCase(family="qwen3-untied"),
+    "qwen3-tied-distributed": TrainCase(family="qwen3-tied", distributed_optimizer=True),
+    "even": TrainCase(family="llama-untied", size="even", distributed_optimizer=True),
+    "even-overlap": TrainCase(
+        family="qwen3-tied", size="even", distributed_optimizer=True, overlap=True
+    ),
+    "forward_kl": TrainCase(family="qwen3-untied", loss="forward_kl"),
+    "jsd": TrainCase(family="llama-tied", loss="jsd", distributed_optimizer=True),
+    "hard": TrainCase(family="qwen2-untied", loss="hard", token_mean=True),
+    "on-policy": TrainCase(family="llama-tied", on_policy=True, distributed_optimizer=True),
+}
+MICRO_BATCHES = {
+    f"{family}-{size}": TrainCase(family=family, micro_batch_size=size)
+    for family in ("llama-untied", "qwen3-tied")
+    for size in (1, 2, 3, 4, 8)
+}
+STEPS = 3
+LEARNING_RATE, WEIGHT_DECAY, CLIP, BETAS, EPS = 1e-3, 0.1, 0.05, (0.9, 0.999), 1e-8
+
+CONTEXT = (5, 9, 13, 17, 21, 8, 3)
+NUM_PROMPTS, NUM_ANCHORS = 8, 2
+_LEAD = (4, 6, 11)
+
+
+def training_pairs(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt and response of every place in the global batch of a step; the last are anchors."""
+    draw = random.Random(step)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 64) for _ in range(draw.randint(low, high)))
+
+    return [((*_LEAD, *tokens(1, 8)), tokens(1, 6)) for _ in range(NUM_PROMPTS)]
+
+
+PREFIX, IN_STREAM = (7, 30, 12, 41), (19, 23)
+
+
+def generation_prompts(*, led: bool) -> list[Prompt]:
+    """32 prompts of 1 to 20 tokens; `led` ones start with PREFIX + IN_STREAM."""
+    draw = random.Random(led)
+    lead = (*PREFIX, *IN_STREAM) if led else ()
+    return [
+        Prompt(
+            token_ids=(*lead, *(draw.randrange(64) for _ in range(1 + index * 7 % 20))),
+            index=index,
+        )
+        for index in range(32)
+    ]
+
+
+GENERATORS = ["llama-untied-odd-teacher", "qwen2-tied-odd-student", "qwen3-untied-even-student"]
+SAMPLED_FROM = GENERATORS[0]
+NEW_TOKENS = 12
+PADDING_WINS = "padding-wins"  # every real logit is far below the 0 of padded vocabulary
+
+SEQUENCES = [prompt.token_ids for prompt in generation_prompts(led=True)[:6]]
+
+CHECKPOINTS = {  # saved under the first layout, loaded under the second
+    2: [("tp2", "dp2"), ("pp2", "tp2"), ("dp2", "tp2sp"), ("tp2", "pp2")],
+    4: [("tp2pp2", "tp4"), ("tp4", "tp2dp2")],
+}
+CHECKPOINT_CASES = ["even", "llama-untied", "qwen3-tied-distributed"]
+FAILING = ["tp2", "pp2", "dp2", "tp2pp2"]
+
+HEAD_LOSSES: list[tuple[LossName, float, float]] = [  # kind, beta, temperature
+    ("reverse_kl", 0.5, 1.0),
+    ("reverse_kl", 0.5, 0.7),
+    ("forward_kl", 0.5, 1.3),
+    ("jsd", 0.3, 1.0),
+    ("hard", 0.5, 0.7),
+]
+HEAD_MODELS = ["qwen2-untied-odd", "llama-untied-even", "nine-words"]
+HEAD_TOKENS, HEAD_CHUNK = 17, 5

@@ -1,0 +1,141 @@
+"""The same training, generation and losses from transformers and plain torch, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opcd_nemo.types import Prompt
+from tests.distributed import cases
+from tests.distributed.cases import TrainCase
+
+
+def divergence(
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, kind: str, beta: float = 0.5
+) -> torch.Tensor:
+    """Per-token divergence of two sets of logits, in nats."""
+    s, t = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    if kind == "reverse_kl":
+        return (s.exp() * (s - t)).sum(-1)
+    if kind == "forward_kl":
+        return (t.exp() * (t - s)).sum(-1)
+    m = (beta * s.exp() + (1 - beta) * t.exp()).log()
+    return (beta * s.exp() * (s - m) + (1 - beta) * t.exp() * (t - m)).sum(-1)
+
+
+def negative_logprob(student_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Per-token -log p(target), in nats."""
+    return -student_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
+
+
+def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:  # noqa: ANN401
+    """Three steps, one sequence at a time, without packing, held prefixes or shards."""
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    named = dict(student.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.ndim > 1]},
+            {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=cases.LEARNING_RATE,
+        betas=cases.BETAS,
+        eps=cases.EPS,
+        weight_decay=cases.WEIGHT_DECAY,
+    )
+    losses, norms, gradients = [], [], {}
+    for step in range(cases.STEPS):
+        optimizer.zero_grad()
+        loss = _step_loss(student, teacher, case, step)
+        loss.backward()
+        losses.append(loss.item())
+        if not gradients:
+            gradients = {name: p.grad.clone() for name, p in named.items()}
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), cases.CLIP).item())
+        optimizer.step()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients,
+        "parameters": {name: p.detach() for name, p in named.items()},
+    }
+
+
+def _step_loss(
+    student: Any,  # noqa: ANN401
+    teacher: Any,  # noqa: ANN401
+    case: TrainCase,
+    step: int,
+) -> torch.Tensor:
+    pairs = cases.training_pairs(step)
+    num_tokens = sum(len(response) for _, response in pairs)
+    total = torch.zeros((), dtype=torch.float64)
+    for place, (prompt, response) in enumerate(pairs):
+        is_anchor = place >= cases.NUM_PROMPTS - cases.NUM_ANCHORS
+        context = () if is_anchor else cases.CONTEXT
+        s = _response_logits(student, prompt, response)
+        if case.loss == "hard":
+            loss_N = negative_logprob(s, torch.tensor(response))
+        else:
+            with torch.no_grad():
+                t = _response_logits(teacher, (*context, *prompt), response)
+            loss_N = divergence(s, t, case.loss)
+        total = total + (loss_N.sum() / num_tokens if case.token_mean else loss_N.mean() / len(pairs))
+    return total
+
+
+def _response_logits(
+    model: Any,  # noqa: ANN401
+    prompt: Sequence[int],
+    response: Sequence[int],
+) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *response]])
+    logits: torch.Tensor = model(ids).logits[0, len(prompt) - 1 : -1]
+    return logits
+
+
+def generate(
+    model: Any,  # noqa: ANN401
+    prompts: Sequence[Prompt],
+    ends: Sequence[int],
+) -> list[tuple[int, ...]]:
+    """transformers' greedy continuation of all prompts in one left-padded batch."""
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+        mask[row, width - len(prompt.token_ids) :] = 1
+    # transformers refuses an empty list of ends
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=cases.NEW_TOKENS,
+        eos_token_id=list(ends) or None,
+        pad_token_id=0,
+    )
+    rows = out[:, width:].tolist()
+    return [_until_end(row, ends) for row in rows]
+
+
+def _until_end(row: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+    last = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+    return tuple(row[: last + 1])
+
+
+def choose_ends(model: Any) -> list[int]:  # noqa: ANN401
+    """Three tokens that, as ends, let the rows finish at many different times."""
+    model.generation_config.eos_token_id = None
+    rows = generate(model, cases.generation_prompts(led=False), ())
+    chosen: list[int] = []
+    for _ in range(3):
+        chosen.append(
+            max(
+                range(model.config.vocab_size),
+                key=lambda token: len({len(_until_end(row, [*chosen, token])) for row in rows}),
+            )
+        )
+    return chosen

@@ -1,0 +1,42 @@
+"""A checkpoint of one layout is read by another, and training goes on as if nothing happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bars import check, check_tensors
+from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS
+
+Results = Callable[[str], Any]
+MOVES = [f"{source}-to-{target}" for moves in CHECKPOINTS.values() for source, target in moves]
+
+
+@pytest.mark.parametrize("case", CHECKPOINT_CASES)
+@pytest.mark.parametrize("move", MOVES)
+def test_weights_are_equal_after_a_move(move: str, case: str, results: Results) -> None:
+    found = results(move)[case]
+    assert "error" not in found, found["error"]
+    for name, saved in found["saved"].items():
+        assert torch.equal(found["loaded"][name], saved), name
+    assert found["epoch"] == 7
+
+
+@pytest.mark.parametrize("case", CHECKPOINT_CASES)
+@pytest.mark.parametrize("move", MOVES)
+def test_the_next_step_is_equal_after_a_move(move: str, case: str, results: Results) -> None:
+    found = results(move)[case]
+    assert "error" not in found, found["error"]
+    expected, stats = found["stats"]
+    assert stats["optim/lr"] == expected["optim/lr"]
+    for key in ("loss/reverse_kl", "optim/grad_norm"):
+        error = abs(stats[key] / expected[key] - 1)
+        check(f"checkpoint: next {key}", error, 1e-6 if "loss" in key else 1e-5, f"{move} {case}")
+    check_tensors(
+        "checkpoint: parameters after the next step", found["resumed"], found["continued"], 1e-5
+    )
+    assert found["unequal"] == []
+    assert not torch.equal(found["continued"]["model.norm.weight"], found["saved"]["model.norm.weight"])

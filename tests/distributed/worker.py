@@ -1,0 +1,76 @@
+"""Runs the programs of one world size on demand: imports once, forks one process a rank.
+
+Started by the tests as `python -m tests.distributed.worker MODELS RESULTS`; each line read is a
+world size, each line written `ok` or the path of a traceback. The top of this file stays light:
+megatron-core's checkpoint writer starts a process that imports it again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+
+def main() -> None:
+    models, results = Path(sys.argv[1]), Path(sys.argv[2])
+    sys.stdout = sys.stderr
+    from opcd_nemo import _megatron_cpu
+
+    _megatron_cpu.install()  # ranks that are forked later find it installed
+    import tests.distributed.programs  # noqa: F401  # imported before the fork
+
+    for line in sys.stdin:
+        answer = _run_world(int(line), models, results)
+        sys.__stdout__.write(answer + "\n")
+        sys.__stdout__.flush()
+
+
+def _run_world(world: int, models: Path, results: Path) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks: dict[int, int] = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            _run_rank(world, models, results)
+        ranks[pid] = rank
+    answer = "ok"
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status and answer == "ok":
+            answer = str(results / f"error-{world}-{rank}.txt")
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return answer
+
+
+def _run_rank(world: int, models: Path, results: Path) -> None:
+    from tests.distributed.programs import run_world
+
+    try:
+        run_world(world, models, results)
+    except BaseException:  # reported by the parent
+        error = results / f"error-{world}-{os.environ['RANK']}.txt"
+        error.write_text(traceback.format_exc())
+        os._exit(1)
+    for child in multiprocessing.active_children():
+        child.kill()  # the checkpoint writer's manager outlives `os._exit`
+    os._exit(0)  # gloo's own teardown can abort
+
+
+if __name__ == "__main__":
+    main()

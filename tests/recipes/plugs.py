@@ -1,0 +1,56 @@
+"""Plugs that misbehave in one way each, for `task._target_` and `loss._target_`."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from opcd_nemo.losses import DivergenceLoss
+from opcd_nemo.metrics import Stats
+from opcd_nemo.tasks import Episode
+from opcd_nemo.tasks.system_prompt import StyleTask
+from opcd_nemo.types import Split
+
+LAST_RANK = os.environ.get("RANK") == "1"
+
+
+class EmptyTask(StyleTask):
+    """A task without prompts."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        return []
+
+
+class RaisingTask(StyleTask):
+    """Raises on one rank in the second step."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        if LAST_RANK and split == "train" and step == 1:
+            raise RuntimeError("this rank's task broke")
+        return super().episodes(split, step, n)
+
+
+class ExitingTask(StyleTask):
+    """Ends the process of one rank in the second step, as the kernel's memory killer would."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        if LAST_RANK and split == "train" and step == 1:
+            os._exit(7)
+        return super().episodes(split, step, n)
+
+
+class NanLoss(DivergenceLoss):
+    """Not a number on one rank in the second step (one micro-batch a step)."""
+
+    calls = 0
+
+    def __call__(self, *heads: Any, **arguments: Any) -> tuple[torch.Tensor, Stats]:
+        self.calls += 1
+        total, stats = super().__call__(*heads, **arguments)
+        if LAST_RANK and self.calls == 2:
+            total = total * math.nan
+            stats = Stats({name: (math.nan, count) for name, (_, count) in stats.sums.items()})
+        return total, stats
