@@ -16,8 +16,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from opcd_nemo.attention import AttentionState, KeyValue, KVCache, PackedAttention, Packing, Rotary
+from opcd_nemo.attention import (
+    AttentionState,
+    DecodeAttention,
+    KeyValue,
+    KVCache,
+    PackedAttention,
+    Packing,
+    Rotary,
+)
 from opcd_nemo.batching import TokenBatch
+from opcd_nemo.decode import decode_block
 from opcd_nemo.hf import (
     Checkpoint,
     ModelConfig,
@@ -26,7 +35,7 @@ from opcd_nemo.hf import (
     padded_query_groups,
     padded_vocab_size,
 )
-from opcd_nemo.layers import PackedWeight, block_spec
+from opcd_nemo.layers import PackedWeight, block_spec, weights_are_packed
 from opcd_nemo.losses import Head
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
@@ -40,6 +49,9 @@ class HiddenGPT(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
     def forward(self, token_ids_T: torch.Tensor, state: AttentionState) -> torch.Tensor:
         """This stage's hidden states [T, 1, H] (T / tp under sequence parallelism)."""
         hidden = self.embedding(token_ids_T[None], None) if self.pre_process else None
+        if isinstance(state, DecodeAttention) and weights_are_packed(self.decoder):
+            hidden = self.decoder.input_tensor if hidden is None else hidden
+            return decode_block(self.decoder, hidden[:, 0], state)[:, None]
         out: torch.Tensor = self.decoder(hidden_states=hidden, attention_mask=state)
         return out
 

@@ -14,9 +14,10 @@ import re
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,9 @@ from opcd_nemo.config import TrainConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import choose_device
 from opcd_nemo.types import NonFiniteError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -41,6 +45,7 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
         config_name: a file of `conf/`, without its ending.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
+    warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
     try:
         code = _run_rank(load_main, config_name) if is_rank else _launch(config_name)
@@ -103,6 +108,7 @@ def _explain_hydra(error: Exception, config_name: str) -> str:
 def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # speaks while NeMo is imported
     main = load_main()
     from nemo.core.config import hydra_runner
 
@@ -117,8 +123,6 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
 
 def quiet_libraries() -> None:
     """Keep third parties' notes off the screen; their errors stay."""
-    import warnings
-
     from nemo.utils import logging as nemo_logging
 
     warnings.filterwarnings("ignore")
@@ -172,6 +176,7 @@ def _torchrun(config: TrainConfig) -> int:
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
+        run_id=str(os.getpid()),
         nproc_per_node=config.parallel.num_ranks,
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{config.parallel.port}",
@@ -182,16 +187,25 @@ def _torchrun(config: TrainConfig) -> int:
     try:
         elastic_launch(settings, sys.executable)(*["-u", *sys.argv])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        sys.stderr.write(
-            f"error: rank {rank} failed first (exit code {failure.exitcode}): "
-            f"{_last_line(failure.message)}\n"
-        )
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = _first_failure(error.failures)
+        sys.stderr.write(f"error: rank {rank} failed first: {_first_line(failure)}\n")
+        return failure.exitcode if failure.exitcode > 0 else EXIT_FAILURE
     return 0
 
 
-def _last_line(message: object) -> str:
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
-    lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed on its own.
+
+    A process that ends without an exception leaves no time of its own; the exceptions of the
+    others, who lost their peer, are later than its end though earlier than its discovery.
+    """
+    silent = {rank: one for rank, one in failures.items() if not isinstance(one.message, dict)}
+    candidates = silent or failures
+    return min(candidates.items(), key=lambda item: item[1].timestamp)
+
+
+def _first_line(failure: ProcessFailure) -> str:
+    if not isinstance(failure.message, dict):
+        return f"it ended without an exception, exit code {failure.exitcode}"
+    lines = [line.strip() for line in str(failure.message["message"]).splitlines()]
+    return next((line for line in lines if line), f"exit code {failure.exitcode}")

@@ -98,6 +98,12 @@ def pack_weights(module: torch.nn.Module) -> None:
             linear.packed = PackedWeight(linear.weight)
 
 
+def weights_are_packed(block: Any) -> bool:
+    """Whether the block's linears hold packed weights."""
+    fc2 = block.layers[0].mlp.linear_fc2
+    return isinstance(fc2, RowLinear) and fc2.packed is not None
+
+
 def unpack_weights(module: torch.nn.Module) -> None:
     """Forget the packed weights: they are stale after an optimizer step."""
     for linear in module.modules():

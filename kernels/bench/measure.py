@@ -1,6 +1,7 @@
 """Times and peak memory of providers that take turns in one process, and the table's rows."""
 
 import csv
+import ctypes
 import gc
 import os
 import platform
@@ -68,12 +69,19 @@ class Meter:
 
     def _reset_peak(self) -> float:
         gc.collect()
+        _return_free_pages()
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated() / MIB
         Path("/proc/self/clear_refs").write_text("5")
         return _memory_mib("VmRSS")
+
+
+def _return_free_pages() -> None:
+    """What earlier providers freed would otherwise hide what the next one takes."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _memory_mib(name: str) -> float:

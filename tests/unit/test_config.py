@@ -1,0 +1,189 @@
+"""Bad values are refused in one line that names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from omegaconf import DictConfig
+
+from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.launch import CONF, compose
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    return compose("train", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        pytest.param(
+            "+optim.lrr=1",
+            "optim.lrr=1: no such key; allowed: lr, min_lr, schedule, warmup_steps, betas, eps, "
+            "weight_decay, clip_grad, use_distributed_optimizer, overlap_grad_reduce",
+            id="misspelt",
+        ),
+        pytest.param(
+            "+loss.temperatur=1",
+            "loss.temperatur=1: no such argument of opcd_nemo.losses.DivergenceLoss; "
+            "allowed: kind, beta, temperature, chunk_tokens",
+            id="misspelt-in-plug",
+        ),
+        pytest.param(
+            "~optim.lr", "optim.lr: no value is given; allowed: a number", id="missing-number"
+        ),
+        pytest.param(
+            "~student.path", "student.path: no value is given; allowed: a text", id="missing-text"
+        ),
+        pytest.param(
+            "seed=???", "seed: no value is given; allowed: a whole number", id="question-marks"
+        ),
+        pytest.param(
+            "~loss.kind",
+            "loss.kind: no value is given to opcd_nemo.losses.DivergenceLoss; "
+            "allowed: kind, beta, temperature, chunk_tokens",
+            id="missing-in-plug",
+        ),
+        pytest.param("optim.lr=abc", "optim.lr=abc: allowed: a number", id="text-for-number"),
+        pytest.param("optim.lr=true", "optim.lr=True: allowed: a number", id="bool-for-number"),
+        pytest.param("seed=1.5", "seed=1.5: allowed: a whole number", id="fraction"),
+        pytest.param(
+            "trainer.max_steps=1.5",
+            "trainer.max_steps=1.5: allowed: a whole number",
+            id="fraction-in-untyped-group",
+        ),
+        pytest.param(
+            "engine.max_batch_size=1.5",
+            "engine.max_batch_size=1.5: allowed: a whole number",
+            id="fraction-in-plug",
+        ),
+        pytest.param(
+            "optim.betas=0.9", "optim.betas=0.9: allowed: a list of numbers", id="not-a-list"
+        ),
+        pytest.param(
+            "student.keep_layers=[a]",
+            "student.keep_layers=['a']: allowed: a list of whole numbers, or null",
+            id="text-in-list",
+        ),
+        pytest.param("student.path=null", "student.path=None: allowed: a text", id="null"),
+        pytest.param(
+            "exp_manager.exp_dir=null", "exp_manager.exp_dir=None: allowed: a text", id="null-text"
+        ),
+        pytest.param("optim.lr=-1", "optim.lr=-1.0: allowed: a number > 0", id="negative"),
+        pytest.param(
+            "parallel.num_ranks=0", "parallel.num_ranks=0: allowed: a number > 0", id="zero"
+        ),
+        pytest.param(
+            "rollout.temperature=-0.1",
+            "rollout.temperature=-0.1: allowed: a number >= 0",
+            id="negative-temperature",
+        ),
+        pytest.param(
+            "loss.chunk_tokens=-1",
+            "loss.chunk_tokens=-1: allowed: a number > 0",
+            id="negative-in-plug",
+        ),
+        pytest.param("optim.lr=nan", "optim.lr=nan: allowed: a finite number", id="nan"),
+        pytest.param("optim.lr=inf", "optim.lr=inf: allowed: a finite number", id="infinite"),
+        pytest.param(
+            "loss.temperature=nan", "loss.temperature=nan: allowed: a finite number", id="plug-nan"
+        ),
+        pytest.param(
+            "optim.betas=[nan,0.9]",
+            "optim.betas=[nan, 0.9]: allowed: two numbers in [0, 1)",
+            id="nan-in-list",
+        ),
+        pytest.param(
+            "rollout.top_p=1.2", "rollout.top_p=1.2: allowed: at most 1.0", id="above-one"
+        ),
+        pytest.param(
+            "parallel.port=70000", "parallel.port=70000: allowed: at most 65535", id="no-such-port"
+        ),
+        pytest.param(
+            "optim.schedule=linear",
+            "optim.schedule=linear: allowed: constant, cosine",
+            id="no-such-choice",
+        ),
+        pytest.param(
+            "loss.kind=kl",
+            "loss.kind=kl: allowed: reverse_kl, forward_kl, jsd",
+            id="no-such-choice-in-plug",
+        ),
+        pytest.param(
+            "optim.min_lr=1", "optim.min_lr=1.0: allowed: at most optim.lr=5e-05", id="min-above-lr"
+        ),
+        pytest.param(
+            "batching.micro_batch_size=3",
+            "batching.micro_batch_size=3: allowed: a divisor of batching.global_batch_size=8",
+            id="micro-batches",
+        ),
+        pytest.param(
+            "evaluation.num_questions=0",
+            "evaluation.num_questions=0: allowed: a number > 0",
+            id="no-questions",
+        ),
+        pytest.param(
+            "task._target_=nope.Task",
+            "task._target_=nope.Task: allowed: an importable class (No module named 'nope')",
+            id="no-such-class",
+        ),
+        pytest.param("name=../x", "name=../x: allowed: the name of a folder", id="name"),
+        pytest.param(
+            "rollout.max_new_tokens=${foo.bar}",
+            "rollout.max_new_tokens: Interpolation key 'foo.bar' not found; "
+            "allowed: a key that exists",
+            id="interpolation",
+        ),
+    ],
+)
+def test_refuses_in_one_line(override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match="allowed") as caught:
+        load_config(compose("train", [override]))
+    assert str(caught.value) == expected
+
+
+def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:
+    with pytest.raises(ValueError, match=r"^warmup\.loss\.kind=kl: allowed: reverse_kl, "):
+        load_config(compose("train", ["warmup=off_policy", "warmup.loss.kind=kl"]))
+
+
+def test_loads_typed(composed: DictConfig) -> None:
+    config = load_config(composed)
+    assert isinstance(config, TrainConfig)
+    assert config.optim.betas == [0.9, 0.999]
+    assert config.teacher.dtype == config.student.dtype == "bf16"
+    assert config.evaluation.max_new_tokens == config.rollout.max_new_tokens
+    assert config.task["seed"] == config.seed
+
+
+def test_defaults_follow_the_paper(composed: DictConfig) -> None:
+    config = load_config(composed)
+    optim = config.optim
+    assert (optim.weight_decay, optim.clip_grad, optim.warmup_steps) == (0.01, 1.0, 0)
+    assert config.batching.aggregation == "sequence_mean"
+    assert (config.loss["kind"], config.loss["temperature"]) == ("reverse_kl", 1.0)
+    assert (config.rollout.sampler, config.rollout.temperature) == ("student", 1.0)
+
+
+@pytest.mark.parametrize(("recipe", "parallel"), product(names("recipe"), names("parallel")))
+def test_every_recipe_composes_with_every_layout(recipe: str, parallel: str) -> None:
+    config = load_config(compose("train", [f"recipe={recipe}", f"parallel={parallel}"]))
+    assert config.name == f"{recipe}-{parallel}"
+    assert recipe.split("_")[1] == config.task["verifier"]
+    assert config.rollout.sampler == (
+        "teacher" if recipe.endswith(("_offpolicy", "_sft")) else "student"
+    )
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(g, n) for g in ("loss", "warmup", "context", "task", "rollout") for n in names(g)],
+)
+def test_every_word_of_a_group_loads(group: str, name: str) -> None:
+    load_config(compose("train", [f"{group}={name}"]))
