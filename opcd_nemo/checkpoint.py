@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# gate and up under keys of their own: one key would put the padding of gate between them
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
 
 
 def save(
@@ -33,10 +37,11 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     parallel.barrier()
-    state = {"student": student.module.sharded_state_dict(metadata=_METADATA)}
+    state = {"student": _weights(student)}
     if "optimizer_states" in common:
         state |= _optimizer_state(state["student"], optimizer, is_loading=False)
-    dist_checkpointing.save({**state, "common": common}, str(temporary))
+    whole = {**state, "common": common, "model": asdict(student.config)}
+    dist_checkpointing.save(whole, str(temporary))
     parallel.barrier()
     if parallel.rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -45,9 +50,17 @@ def save(
 
 
 def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dict[str, Any]:
-    """Fill student and optimizer from a checkpoint of any layout; returns its `common`."""
+    """Fill student and optimizer from a checkpoint of any layout; returns its `common`.
+
+    Raises:
+        ValueError: the checkpoint is of a model with another shape.
+    """
+    saved, wanted = dist_checkpointing.load_common_state_dict(str(path))["model"], student.config
+    for key, value in asdict(wanted).items():
+        if saved[key] != value:
+            raise ValueError(f"{path}: {key} is {saved[key]}; allowed: the student's {value}")
     _prepare_loading(optimizer.optimizer)
-    state = {"student": student.module.sharded_state_dict(metadata=_METADATA)}
+    state = {"student": _weights(student)}
     state |= _optimizer_state(state["student"], optimizer, is_loading=True)
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)
@@ -56,6 +69,29 @@ def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dic
     _own_step_counts(optimizer.optimizer)
     common: dict[str, Any] = loaded["common"]
     return common
+
+
+def _weights(student: LanguageModel) -> dict[str, Any]:
+    """The sharded weights; layouts pad them differently, always at the end of a dim."""
+    state: dict[str, Any] = student.module.sharded_state_dict(metadata=_METADATA)
+    for name, part in state.items():
+        if "norm" in name:
+            continue
+        if isinstance(part, ShardedTensor):
+            part.allow_shape_mismatch = True
+        elif isinstance(part, ShardedTensorFactory):
+            part.build_fn = _allowing_mismatch(part.build_fn)
+    return state
+
+
+def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def build_allowing(*args: Any) -> list[Any]:
+        parts = build(*args)
+        for part in parts:
+            part.allow_shape_mismatch = True
+        return parts
+
+    return build_allowing
 
 
 def _optimizer_state(

@@ -108,16 +108,29 @@ def _explain_hydra(error: Exception, config_name: str) -> str:
 def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # speaks while NeMo is imported
+    telemetry = logging.getLogger("nv_one_logger")  # NeMo's; on screen from its import on
+    telemetry.addHandler(logging.NullHandler())
+    telemetry.propagate = False
     main = load_main()
     from nemo.core.config import hydra_runner
 
     quiet_libraries()
 
-    def task(config: DictConfig) -> None:
-        main(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+    failures: list[Exception] = []  # Hydra must not see them: it prints the whole command again
 
-    record(hydra_runner(config_path=str(CONF), config_name=config_name)(task))()
+    def task(config: DictConfig) -> None:
+        try:
+            main(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+        except Exception as error:
+            failures.append(error)
+
+    @record
+    def run() -> None:
+        hydra_runner(config_path=str(CONF), config_name=config_name)(task)()
+        for error in failures:
+            raise error
+
+    run()
     return 0
 
 
@@ -200,8 +213,11 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
     others, who lost their peer, are later than its end though earlier than its discovery.
     """
     silent = {rank: one for rank, one in failures.items() if not isinstance(one.message, dict)}
-    candidates = silent or failures
-    return min(candidates.items(), key=lambda item: item[1].timestamp)
+    if silent:
+        return min(silent.items(), key=lambda item: item[1].timestamp)
+    written = {rank: Path(one.error_file).stat().st_mtime_ns for rank, one in failures.items()}
+    rank = min(written, key=written.__getitem__)  # `timestamp` is in whole seconds
+    return rank, failures[rank]
 
 
 def _first_line(failure: ProcessFailure) -> str:

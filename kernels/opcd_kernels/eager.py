@@ -219,7 +219,7 @@ class EagerBackend:
             fill a block do not.
     """
 
-    block_elements: int = 1 << 19
+    block_elements: int = 1 << 18
     compiled: bool = False
 
     def _rows_at_once(self, num_columns: int) -> int:

@@ -160,25 +160,14 @@ class _LinearLoss(torch.autograd.Function):
         plan: ChunkPlan,
         gradient_in_forward: bool,
     ) -> Tensor:
-        num_rows, head = hidden_NH.shape[0], weight_VH[: plan.width]
-        buffer = head.new_empty((min(plan.chunk_tokens, num_rows), plan.width))
         gradients = None
         if gradient_in_forward:
             gradients = _Gradients(hidden_NH, weight_VH, plan, ctx.needs_input_grad)
-        losses, constants = [hidden_NH.new_empty(0, dtype=torch.float32)], []
-        for rows in plan.chunks(num_rows):
-            logits = chunk_logits(hidden_NH, head, rows, buffer)
-            loss_C, constants_CX = loss.measure(logits, rows)
-            losses.append(loss_C)
-            constants.append(constants_CX)
-            if gradients is not None and plan.weight_N is not None:
-                loss.differentiate_(logits, constants_CX, plan.weight_N[rows], rows)
-                gradients.add(logits, hidden_NH, rows)
-        loss.release()
+        loss_N, constants = _measure_chunks(hidden_NH, weight_VH, loss, plan, gradients)
         ctx.save_for_backward(hidden_NH, weight_VH, *constants)
         ctx.loss, ctx.plan = loss, plan
         ctx.ready = None if gradients is None else gradients.finish()
-        return weighted(torch.cat(losses), plan.weight_N)
+        return weighted(loss_N, plan.weight_N)
 
     @staticmethod
     @once_differentiable
@@ -203,6 +192,29 @@ def _is_one_number(upstream_N: Tensor) -> bool:
     return upstream_N.device.type == "cpu" and bool((upstream_N == upstream_N[0]).all())
 
 
+def _measure_chunks(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    loss: ChunkLoss,
+    plan: ChunkPlan,
+    gradients: _Gradients | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses of all rows and constants of each chunk; fills the gradients if there are any."""
+    num_rows, head = hidden_NH.shape[0], weight_VH[: plan.width]
+    buffer = head.new_empty((min(plan.chunk_tokens, num_rows), plan.width))
+    losses, constants = [hidden_NH.new_empty(0, dtype=torch.float32)], []
+    for rows in plan.chunks(num_rows):
+        logits = chunk_logits(hidden_NH, head, rows, buffer)
+        loss_C, constants_CX = loss.measure(logits, rows)
+        losses.append(loss_C)
+        constants.append(constants_CX)
+        if gradients is not None and plan.weight_N is not None:
+            loss.differentiate_(logits, constants_CX, plan.weight_N[rows], rows)
+            gradients.add(logits, hidden_NH, rows)
+    loss.release()
+    return torch.cat(losses), constants
+
+
 def _gradients_again(
     ctx: _Context,
     hidden_NH: Tensor,
@@ -213,14 +225,16 @@ def _gradients_again(
     """Both gradients from recomputed logits; row constants are merged, so no rank waits."""
     plan, loss, head = ctx.plan, ctx.loss, weight_VH[: ctx.plan.width]
     upstream = upstream_N if plan.weight_N is None else upstream_N * plan.weight_N
-    buffer = head.new_empty((min(plan.chunk_tokens, hidden_NH.shape[0]), plan.width))
     gradients = _Gradients(hidden_NH, weight_VH, plan, ctx.needs_input_grad)
+    buffer = head.new_empty((min(plan.chunk_tokens, hidden_NH.shape[0]), plan.width))
     for rows, constants_CX in zip(plan.chunks(hidden_NH.shape[0]), constants, strict=True):
         logits = chunk_logits(hidden_NH, head, rows, buffer)
         loss.restore(rows)
         loss.differentiate_(logits, constants_CX, upstream[rows].contiguous(), rows)
         gradients.add(logits, hidden_NH, rows)
+        del logits
     loss.release()
+    del buffer  # before the weight's gradient gets its second copy, in its own dtype
     return gradients.finish()
 
 

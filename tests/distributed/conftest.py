@@ -48,10 +48,10 @@ def transformers_models(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def run_world(
+def run_job(
     folder: Path, transformers_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[int], Path]]:
-    """Runs a world on its first call; gives the folder of its results."""
+) -> Iterator[Callable[[str], Path]]:
+    """Runs a job of `worker` on its first call; gives the folder of its results."""
     results = tmp_path_factory.mktemp("results")
     worker = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.worker", str(folder), str(results)],
@@ -61,15 +61,16 @@ def run_world(
         stdout=subprocess.PIPE,
         text=True,
     )
-    answers: dict[int, str] = {}
+    answers: dict[str, str] = {}
 
-    def run(world: int) -> Path:
-        if world not in answers:
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write(f"{world}\n")
+    def run(job: str) -> Path:
+        if job not in answers:
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write(f"{job}\n")
             worker.stdin.flush()
-            answers[world] = worker.stdout.readline().strip()
-        answer = answers[world]
+            answers[job] = worker.stdout.readline().strip()
+        answer = answers[job]
         assert answer == "ok", Path(answer).read_text() if answer else "the worker died"
         return results
 
@@ -78,14 +79,15 @@ def run_world(
 
 
 @pytest.fixture(scope="session")
-def results(run_world: Callable[[int], Path]) -> Callable[[str], Any]:
+def results(run_job: Callable[[str], Path]) -> Callable[[str], Any]:
     """What a layout found, by its name (or `<source>-to-<target>` for checkpoints)."""
     loaded: dict[str, Any] = {}
 
-    def load(name: str) -> Any:  # noqa: ANN401
+    def load(name: str) -> Any:
         if name not in loaded:
-            world = cases.LAYOUTS[name.split("-to-")[0]].world
-            loaded[name] = torch.load(run_world(world) / f"{name}.pt", weights_only=False)
+            source, *moved = name.split("-to-")
+            job = f"{'moves' if moved else 'world'} {cases.LAYOUTS[source].world}"
+            loaded[name] = torch.load(run_job(job) / f"{name}.pt", weights_only=False)
         return loaded[name]
 
     return load

@@ -61,13 +61,22 @@ def run_world(world: int, models: Path, results: Path) -> None:
             if parallel.rank == 0:
                 torch.save(found, results / f"{name}.pt")
             parallel.barrier()
-    for source, target in cases.CHECKPOINTS.get(world, []):
+    _finish()
+
+
+def run_moves(world: int, models: Path, results: Path) -> None:
+    """Move checkpoints between the layouts of a world of this size."""
+    for source, target in cases.CHECKPOINTS[world]:
         found = {
             case: move_checkpoint(models, results, cases.TRAIN_CASES[case], source, target)
             for case in cases.CHECKPOINT_CASES
         }
         if int(dist.get_rank()) == 0:
             torch.save(found, results / f"{source}-to-{target}.pt")
+    _finish()
+
+
+def _finish() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()
 
@@ -504,10 +513,7 @@ def move_checkpoint(
     continued, _ = full_tensors(run.student, lambda p: p.data)
 
     run = build_run(start(target), models, case)
-    try:
-        common = checkpoint.load(path, run.student, run.optimizer)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+    common = checkpoint.load(path, run.student, run.optimizer)
     loaded, _ = full_tensors(run.student, lambda p: p.data)
     stats = distill_step(run, 2).means()
     resumed, unequal = full_tensors(run.student, lambda p: p.data)

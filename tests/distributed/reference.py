@@ -31,7 +31,7 @@ def negative_logprob(student_NV: torch.Tensor, targets_N: torch.Tensor) -> torch
     return -student_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
 
 
-def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:  # noqa: ANN401
+def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:
     """Three steps, one sequence at a time, without packing, held prefixes or shards."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     named = dict(student.named_parameters())
@@ -64,8 +64,8 @@ def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:  # noq
 
 
 def _step_loss(
-    student: Any,  # noqa: ANN401
-    teacher: Any,  # noqa: ANN401
+    student: Any,
+    teacher: Any,
     case: TrainCase,
     step: int,
 ) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _step_loss(
 
 
 def _response_logits(
-    model: Any,  # noqa: ANN401
+    model: Any,
     prompt: Sequence[int],
     response: Sequence[int],
 ) -> torch.Tensor:
@@ -97,7 +97,7 @@ def _response_logits(
 
 
 def generate(
-    model: Any,  # noqa: ANN401
+    model: Any,
     prompts: Sequence[Prompt],
     ends: Sequence[int],
 ) -> list[tuple[int, ...]]:
@@ -126,7 +126,7 @@ def _until_end(row: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
     return tuple(row[: last + 1])
 
 
-def choose_ends(model: Any) -> list[int]:  # noqa: ANN401
+def choose_ends(model: Any) -> list[int]:
     """Three tokens that, as ends, let the rows finish at many different times."""
     model.generation_config.eos_token_id = None
     rows = generate(model, cases.generation_prompts(led=False), ())

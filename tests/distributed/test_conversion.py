@@ -17,7 +17,7 @@ BAR = "logits: transformers"
 
 
 @torch.no_grad()
-def expected_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
+def expected_logits(model: Any) -> torch.Tensor:
     return torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
 
 

@@ -1,7 +1,7 @@
 """Runs the programs of one world size on demand: imports once, forks one process a rank.
 
 Started by the tests as `python -m tests.distributed.worker MODELS RESULTS`; each line read is a
-world size, each line written `ok` or the path of a traceback. The top of this file stays light:
+job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback. The top of this file stays light:
 megatron-core's checkpoint writer starts a process that imports it again.
 """
 
@@ -25,12 +25,13 @@ def main() -> None:
     import tests.distributed.programs  # noqa: F401  # imported before the fork
 
     for line in sys.stdin:
-        answer = _run_world(int(line), models, results)
+        job, world = line.split()
+        answer = _run_job(job, int(world), models, results)
         sys.__stdout__.write(answer + "\n")
         sys.__stdout__.flush()
 
 
-def _run_world(world: int, models: Path, results: Path) -> str:
+def _run_job(job: str, world: int, models: Path, results: Path) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,26 +46,26 @@ def _run_world(world: int, models: Path, results: Path) -> str:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            _run_rank(world, models, results)
+            _run_rank(job, world, models, results)
         ranks[pid] = rank
     answer = "ok"
     while ranks:
         pid, status = os.wait()
         rank = ranks.pop(pid)
         if status and answer == "ok":
-            answer = str(results / f"error-{world}-{rank}.txt")
+            answer = str(results / f"error-{job}-{world}-{rank}.txt")
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
     return answer
 
 
-def _run_rank(world: int, models: Path, results: Path) -> None:
-    from tests.distributed.programs import run_world
+def _run_rank(job: str, world: int, models: Path, results: Path) -> None:
+    from tests.distributed import programs
 
     try:
-        run_world(world, models, results)
+        {"world": programs.run_world, "moves": programs.run_moves}[job](world, models, results)
     except BaseException:  # reported by the parent
-        error = results / f"error-{world}-{os.environ['RANK']}.txt"
+        error = results / f"error-{job}-{world}-{os.environ['RANK']}.txt"
         error.write_text(traceback.format_exc())
         os._exit(1)
     for child in multiprocessing.active_children():

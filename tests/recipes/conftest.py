@@ -1,0 +1,65 @@
+"""Recipes run as a user runs them: a subprocess in the repository's root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_chat_model
+
+ROOT = Path(__file__).parents[2]
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+SMOKE = (
+    "student.dtype=fp32 trainer.max_steps=2 evaluation.num_questions=2 evaluation.num_retention=2 "
+    "evaluation.retention_max_new_tokens=4 rollout.max_new_tokens=4 batching.global_batch_size=4 "
+    "batching.micro_batch_size=2 parallel.timeout_s=60 parallel.device=cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random chat model."""
+    return write_chat_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def train(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs `recipes/train.py` on the tiny model; later overrides win."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run(
+        *overrides: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, "recipes/train.py", *SMOKE),
+                *(f"student.path={tiny}", f"exp_manager.exp_dir={runs}", *overrides),
+            ],
+            cwd=ROOT,
+            env=_clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    return run
+
+
+def _clean_environment() -> dict[str, str]:
+    """Without what a torchrun around pytest would have set."""
+    launcher = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    return {key: value for key, value in os.environ.items() if key not in launcher}

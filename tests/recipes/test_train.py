@@ -1,0 +1,61 @@
+"""The documented command, with smoke settings, on every layout of two ranks."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from opcd_nemo.metrics import read_metrics
+from tests.recipes.conftest import Train
+
+LAYOUTS = {"dp2": (1, 1, 2), "tp2": (2, 1, 1), "pp2": (1, 2, 1)}
+SUMMARY_KEYS = (
+    "base in_context student retention_before retention_after retention_in_context steps "
+    "seconds_total cpu_seconds_per_step peak_rss_gib world_size tp pp dp seed versions"
+).split()
+
+
+@pytest.fixture(scope="module")
+def runs(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run of two steps on each layout; gives the folders."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(layout: str) -> Path:
+        done = train(
+            *("recipe=demo_brevity", f"parallel={layout}", f"exp_manager.exp_dir={folder}")
+        )
+        assert done.returncode == 0, done.stderr
+        for words in ("device cpu", "in-context gap before training", "after training"):
+            assert words in done.stdout
+        return folder / f"demo_brevity-{layout}"
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(LAYOUTS, pool.map(run, LAYOUTS), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_run_leaves_every_file(runs: dict[str, Path], layout: str) -> None:
+    folder = runs[layout]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(SUMMARY_KEYS) <= summary.keys()
+    assert (summary["tp"], summary["pp"], summary["dp"]) == LAYOUTS[layout]
+    assert (summary["world_size"], summary["steps"]) == (2, 2)
+    assert summary["versions"].keys() >= {"torch", "megatron-core", "nemo-toolkit"}
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "samples.md").read_text().startswith("# Samples")
+    assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 2
+    assert (folder / "checkpoints" / "step=2.ckpt" / ".metadata").is_file()
+
+
+def test_layouts_agree_on_the_first_loss(runs: dict[str, Path]) -> None:
+    losses = {
+        layout: read_metrics(folder / "metrics.jsonl")[0]["loss/reverse_kl"]
+        for layout, folder in runs.items()
+    }
+    assert losses["tp2"] == pytest.approx(losses["dp2"], rel=1e-5)
+    assert losses["pp2"] == pytest.approx(losses["dp2"], rel=1e-5)
