@@ -91,7 +91,7 @@ def linear_divergence(
         group=group,
         token_weight_N=None if weight_N is None else take_rows(weight_N, active),
         engine=backend.choose(student_hidden_NH),
-        chunk_tokens=chunk_size(chunk_tokens, student_weight_VH),
+        chunk_tokens=chunk_size(chunk_tokens, student_weight_VH, num_rows),
     )
     plan = ChunkPlan(
         chunk_tokens=loss.chunk_tokens, width=width, group=group, weight_N=loss.token_weight_N

@@ -75,7 +75,7 @@ def linear_token_logprob(
         token_weight_N=None if weight_N is None else take_rows(weight_N, active),
         engine=backend.choose(hidden_NH),
     )
-    chunk = chunk_size(chunk_tokens, weight_VH)
+    chunk = chunk_size(chunk_tokens, weight_VH, num_rows)
     plan = ChunkPlan(chunk_tokens=chunk, width=width, group=group, weight_N=loss.token_weight_N)
     loss_A = linear_loss(take_rows(hidden_NH, active), weight_VH, loss, plan)
     return spread_rows(loss_A, active, num_rows)
