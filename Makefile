@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check format clean kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(STAMP) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
@@ -33,6 +33,20 @@ check: $(STAMP) ## lint, format, types, import floors, duplicates
 format: $(STAMP) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels-aot: $(STAMP) ## compile every kernel for every GPU and compare with the committed table
+	$(BIN)/python -m opcd_kernels.aot --table kernels/aot_resources.json
+
+bench-kernels: $(STAMP) ## time and memory of the divergences on this CPU, appended to kernels/bench/results
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_divergence.py
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear_divergence.py
+
+test-gpu: $(STAMP) ## what only a GPU can prove (never run yet)
+	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py -v
+
+bench-gpu: $(STAMP) ## the benchmarks on a GPU (never run yet)
+	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936
+	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -64,16 +64,15 @@ def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dic
     state |= _optimizer_state(state["student"], optimizer, is_loading=True)
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)
-    optimizer.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer.optimizer, loaded["optimizer"])
     optimizer.scheduler.load_state_dict(loaded["scheduler"])
-    _own_step_counts(optimizer.optimizer)
     common: dict[str, Any] = loaded["common"]
     return common
 
 
 def _weights(student: LanguageModel) -> dict[str, Any]:
     """The sharded weights; layouts pad them differently, always at the end of a dim."""
-    state: dict[str, Any] = student.module.sharded_state_dict(metadata=_METADATA)
+    state: dict[str, Any] = student.module.sharded_state_dict(metadata=dict(_METADATA))
     for name, part in state.items():
         if "norm" in name:
             continue
@@ -97,9 +96,14 @@ def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[An
 def _optimizer_state(
     weights: dict[str, Any], optimizer: StudentOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
+    # Megatron 0.16.1 leaves out the padding between buckets, but not from the parameters' offsets
+    for buffer in optimizer.ddp.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
     return {
         "optimizer": optimizer.optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=_METADATA
+            weights, is_loading=is_loading, metadata=dict(_METADATA)
         ),
         "scheduler": optimizer.scheduler.state_dict(),
     }
@@ -117,8 +121,18 @@ def _prepare_loading(optimizer: Any) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _own_step_counts(optimizer: Any) -> None:
-    """Loading shares one step tensor among all parameters: AdamW would count it once for each."""
-    for part in optimizer.chained_optimizers:
-        for state in part.optimizer.state.values():
-            state["step"] = state["step"].clone()
+def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Fill the optimizer, with a step count of its own for every parameter.
+
+    Megatron 0.16.1 shares one step tensor among all parameters, so that AdamW would count it once
+    for each, and looks for a step in the loaded moments, where there is none.
+    """
+    (part,) = optimizer.chained_optimizers
+    moments = loaded.pop("param_state", None)
+    part.load_state_dict(loaded)
+    states = list(part.optimizer.state.values())
+    steps = [state.pop("step").clone() for state in states]
+    if moments is not None:
+        part.load_parameter_state_from_fully_reshardable(moments)
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step

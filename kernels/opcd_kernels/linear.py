@@ -26,7 +26,8 @@ from opcd_kernels.shards import sum_over_shards
 
 _GPU_CHUNK_BYTES = 1 << 28
 _CPU_CHUNK_TOKENS = 128
-_WEIGHT_ROWS = 8192
+_PRODUCT_ROWS = 4096
+_SUM_ROWS = 4 * _PRODUCT_ROWS
 
 
 class ChunkLoss(Protocol):
@@ -72,8 +73,8 @@ class ChunkPlan:
 def chunk_size(chunk_tokens: int | None, weight_VH: Tensor, num_rows: int) -> int:
     """The caller's chunk, or one that suits the device.
 
-    On a CPU a single chunk is the fastest up to 256 tokens, because the weight's gradient then needs
-    no sum; more tokens go in chunks of 128, which keep both models' logits small.
+    On a CPU a single chunk is the fastest up to 256 tokens, because the weight's gradient then
+    needs no sum; more tokens go in chunks of 128, which keep both models' logits small.
 
     Raises:
         ValueError: chunk_tokens is below 1.
@@ -95,26 +96,38 @@ def chunk_logits(hidden_NH: Tensor, weight_VH: Tensor, rows: slice, buffer_CV: T
 
 
 class _WeightGradient:
-    """Sum over chunks of gradient^T hidden, in fp32, or in the weight's dtype of a single chunk."""
+    """Sum over chunks of gradient^T hidden, in fp32, or in the weight's dtype of a single chunk.
+
+    The fp32 sum lies in blocks of rows that are freed one by one as they are cast, so that the sum
+    and its cast never exist side by side.
+    """
 
     def __init__(self, weight_VH: Tensor, width: int, num_chunks: int) -> None:
-        dtype = weight_VH.dtype if num_chunks == 1 else torch.float32
-        self._total = torch.zeros_like(weight_VH, dtype=dtype)
-        self._width, self._num_chunks, self._dtype = width, num_chunks, weight_VH.dtype
+        self._weight, self._width = weight_VH, width
+        self._direct = num_chunks == 1 or weight_VH.dtype == torch.float32
+        block = len(weight_VH) if self._direct else _SUM_ROWS
+        dtype = weight_VH.dtype if self._direct else torch.float32
+        self._sums = [torch.zeros_like(rows, dtype=dtype) for rows in weight_VH.split(block)]
+        product_rows = 0 if self._direct else min(_PRODUCT_ROWS, width)
+        self._product = weight_VH.new_empty((product_rows, weight_VH.shape[1]))
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        target = self._total[: self._width]
-        if self._num_chunks == 1:
-            torch.mm(gradient_CV.t(), hidden_CH, out=target)
-        elif self._dtype == torch.float32:
-            target.addmm_(gradient_CV.t(), hidden_CH)
-        else:
-            for start in range(0, self._width, _WEIGHT_ROWS):
-                columns = slice(start, min(start + _WEIGHT_ROWS, self._width))
-                target[columns] += torch.mm(gradient_CV[:, columns].t(), hidden_CH)
+        if self._direct:
+            self._sums[0][: self._width].addmm_(gradient_CV.t(), hidden_CH)
+            return
+        pieces = [piece for rows in self._sums for piece in rows.split(_PRODUCT_ROWS)]
+        for piece, columns in zip(pieces, gradient_CV.split(_PRODUCT_ROWS, dim=1), strict=False):
+            num_columns = columns.shape[1]
+            product = torch.mm(columns.t(), hidden_CH, out=self._product[:num_columns])
+            piece[:num_columns] += product
 
     def finish(self) -> Tensor:
-        return self._total.to(self._dtype)
+        if self._direct:
+            return self._sums[0]
+        out = torch.empty_like(self._weight)
+        for rows in out.split(_SUM_ROWS):
+            rows.copy_(self._sums.pop(0))
+        return out
 
 
 class _Gradients:

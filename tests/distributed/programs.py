@@ -43,7 +43,10 @@ def run_world(world: int, models: Path, results: Path) -> None:
         if layout.world == world:
             parallel = start(name)
             found = {
-                "train": _train_all(parallel, models, name),
+                "train": {
+                    case: train(parallel, models, cases.TRAIN_CASES[case], steps=cases.STEPS)
+                    for case in cases.train_cases(name)
+                },
                 "logits": {m: logits(parallel, models / m) for m in cases.CONVERTED},
                 "kept_logits": logits(
                     parallel, models / "qwen3-untied-odd-teacher", cases.KEPT_LAYERS
@@ -309,13 +312,6 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
     )
 
 
-def _train_all(parallel: Parallel, models: Path, layout: str) -> dict[str, Any]:
-    found = {}
-    for name, case in cases.TRAIN_CASES.items():
-        found[name] = train(parallel, models, case, steps=cases.STEPS)
-    return found
-
-
 def train(parallel: Parallel, models: Path, case: TrainCase, steps: int) -> dict[str, Any]:
     """Distil for some steps; losses, norms, first gradients and last parameters."""
     run = build_run(parallel, models, case)
@@ -406,38 +402,48 @@ class Generator:
 
 
 def generate_all(parallel: Parallel, models: Path) -> dict[str, Any]:
-    """Samples of every variant, by name."""
+    """Samples of every variant, by name; wide worlds leave out what narrow ones show."""
     ends = json.loads((models / "ends.json").read_text())
     ragged, led = (cases.generation_prompts(led=led) for led in (False, True))
     found: dict[str, Any] = {}
     for name in cases.GENERATORS:
         generator = Generator(build(parallel, models / name), ends[name])
         found[f"{name}/packed"] = generator(ragged)
-        found[f"{name}/plain"] = generator(ragged, pack=False)
+        if parallel.world_size <= 2 and not parallel.sequence_parallel:
+            found[f"{name}/plain"] = generator(ragged, pack=False)
     generator = Generator(build(parallel, models / cases.SAMPLED_FROM), ends[cases.SAMPLED_FROM])
+    found |= {
+        "led, held": generator(led, prefix=cases.PREFIX),
+        "drawn": generator(led, DRAWN),
+        "drawn, split": generator(led, DRAWN, parts=3),
+        "decoded rows": _decoded_rows(generator, ragged),
+    }
+    if parallel.world_size <= 2:
+        found |= _more_variants(generator, ragged, led)
+    generator = Generator(build(parallel, models / cases.PADDING_WINS), ())
+    found["padding, greedy"] = generator(ragged[:8])
+    hot = replace(DRAWN, temperature=5.0, top_p=1.0, top_k=0)
+    found["padding, hot"] = generator(ragged[:8], hot)
+    return found
+
+
+def _more_variants(
+    generator: Generator, ragged: list[Prompt], led: list[Prompt]
+) -> dict[str, list[Sample]]:
     prefix, in_stream = cases.PREFIX, cases.IN_STREAM
     half = [p if p.index % 2 else replace(p, token_ids=p.token_ids[1:]) for p in led]
-    found |= {
+    return {
         "narrow": generator(ragged, width=5),
         "led": generator(led),
-        "led, held": generator(led, prefix=prefix),
         "led, held, plain": generator(led, prefix=prefix, pack=False, width=7),
         "led, all held": generator(led, prefix=(*prefix, *in_stream)),
         "half led": generator(half),
         "half led, held": generator(half, prefix=prefix),
-        "drawn": generator(led, DRAWN),
         "drawn, plain": generator(led, DRAWN, pack=False),
-        "drawn, split": generator(led, DRAWN, parts=3),
         "drawn, narrow": generator(led, DRAWN, width=5),
         "drawn, held": generator(led, DRAWN, prefix=prefix),
         "drawn, reversed": generator(led[::-1], DRAWN)[::-1],
-        "decoded rows": _decoded_rows(generator, ragged),
     }
-    generator = Generator(build(parallel, models / cases.PADDING_WINS), ())
-    found["padding, greedy"] = generator(ragged)
-    hot = replace(DRAWN, temperature=5.0, top_p=1.0, top_k=0)
-    found["padding, hot"] = generator(ragged, hot)
-    return found
 
 
 def _decoded_rows(generator: Generator, prompts: Sequence[Prompt]) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 
 from tests.bars import check, check_tensors
 from tests.distributed import reference
-from tests.distributed.cases import FAILING, MICRO_BATCHES, SHARDED, TRAIN_CASES
+from tests.distributed.cases import FAILING, MICRO_BATCHES, SHARDED, TRAIN_CASES, TRAINED
 
 Results = Callable[[str], Any]
 FIXED = [name for name, case in TRAIN_CASES.items() if not case.on_policy]
@@ -53,16 +53,14 @@ def test_one_process_is_transformers_with_adamw_in_float64(
         check_tensors(bar, found[kind], expected[kind], 1e-5)
 
 
-@pytest.mark.parametrize("case", TRAIN_CASES)
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(("layout", "case"), TRAINED)
 def test_losses_equal_one_process(layout: str, case: str, results: Results) -> None:
     expected = losses(results("one")["train"][case])
     for loss, true in zip(losses(results(layout)["train"][case]), expected, strict=True):
         check("loss: layouts", relative(loss, true), 1e-6, f"{layout} {case}")
 
 
-@pytest.mark.parametrize("case", TRAIN_CASES)
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(("layout", "case"), TRAINED)
 def test_gradients_equal_one_process(layout: str, case: str, results: Results) -> None:
     found, expected = results(layout)["train"][case], results("one")["train"][case]
     check_tensors("gradients: layouts", found["gradients"], expected["gradients"], 1e-5)
@@ -71,8 +69,7 @@ def test_gradients_equal_one_process(layout: str, case: str, results: Results) -
         check("gradient norm: layouts", error, 1e-5, f"{layout} {case}")
 
 
-@pytest.mark.parametrize("case", TRAIN_CASES)
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(("layout", "case"), TRAINED)
 def test_parameters_after_three_steps_equal_one_process(
     layout: str, case: str, results: Results
 ) -> None:

@@ -118,6 +118,19 @@ def test_bf16_gradients_are_those_of_bf16_logits(chunk_tokens: int) -> None:
     assert (weight - expected[2]).norm() <= 2e-2 * expected[2].norm()
 
 
+def test_the_bf16_weight_gradient_is_summed_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = Heads(torch.bfloat16)
+    whole = heads.run("reverse_kl", chunk_tokens=100)[2]
+    monkeypatch.setattr("opcd_kernels.linear._PRODUCT_ROWS", 8)
+    monkeypatch.setattr("opcd_kernels.linear._SUM_ROWS", 32)
+    blocks = heads.run("reverse_kl", chunk_tokens=3)[2]
+    assert (blocks[NUM_VALID:] == 0).all()
+    # Each chunk's product is rounded to bf16 once, as the whole is.
+    assert (blocks - whole).float().norm() <= 2.0**-7 * whole.float().norm()
+
+
 def test_masked_rows_may_hold_anything() -> None:
     heads = Heads()
     expected = heads.expected("reverse_kl", WEIGHT)

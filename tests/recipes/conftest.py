@@ -29,27 +29,38 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Runs `recipes/train.py` on the tiny model; later overrides win."""
+def smoke(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a run of seconds; later ones win."""
     runs = tmp_path_factory.mktemp("runs")
+    return [*SMOKE, f"student.path={tiny}", f"exp_manager.exp_dir={runs}"]
+
+
+@pytest.fixture(scope="session")
+def train(smoke: list[str]) -> Train:
+    """Runs `recipes/train.py` on the tiny model."""
 
     def run(
         *overrides: str, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                *(sys.executable, "recipes/train.py", *SMOKE),
-                *(f"student.path={tiny}", f"exp_manager.exp_dir={runs}", *overrides),
-            ],
-            cwd=ROOT,
-            env=_clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-        )
+        return run_python("recipes/train.py", *smoke, *overrides, environment=environment)
 
     return run
+
+
+def run_python(
+    *arguments: str, environment: Mapping[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python in the repository's root."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=_clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
+        capture_output=True,
+        input=stdin,
+        text=True,
+        timeout=150,
+        check=False,
+    )
 
 
 def _clean_environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from omegaconf import DictConfig
 
-from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.config import TrainConfig, build_plug, check_plug, load_config
 from opcd_nemo.launch import CONF, compose
 
 
@@ -183,7 +183,27 @@ def test_every_recipe_composes_with_every_layout(recipe: str, parallel: str) -> 
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [(g, n) for g in ("loss", "warmup") for n in names(g)],
+    [
+        (path.name, name)
+        for path in sorted(CONF.iterdir())
+        if path.is_dir() and path.name not in ("recipe", "parallel")
+        for name in names(path.name)
+    ],
 )
 def test_every_word_of_a_group_loads(group: str, name: str) -> None:
     load_config(compose("train", [f"{group}={name}"]))
+
+
+class Plug:
+    def __init__(self, model: str, *, size: int, share: float = 0.5, rest: object = None) -> None:
+        self.values = (model, size, share, rest)
+
+
+def test_plug_is_built_of_yaml_and_runtime_arguments() -> None:
+    plug = {"_target_": f"{__name__}.Plug", "size": 3, "share": 1, "rest": ["any"]}
+    check_plug("plug", plug)
+    assert build_plug(plug, model="tiny").values == ("tiny", 3, 1, ["any"])
+    with pytest.raises(ValueError, match=r"^plug\.size=True: allowed: a whole number$"):
+        check_plug("plug", plug | {"size": True})
+    with pytest.raises(ValueError, match=r"^plug=None: allowed: a mapping with a _target_$"):
+        check_plug("plug", None)

@@ -1,0 +1,112 @@
+"""Which failure has the last word, and what a run's end looks like on screen."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from opcd_nemo import launch
+from opcd_nemo.types import NonFiniteError
+
+
+def failure(folder: Path, rank: int, message: str | None, nanoseconds: int = 0) -> ProcessFailure:
+    file = folder / f"{rank}.json"
+    if message is not None:
+        extra = {"timestamp": "5"}
+        file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        os.utime(file, ns=(nanoseconds, nanoseconds))
+    return ProcessFailure(local_rank=rank, pid=rank, exitcode=1, error_file=str(file))
+
+
+def test_earliest_exception_has_the_last_word_within_one_second(tmp_path: Path) -> None:
+    failures = {
+        0: failure(tmp_path, 0, "RuntimeError: peer is gone", 7_000),
+        1: failure(tmp_path, 1, "\nKeyError: 'x'\nmore", 5_000),
+    }
+    rank, first = launch._first_failure(failures)
+    assert rank == 1
+    assert launch._first_line(first) == "KeyError: 'x'"
+
+
+def test_rank_that_ended_silently_is_to_blame(tmp_path: Path) -> None:
+    failures = {
+        0: failure(tmp_path, 0, "RuntimeError: peer is gone"),
+        1: failure(tmp_path, 1, None),
+    }
+    rank, first = launch._first_failure(failures)
+    assert rank == 1
+    assert launch._first_line(first) == "it ended without an exception, exit code 1"
+
+
+def test_only_messages_that_say_what_is_allowed_blame_the_user() -> None:
+    assert launch._one_line(ValueError("a=1:\n allowed: 2"), "train") == "a=1: allowed: 2"
+    assert launch._one_line(ValueError("shapes differ"), "train") is None
+    assert launch._one_line(RuntimeError("allowed"), "train") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "screen"),
+    [
+        (ValueError("a=1: allowed: 2"), 2, "error: a=1: allowed: 2\n"),
+        (NonFiniteError("loss is nan"), 1, "error: loss is nan\n"),
+    ],
+)
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_rank_0_alone_prints(
+    error: Exception,
+    code: int,
+    screen: str,
+    rank: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv(launch.LAUNCHER_PID_ENV, raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert launch._report_error(error, "train") == code
+    assert capsys.readouterr().err == ("" if rank == "1" else screen)
+
+
+def test_rank_of_our_launcher_leaves_the_line_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(launch.LAUNCHER_PID_ENV, "1")
+    assert launch._report_error(ValueError("a=1: allowed: 2"), "train") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_program_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch._report_error(ValueError("shapes differ"), "train") == 1
+    assert capsys.readouterr().err.startswith("ValueError: shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "line"),
+    [
+        ("optimm.lr=1", ConfigCompositionException, "optimm.lr=1: no such key; allowed: student,"),
+        (
+            "exp_manager.checkpoint_callback_params.save=1",
+            ConfigCompositionException,
+            "exp_manager.checkpoint_callback_params.save=1: no such key; allowed in "
+            "exp_manager.checkpoint_callback_params: every_n_train_steps,",
+        ),
+        ("loss=kl", MissingConfigException, "loss=kl: no such file in conf/loss; allowed: forw"),
+    ],
+)
+def test_hydra_is_explained(
+    override: str, kind: type[Exception], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", override])
+    with pytest.raises(kind) as caught:
+        launch.compose("train", [override])
+    explained = launch._one_line(caught.value, "train")
+    assert explained is not None
+    assert explained.startswith(line)
+    assert "\n" not in explained
