@@ -123,6 +123,9 @@ class LanguageModel:
             share_embeddings_and_output_weights=config.tied_embeddings,
             position_embedding_type="none",
         ).to(parallel.device)
+        for name, parameter in self.module.named_parameters():
+            # Megatron marks only what it initialises; unmarked shards are left out of the norm
+            parameter.tensor_model_parallel = "norm" not in name
         self._rotary = Rotary(config, parallel.device)
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ def divergence(
     Raises:
         ValueError: an option is out of range, or shapes, dtypes or devices disagree.
 
-    Source: GKD (arXiv 2306.13649), equations 1 to 3; gradients derived in kernels/README.md.
+    Source: the divergences are those of GKD (arXiv 2306.13649); gradients, kernels/README.md.
     """
     objective = make_objective(kind, beta, temperature, student_map, teacher_map)
     check_logits_pair(student_logits_NV, teacher_logits_NV)

@@ -4,12 +4,10 @@
 There are two ways to the gradient, both exact:
 
 - `weight_N` given: forward makes the gradients from the logits at hand (4 GEMMs in all). Backward
-only
-  scales them, which is exact for the weight's gradient when the upstream gradient is one number, as
-  it is after `loss_N.sum()`.
+  only scales them, which is exact for the weight's gradient when the upstream gradient is one
+  number, as it is after `loss_N.sum()`.
 - else, or when the upstream gradient differs by token: forward keeps row constants only, and
-backward
-  computes the logits again (6 GEMMs).
+  backward computes the logits again (6 GEMMs).
 """
 
 from collections.abc import Iterator

@@ -42,7 +42,7 @@ def divergence_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Divergence in nats, [N], and its gradient by the student's exponents, [N, V], both float64.
 
-    Takes log-probabilities. Source: GKD (arXiv 2306.13649) equations 1-3; gradients by
+    Takes log-probabilities. Source: the divergences of GKD (arXiv 2306.13649); gradients by
     differentiating the softmax.
     """
     student, teacher = student_log_NV.exp(), teacher_log_NV.exp()

@@ -86,6 +86,22 @@ KEPT_LAYERS = (0, 3)  # of "qwen3-untied-odd-teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Hyperparameters of AdamW."""
+
+    lr: float
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+DEFAULT = Adam(lr=5e-5, eps=1e-8, weight_decay=0.01, clip=1.0)  # conf/optim's
+# Large steps that are always clipped, so that a wrong gradient, norm or decay shows. At this rate
+# an epsilon of 1e-8 would blow the rounding of gradients near zero up to more than the bar.
+FAST = Adam(lr=1e-3, eps=1e-6, weight_decay=0.1, clip=0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainCase:
     """Three distillation steps of one student from one teacher."""
 
@@ -97,6 +113,7 @@ class TrainCase:
     micro_batch_size: int = 4
     token_mean: bool = False
     on_policy: bool = False
+    adam: Adam = FAST
 
     @property
     def student(self) -> str:
@@ -112,11 +129,14 @@ class TrainCase:
 TRAIN_CASES = {
     "llama-untied": TrainCase(family="llama-untied"),
     "llama-untied-distributed": TrainCase(family="llama-untied", distributed_optimizer=True),
-    "llama-tied-distributed": TrainCase(family="llama-tied", distributed_optimizer=True),
-    "qwen2-tied": TrainCase(family="qwen2-tied"),
+    "llama-tied-distributed": TrainCase(
+        family="llama-tied", distributed_optimizer=True, adam=DEFAULT
+    ),
+    "qwen2-tied": TrainCase(family="qwen2-tied", adam=DEFAULT),
     "qwen2-untied-distributed": TrainCase(family="qwen2-untied", distributed_optimizer=True),
     "qwen3-untied": TrainCase(family="qwen3-untied", micro_batch_size=2),
     "qwen3-tied-distributed": TrainCase(family="qwen3-tied", distributed_optimizer=True),
+    "even-default": TrainCase(family="qwen2-untied", size="even", adam=DEFAULT),
     "even": TrainCase(family="llama-untied", size="even", distributed_optimizer=True),
     "even-overlap": TrainCase(
         family="qwen3-tied", size="even", distributed_optimizer=True, overlap=True
@@ -131,7 +151,13 @@ MICRO_BATCHES = {
     for family in ("llama-untied", "qwen3-tied")
     for size in (1, 2, 3, 4, 8)
 }
-_WIDE = ["llama-untied", "qwen2-untied-distributed", "qwen3-tied-distributed", "even", "jsd"]
+_WIDE = [
+    "llama-untied",
+    "qwen2-untied-distributed",
+    "qwen3-tied-distributed",
+    "even-default",
+    "jsd",
+]
 
 
 def train_cases(layout: str) -> list[str]:
@@ -141,9 +167,9 @@ def train_cases(layout: str) -> list[str]:
 
 TRAINED = [(layout, case) for layout in SHARDED for case in train_cases(layout)]
 STEPS = 3
-LEARNING_RATE, WEIGHT_DECAY, CLIP, BETAS, EPS = 1e-3, 0.1, 0.05, (0.9, 0.999), 1e-8
+BETAS = (0.9, 0.999)
 
-CONTEXT = (5, 9, 13, 17, 21, 8, 3)
+CONTEXT, OTHER_CONTEXT = (5, 9, 13, 17, 21, 8, 3), (5, 9, 2)
 NUM_PROMPTS, NUM_ANCHORS = 8, 2
 _LEAD = (4, 6, 11)
 
@@ -156,6 +182,11 @@ def training_pairs(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return tuple(draw.randrange(3, 64) for _ in range(draw.randint(low, high)))
 
     return [((*_LEAD, *tokens(1, 8)), tokens(1, 6)) for _ in range(NUM_PROMPTS)]
+
+
+def teacher_context(prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """The held context for two prompts in three, another that is not held for the rest."""
+    return CONTEXT if sum(prompt) % 3 else OTHER_CONTEXT
 
 
 PREFIX, IN_STREAM = (7, 30, 12, 41), (19, 23)

@@ -98,9 +98,7 @@ def start(layout_name: str) -> Parallel:
     return init_parallel(settings, seed=0)
 
 
-def build(
-    parallel: Parallel, path: Path, layers: Sequence[int] | None = None
-) -> LanguageModel:
+def build(parallel: Parallel, path: Path, layers: Sequence[int] | None = None) -> LanguageModel:
     """A model of a folder, in fp32."""
     source = open_checkpoint(str(path))
     config = source.config if layers is None else keep_layers(source.config, layers)
@@ -223,7 +221,7 @@ class FixedTask:
 
 
 class FixedConversation:
-    """The teacher reads CONTEXT before the student's prompt."""
+    """The teacher reads a context before the student's prompt."""
 
     tokenizer = SimpleNamespace(decode=lambda _: "")
 
@@ -231,7 +229,7 @@ class FixedConversation:
         self, episode: FixedEpisode, *, with_context: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Student's and teacher's."""
-        context = cases.CONTEXT if with_context else ()
+        context = cases.teacher_context(episode.prompt) if with_context else ()
         return episode.prompt, (*context, *episode.prompt)
 
     def check_fits(self, *_: object) -> None:
@@ -274,14 +272,14 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
     """Student, teacher and optimizer of a case, around fixed rollouts."""
     student = build(parallel, models / case.student)
     settings = SimpleNamespace(
-        lr=cases.LEARNING_RATE,
+        lr=case.adam.lr,
         min_lr=0.0,
         schedule="constant",
         warmup_steps=0,
         betas=list(cases.BETAS),
-        eps=cases.EPS,
-        weight_decay=cases.WEIGHT_DECAY,
-        clip_grad=cases.CLIP,
+        eps=case.adam.eps,
+        weight_decay=case.adam.weight_decay,
+        clip_grad=case.adam.clip,
         use_distributed_optimizer=case.distributed_optimizer,
         overlap_grad_reduce=case.overlap,
     )
@@ -491,7 +489,8 @@ def head_losses(parallel: Parallel, models: Path) -> dict[str, Any]:
             student.module.zero_grad()
             total.backward()
             head_gradient = student.head_weight_VH.grad
-            assert leaf.grad is not None and head_gradient is not None
+            assert leaf.grad is not None
+            assert head_gradient is not None
             found[name, kind, temperature] = {
                 "inputs": (*hidden, targets, weight),
                 "loss": total.detach(),
@@ -513,7 +512,9 @@ def move_checkpoint(
     run = build_run(parallel, models, case)
     for step in range(2):
         distill_step(run, step)
-    checkpoint.save(path, {"optimizer_states": [], "epoch": 7}, run.student, run.optimizer, parallel)
+    checkpoint.save(
+        path, {"optimizer_states": [], "epoch": 7}, run.student, run.optimizer, parallel
+    )
     saved, _ = full_tensors(run.student, lambda p: p.data)
     expected = distill_step(run, 2).means()
     continued, _ = full_tensors(run.student, lambda p: p.data)
@@ -566,5 +567,3 @@ def failures(parallel: Parallel, models: Path) -> dict[str, list[dict[str, Any]]
                 }
             )
     return found
-
-

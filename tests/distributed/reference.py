@@ -40,10 +40,10 @@ def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:
             {"params": [p for p in named.values() if p.ndim > 1]},
             {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=cases.LEARNING_RATE,
+        lr=case.adam.lr,
         betas=cases.BETAS,
-        eps=cases.EPS,
-        weight_decay=cases.WEIGHT_DECAY,
+        eps=case.adam.eps,
+        weight_decay=case.adam.weight_decay,
     )
     losses, norms, gradients = [], [], {}
     for step in range(cases.STEPS):
@@ -53,7 +53,7 @@ def train(student: Any, teacher: Any, case: TrainCase) -> dict[str, Any]:
         losses.append(loss.item())
         if not gradients:
             gradients = {name: p.grad.clone() for name, p in named.items()}
-        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), cases.CLIP).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), case.adam.clip).item())
         optimizer.step()
     return {
         "losses": losses,
@@ -74,7 +74,7 @@ def _step_loss(
     total = torch.zeros((), dtype=torch.float64)
     for place, (prompt, response) in enumerate(pairs):
         is_anchor = place >= cases.NUM_PROMPTS - cases.NUM_ANCHORS
-        context = () if is_anchor else cases.CONTEXT
+        context = () if is_anchor else cases.teacher_context(prompt)
         s = _response_logits(student, prompt, response)
         if case.loss == "hard":
             loss_N = negative_logprob(s, torch.tensor(response))
@@ -82,7 +82,9 @@ def _step_loss(
             with torch.no_grad():
                 t = _response_logits(teacher, (*context, *prompt), response)
             loss_N = divergence(s, t, case.loss)
-        total = total + (loss_N.sum() / num_tokens if case.token_mean else loss_N.mean() / len(pairs))
+        total = total + (
+            loss_N.sum() / num_tokens if case.token_mean else loss_N.mean() / len(pairs)
+        )
     return total
 
 

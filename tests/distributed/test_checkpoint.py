@@ -39,4 +39,6 @@ def test_the_next_step_is_equal_after_a_move(move: str, case: str, results: Resu
         "checkpoint: parameters after the next step", found["resumed"], found["continued"], 1e-5
     )
     assert found["unequal"] == []
-    assert not torch.equal(found["continued"]["model.norm.weight"], found["saved"]["model.norm.weight"])
+    assert not torch.equal(
+        found["continued"]["model.norm.weight"], found["saved"]["model.norm.weight"]
+    )

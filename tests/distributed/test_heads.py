@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from opcd_nemo.hf import open_checkpoint
 from tests.bars import check, relative_error
@@ -45,7 +44,8 @@ def test_gradients_equal_the_float64_closed_form(
         loss_N = reference.divergence(logits, teacher_logits, kind, beta)
     total = (loss_N * weight.double()).sum()
     total.backward()
-    assert hidden.grad is not None and student.grad is not None
+    assert hidden.grad is not None
+    assert student.grad is not None
     where = f"{layout} {model} {kind}"
     check("head: loss", relative_error(found["loss"], total.detach()), 1e-6, where)
     for of_rank in found["hidden"]:

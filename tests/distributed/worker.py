@@ -1,8 +1,8 @@
 """Runs the programs of one world size on demand: imports once, forks one process a rank.
 
 Started by the tests as `python -m tests.distributed.worker MODELS RESULTS`; each line read is a
-job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback. The top of this file stays light:
-megatron-core's checkpoint writer starts a process that imports it again.
+job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback. The top of this
+file stays light: megatron-core's checkpoint writer starts a process that imports it again.
 """
 
 from __future__ import annotations

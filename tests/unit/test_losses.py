@@ -1,0 +1,161 @@
+"""Losses through one process's head: the float64 closed form, and no logits of the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Head, Loss
+from tests.bars import check, relative_error
+
+TOKENS, STUDENT, TEACHER, VOCABULARY, PADDED = 40, 12, 20, 61, 64
+KINDS = ["reverse_kl", "forward_kl", "jsd", "hard"]
+
+
+class OneProcess:
+    tp, tp_group = 1, None
+
+
+def make(kind: str, chunk_tokens: int, temperature: float = 1.0, beta: float = 0.4) -> Loss:
+    if kind == "hard":
+        return HardLabelLoss(temperature, chunk_tokens)
+    return DivergenceLoss(kind, beta, temperature, chunk_tokens)  # type: ignore[arg-type]
+
+
+class Inputs:
+    """Random heads with padded vocabulary, whose padding would win if it counted."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        draw = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=draw)
+
+        self.hidden = scale * normal(TOKENS, STUDENT)
+        self.weight = normal(PADDED, STUDENT)
+        self.teacher_hidden = scale * normal(TOKENS, TEACHER)
+        self.teacher_weight = normal(PADDED, TEACHER)
+        self.weight[VOCABULARY:] = self.teacher_weight[VOCABULARY:] = 9.0
+        self.targets = torch.randint(VOCABULARY, (TOKENS,), generator=draw)
+        self.weight_N = torch.rand(TOKENS, generator=draw)
+        self.weight_N[4] = 0.0
+
+    def run(self, loss: Loss) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        hidden = self.hidden.clone().requires_grad_()
+        weight = self.weight.clone().requires_grad_()
+        student = Head(hidden_NH=hidden, weight_VH=weight, num_valid_columns=VOCABULARY)
+        teacher = Head(
+            hidden_NH=self.teacher_hidden,
+            weight_VH=self.teacher_weight,
+            num_valid_columns=VOCABULARY,
+        )
+        one: Any = OneProcess()
+        total, stats = loss(
+            student,
+            teacher if loss.needs_teacher else None,
+            target_ids_N=self.targets,
+            weight_N=self.weight_N,
+            parallel=one,
+        )
+        total.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return total.detach(), stats, hidden.grad, weight.grad
+
+
+def closed_form(
+    inputs: Inputs, kind: str, temperature: float, beta: float = 0.4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and gradients by the formulas of the derivatives, in float64, without autograd."""
+    hidden, weight = inputs.hidden.double(), inputs.weight[:VOCABULARY].double()
+    s = (hidden @ weight.T / temperature).log_softmax(-1)
+    teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight[:VOCABULARY].double().T
+    t = (teacher / temperature).log_softmax(-1)
+    p, q = s.exp(), t.exp()
+    if kind == "reverse_kl":
+        loss_N = (p * (s - t)).sum(-1)
+        slope = p * (s - t - loss_N[:, None])
+    elif kind == "forward_kl":
+        loss_N = (q * (t - s)).sum(-1)
+        slope = p - q
+    elif kind == "jsd":
+        m = (beta * p + (1 - beta) * q).log()
+        loss_N = (beta * p * (s - m) + (1 - beta) * q * (t - m)).sum(-1)
+        slope = beta * p * (s - m - (p * (s - m)).sum(-1, keepdim=True))
+    else:
+        loss_N = -s.gather(-1, inputs.targets[:, None])[:, 0]
+        slope = p - torch.nn.functional.one_hot(inputs.targets, VOCABULARY)
+    slope = slope * inputs.weight_N.double()[:, None] / temperature
+    return (loss_N * inputs.weight_N.double()).sum(), slope @ weight, slope.T @ hidden
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 40, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_the_float64_closed_form(
+    kind: str, temperature: float, chunk_tokens: int
+) -> None:
+    inputs = Inputs()
+    total, stats, hidden, weight = inputs.run(make(kind, chunk_tokens, temperature))
+    true_total, true_hidden, true_weight = closed_form(inputs, kind, temperature)
+    check("losses: loss", relative_error(total, true_total), 1e-6, kind)
+    check("losses: hidden gradient", relative_error(hidden, true_hidden), 5e-6, kind)
+    check("losses: weight gradient", relative_error(weight[:VOCABULARY], true_weight), 5e-6, kind)
+    assert (weight[VOCABULARY:] == 0).all()
+    name = "loss/nll" if kind == "hard" else f"loss/{kind}"
+    assert stats.mean(name) == pytest.approx(
+        true_total.item() / inputs.weight_N.double().sum().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_confident_models_give_finite_exact_gradients(kind: str) -> None:
+    inputs = Inputs(scale=30.0)
+    total, _, hidden, weight = inputs.run(make(kind, 7))
+    true_total, true_hidden, true_weight = closed_form(inputs, kind, 1.0)
+    assert math.isfinite(total.item())
+    # logits of 500 carry fp32 roundings of 3e-5, and the losses' slopes with them
+    check("losses: confident, loss", relative_error(total, true_total), 1e-4, kind)
+    check("losses: confident, hidden", relative_error(hidden, true_hidden), 1e-3, kind)
+    check("losses: confident, weight", relative_error(weight[:VOCABULARY], true_weight), 1e-3, kind)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_of_the_batchs_logits_is_allocated(kind: str) -> None:
+    inputs = Inputs()
+    with LargestTensor() as chunked:
+        inputs.run(make(kind, 5))
+    with LargestTensor() as whole:
+        inputs.run(make(kind, TOKENS))
+    heads = max(inputs.weight.numel(), inputs.teacher_weight.numel())
+    assert heads < TOKENS * VOCABULARY <= whole.elements  # logits are seen where there are some
+    assert chunked.elements <= heads
+
+
+def test_a_loss_that_needs_a_teacher_says_so() -> None:
+    assert {kind: make(kind, 5).needs_teacher for kind in KINDS} == {
+        "reverse_kl": True,
+        "forward_kl": True,
+        "jsd": True,
+        "hard": False,
+    }
