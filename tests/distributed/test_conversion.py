@@ -48,6 +48,8 @@ def test_logits_of_kept_layers_equal_transformers(
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList(layers[index] for index in KEPT_LAYERS)
     model.config.num_hidden_layers = len(KEPT_LAYERS)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index  # its place in transformers' key-value cache
     check(BAR, relative_error(results(layout)["kept_logits"], expected_logits(model)), 1e-4)
 
 
