@@ -19,7 +19,7 @@ demo: $(STAMP) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] 
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
 test: check ## every check, then every test
-	$(PYTEST) tests/unit tests/kernels tests/distributed tests/recipes
+	for folder in unit kernels distributed recipes; do $(PYTEST) tests/$$folder; done
 	$(if $(wildcard tests/kernels/interpreter/test_*.py),TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter)
 
 check: $(STAMP) ## lint, format, types, import floors, duplicates
