@@ -16,13 +16,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import choose_device
 from opcd_nemo.types import NonFiniteError
@@ -45,6 +46,9 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
         config_name: a file of `conf/`, without its ending.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
+    # packed streams differ in length at every step, and oneDNN keeps compiled code for each shape:
+    # 1024 of them cost 15 MiB a step and save nothing (docs/log.md)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
     try:
@@ -160,12 +164,28 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def _launch(config_name: str) -> int:
-    """Check everything, then run the same command as `parallel.num_ranks` ranks."""
-    config = load_config(compose(config_name, sys.argv[1:]))
-    choose_device(config.parallel.device, config.parallel.num_ranks)
-    open_inputs(config, config.parallel.num_ranks)
-    _check_port(config.parallel.port)
-    return _torchrun(config)
+    """Check everything, then run the same command as `parallel.num_ranks` ranks.
+
+    A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.
+    """
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    child = fork.Process(target=_check, args=(config_name, writer))
+    child.start()
+    child.join()
+    return child.exitcode or _torchrun(reader.recv())
+
+
+def _check(config_name: str, writer: Connection) -> None:
+    """Send the layout of a configuration that is in order, or report and exit."""
+    try:
+        config = load_config(compose(config_name, sys.argv[1:]))
+        choose_device(config.parallel.device, config.parallel.num_ranks)
+        open_inputs(config, config.parallel.num_ranks)
+        _check_port(config.parallel.port)
+    except Exception as error:
+        sys.exit(_report_error(error, config_name))
+    writer.send(config.parallel)
 
 
 def _check_port(port: int) -> None:
@@ -180,19 +200,19 @@ def _check_port(port: int) -> None:
             ) from error
 
 
-def _torchrun(config: TrainConfig) -> int:
+def _torchrun(parallel: ParallelConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ["OMP_NUM_THREADS"] = str(config.parallel.threads_per_rank)
+    os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         run_id=str(os.getpid()),
-        nproc_per_node=config.parallel.num_ranks,
+        nproc_per_node=parallel.num_ranks,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{config.parallel.port}",
+        rdzv_endpoint=f"127.0.0.1:{parallel.port}",
         max_restarts=0,
         monitor_interval=0.5,
     )

@@ -63,8 +63,13 @@ class StudentOptimizer:
         model.megatron_config.grad_scale_func = self.optimizer.scale_loss
         model.megatron_config.finalize_model_grads_func = reduce_gradients
 
+    def release_gradients(self) -> None:
+        """Free the gradient buffers, 4 bytes a parameter, until `zero_grad` makes them anew."""
+        self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
+
     def zero_grad(self) -> None:
         """Clear the gradient buffers before accumulation."""
+        self.ddp.restore_grad_buffers(synchronize=False)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 

@@ -82,6 +82,8 @@ def distill_step(run: Run, step: int) -> Stats:
     _stop_if_not_finite(stats)
     with run.watch.phase("optimizer"):
         stats.add(run.optimizer.step())
+        run.optimizer.release_gradients()  # sampling and evaluation need the memory
+        run.parallel.give_back_memory()
     return stats
 
 
