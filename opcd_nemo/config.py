@@ -163,6 +163,7 @@ _AT_MOST = {
     "rollout.anchor_fraction": 1.0,
     "parallel.port": 65535,
 }
+_SHARES = ("loss.beta", "warmup.loss.beta")  # of the student, where the plug has them
 _PLUGS = ("task", "context", "engine", "loss")
 
 
@@ -180,6 +181,7 @@ def load_config(raw: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error, raw)) from error
     assert isinstance(config, TrainConfig)
+    _check_switches(raw)
     _check_untyped(merged)
     _check_values(merged)
     for key in _PLUGS:
@@ -233,6 +235,15 @@ def _allowed_type(key: str) -> str:
     return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
 
 
+def _check_switches(raw: DictConfig) -> None:
+    """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
+    for group, kind in get_type_hints(TrainConfig).items():
+        for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
+            value = OmegaConf.select(raw, f"{group}.{name}")
+            if hint is bool and type(value) is not bool:
+                raise ValueError(f"{group}.{name}={value}: allowed: {_TYPE_WORDS[bool]}")
+
+
 def _check_untyped(config: Any) -> None:
     """Check what a run reads of groups that NeMo and Lightning own."""
     for key, kind in _UNTYPED.items():
@@ -255,6 +266,10 @@ def _check_values(config: Any) -> None:
     for key, limit in _AT_MOST.items():
         if OmegaConf.select(config, key) > limit:
             raise ValueError(f"{key}={OmegaConf.select(config, key)}: allowed: at most {limit}")
+    for key in _SHARES:
+        share = OmegaConf.select(config, key)
+        if isinstance(share, int | float) and not 0 < share < 1:
+            raise ValueError(f"{key}={share}: allowed: a number between 0 and 1")
     for key, choices in _CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
             value = OmegaConf.select(config, key)
@@ -262,7 +277,11 @@ def _check_values(config: Any) -> None:
 
 
 def _check_sizes(config: TrainConfig) -> None:
-    batching, optim = config.batching, config.optim
+    batching, optim, parallel = config.batching, config.optim, config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ValueError(
+            "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1"
+        )
     if optim.min_lr > optim.lr:
         raise ValueError(f"optim.min_lr={optim.min_lr}: allowed: at most optim.lr={optim.lr}")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

@@ -32,7 +32,6 @@ from opcd_nemo.model_config import (
 )
 from opcd_nemo.model_files import read_json, resolve_model_path
 from opcd_nemo.sharding import (
-    LayerSpec,
     hf_tensors,
     megatron_shard,
     padded_ffn_size,
@@ -43,7 +42,6 @@ from opcd_nemo.sharding import (
 
 __all__ = [
     "Checkpoint",
-    "LayerSpec",
     "ModelConfig",
     "RopeScaling",
     "hf_tensors",

@@ -46,9 +46,10 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
         config_name: a file of `conf/`, without its ending.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
-    # packed streams differ in length at every step, and oneDNN keeps compiled code for each shape:
-    # 1024 of them cost 15 MiB a step and save nothing (docs/log.md)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # packed streams differ in length at every step, and oneDNN and torch keep compiled code for
+    # each shape: 1024 of them by default cost 15 MiB a step and save nothing (docs/log.md)
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
     try:
@@ -88,11 +89,6 @@ def _one_line(error: Exception, config_name: str) -> str | None:
 
 
 def _explain_hydra(error: Exception, config_name: str) -> str:
-    from hydra.errors import MissingConfigException
-
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={name}: no such file in conf/{group}; allowed: {', '.join(error.options)}"
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown is None:
         lines = [line.strip() for line in str(error).splitlines()]
@@ -154,6 +150,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
+    _check_choices(overrides)
     with initialize_config_dir(str(CONF), version_base=None):
         composed = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(composed)  # run names interpolate Hydra's choices
@@ -161,6 +158,17 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     with open_dict(config):
         config.pop("hydra")
     return config
+
+
+def _check_choices(overrides: list[str]) -> None:
+    """Refuse `group=3`, to which Hydra answers without naming the group."""
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")
+        files = sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
+        if files and name not in files:
+            raise ValueError(
+                f"{override}: no such file in conf/{group}; allowed: {', '.join(files)}"
+            )
 
 
 def _launch(config_name: str) -> int:

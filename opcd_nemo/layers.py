@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opcd_nemo.attention import CoreAttention
-from opcd_nemo.parallel import LayerSpec
+from opcd_nemo.types import LayerSpec
 
 
 class _RMSNorm(torch.autograd.Function):

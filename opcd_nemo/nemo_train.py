@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import report
@@ -81,25 +82,33 @@ def _first_line(parallel: Parallel) -> str:
 def _trainer(config: TrainConfig, parallel: Parallel) -> pl.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return pl.Trainer(
-        accelerator=parallel.device.type,
-        devices=local_ranks,
-        num_nodes=parallel.world_size // local_ranks,
-        strategy=MegatronStrategy(parallel),
-        max_epochs=1,
-        logger=False,  # exp_manager brings logger and checkpoints
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **config.trainer,
-    )
+    fixed: dict[str, Any] = {
+        "accelerator": parallel.device.type,
+        "devices": local_ranks,
+        "num_nodes": parallel.world_size // local_ranks,
+        "strategy": MegatronStrategy(parallel),
+        "max_epochs": 1,
+        "logger": False,  # exp_manager brings logger and checkpoints
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    names = inspect.signature(pl.Trainer).parameters
+    _check_names("trainer", config.trainer, [name for name in names if name not in fixed])
+    return pl.Trainer(**fixed, **config.trainer)
+
+
+def _check_names(group: str, settings: Mapping[str, Any], allowed: Collection[str]) -> None:
+    for name, value in settings.items():
+        if name not in allowed:
+            raise ValueError(f"{group}.{name}={value}: no such key; allowed: {', '.join(allowed)}")
 
 
 def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
-    settings = OmegaConf.to_container(raw.exp_manager, resolve=True)
-    assert isinstance(settings, dict)
+    settings: Any = OmegaConf.to_container(raw.exp_manager, resolve=True)
     settings.pop("exp_dir")
+    _check_names("exp_manager", settings, list(ExpManagerConfig.__dataclass_fields__))
     return OmegaConf.create({**settings, "explicit_log_dir": str(folder)})
 
 

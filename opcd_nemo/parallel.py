@@ -15,16 +15,16 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from opcd_nemo import _megatron_cpu
+from opcd_nemo.types import LayerSpec
 
 _log = logging.getLogger(__name__)
-LayerSpec = Literal["local", "te"]
 
 
 class ParallelSettings(Protocol):
@@ -274,7 +274,7 @@ def _create_groups(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        sequence_parallel=sequence_parallel and tp > 1,
+        sequence_parallel=sequence_parallel,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from opcd_nemo.model_config import ModelConfig
-
-LayerSpec = Literal["local", "te"]
+from opcd_nemo.types import LayerSpec
 
 
 class _Layout(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 
 Split = Literal["train", "validation", "test"]
 FinishReason = Literal["eos", "length"]
+LayerSpec = Literal["local", "te"]
 
 
 class Message(TypedDict):

@@ -19,6 +19,7 @@ MISTAKES = {
     "a misspelt key": (["optim.lrr=1"], ["optim.lrr=1", "allowed in optim: lr, min_lr"]),
     "a misspelt group": (["optimm.lr=1"], ["optimm.lr=1", "allowed: student, teacher"]),
     "a misspelt choice": (["loss=reverse"], ["loss=reverse", "allowed: forward_kl, hard_labels"]),
+    "a number for a choice": (["optim=3"], ["optim=3: no such file", "allowed: adamw"]),
     "a missing key": (["~optim.lr"], ["optim.lr: no value is given; allowed: a number"]),
     "a wrong type": (["optim.lr=fast"], ["optim.lr=fast: allowed: a number"]),
     "a negative number": (["optim.lr=-1"], ["optim.lr=-1.0: allowed: a number > 0"]),
@@ -129,6 +130,14 @@ def test_line_stands_alone_on_a_users_screen(train: Train) -> None:
     assert refusal.stderr.startswith("error: student.path=nowhere: ")
     assert refusal.stderr.count("\n") == 1, refusal.stderr
     assert (refusal.returncode, refusal.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("key", ["trainer.foo", "exp_manager.foo"])
+def test_lightnings_and_nemos_keys_are_checked_before_a_model_loads(train: Train, key: str) -> None:
+    refusal = train(f"+{key}=1")
+    last = refusal.stderr.strip().splitlines()[-1]
+    assert f"{key}=1: no such key; allowed: " in last
+    assert (refusal.returncode, refusal.stdout.count("\n")) == (2, 1)
 
 
 def test_only_rank_0_prints_under_torchrun(train: Train) -> None:

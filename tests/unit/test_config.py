@@ -54,6 +54,19 @@ def composed() -> DictConfig:
         pytest.param("optim.lr=true", "optim.lr=True: allowed: a number", id="bool-for-number"),
         pytest.param("seed=1.5", "seed=1.5: allowed: a whole number", id="fraction"),
         pytest.param(
+            "parallel.sequence_parallel=3",
+            "parallel.sequence_parallel=3: allowed: true or false",
+            id="number-for-switch",
+        ),
+        pytest.param(
+            "parallel.sequence_parallel=true",
+            "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1",
+            id="sequence-parallel-alone",
+        ),
+        pytest.param(
+            "loss.beta=1", "loss.beta=1: allowed: a number between 0 and 1", id="share-of-all"
+        ),
+        pytest.param(
             "trainer.max_steps=1.5",
             "trainer.max_steps=1.5: allowed: a whole number",
             id="fraction-in-untyped-group",

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from opcd_nemo import launch
@@ -97,7 +97,8 @@ def test_program_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -
             "exp_manager.checkpoint_callback_params.save=1: no such key; allowed in "
             "exp_manager.checkpoint_callback_params: every_n_train_steps,",
         ),
-        ("loss=kl", MissingConfigException, "loss=kl: no such file in conf/loss; allowed: forw"),
+        ("loss=kl", ValueError, "loss=kl: no such file in conf/loss; allowed: forward_kl"),
+        ("optim=3", ValueError, "optim=3: no such file in conf/optim; allowed: adamw"),
     ],
 )
 def test_hydra_is_explained(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from opcd_nemo.hf import (
-    LayerSpec,
     ModelConfig,
     hf_tensors,
     megatron_shard,
@@ -16,6 +15,7 @@ from opcd_nemo.hf import (
     parameter_names,
 )
 from opcd_nemo.model_config import Architecture
+from opcd_nemo.types import LayerSpec
 from tests.tiny import ARCHITECTURES, model_config, random_tensors
 
 
