@@ -27,8 +27,7 @@ from opcd_nemo.types import LayerSpec
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input for backward; torch's keeps two fp32 copies of it on a CPU.
 
-    Forward and the weight's gradient are torch's to the bit; both together take two thirds of the
-    time (docs/log.md).
+    Forward is torch's to the bit; forward and backward take two thirds of its time (docs/log.md).
     """
 
     @staticmethod
