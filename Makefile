@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo test check format clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -34,6 +34,9 @@ check: $(DEV) ## lint, format, types, import floors, duplicates
 format: $(DEV) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-rollout: $(DEV) ## tokens a CPU-second of a rollout against transformers' generate
+	$(BIN)/python -m tests.bench_rollout
 
 kernels-aot: $(DEV) ## compile every kernel for every GPU and compare with the committed table
 	$(BIN)/python -m opcd_kernels.aot --table kernels/aot_resources.json
