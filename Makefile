@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo test check format golden clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -20,7 +20,7 @@ demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [T
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
 test: check ## every check, then every test
-	for folder in unit kernels distributed recipes; do $(PYTEST) tests/$$folder; done
+	for folder in unit kernels distributed recipes golden; do $(PYTEST) tests/$$folder; done
 	$(if $(wildcard tests/kernels/interpreter/test_*.py),TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter)
 
 check: $(DEV) ## lint, format, types, import floors, duplicates
@@ -51,6 +51,9 @@ test-gpu: $(DEV) ## what only a GPU can prove (never run yet)
 bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936
 	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
+
+golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
+	$(BIN)/python -m tests.golden.curves
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -105,12 +105,9 @@ def test_padding_stays_exactly_zero(layout: str, results: Results) -> None:
         assert set(found["padding"].values()) == {0.0}, (case, found["padding"])
 
 
-def _relative_norm(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """L2 norm of the difference over all tensors, relative to the expected norm."""
-    names = sorted(expected)
-    difference = torch.cat([(actual[n].double() - expected[n].double()).flatten() for n in names])
-    norm = torch.cat([expected[n].double().flatten() for n in names]).norm()
-    return (difference.norm() / norm).item()
+def _relative_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the difference, relative to the expected norm."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("family", ["llama-untied", "qwen3-tied"])
@@ -119,10 +116,12 @@ def test_micro_batches_of_any_size_give_one_gradient(family: str, results: Resul
     whole = found[f"{family}-8"]
     for size in (1, 2, 3, 4):
         part = found[f"{family}-{size}"]
-        same = _relative_norm(part["gradients"], whole["gradients"])
-        check("gradient: micro-batches, whole", same, 1e-6)
-        # fp32 sums in another order: 1.15e-6 of a tensor's largest value was measured
-        check_tensors("gradients: micro-batches", part["gradients"], whole["gradients"], 2e-6)
+        for name, gradient in part["gradients"].items():
+            error = _relative_norm(gradient, whole["gradients"][name])
+            check("gradients: micro-batches", error, 1e-6, name)
+        # single elements, fp32 sums in another order: 0.8e-6 on an Intel CPU, 1.15e-6 on an AMD
+        worst = "gradients: micro-batches, worst element"
+        check_tensors(worst, part["gradients"], whole["gradients"], 2e-6)
         for loss, true in zip(losses(part), losses(whole), strict=True):
             check("loss: micro-batches", relative(loss, true), 1e-6)
     assert MICRO_BATCHES[f"{family}-8"].micro_batch_size == 8
