@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
-from opcd_nemo.parallel import choose_device
+from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
 from opcd_nemo.types import NonFiniteError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
-LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
 

@@ -21,10 +21,9 @@ from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, read_metrics
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_strategy import MegatronStrategy
-from opcd_nemo.parallel import Parallel, environment_world, init_parallel
+from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
 
 Say = Callable[[str], None]
-LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"
 
 
 def train(raw: DictConfig, say: Say) -> Path:

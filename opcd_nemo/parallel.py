@@ -26,6 +26,8 @@ from opcd_nemo.types import LayerSpec
 
 _log = logging.getLogger(__name__)
 
+LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
+
 
 class ParallelSettings(Protocol):
     """The fields of `conf/parallel/*.yaml` that set-up reads."""

@@ -102,20 +102,12 @@ def _serve(
 def _engine(model: str, dtype: torch.dtype, new_tokens: int, temperature: float) -> Rollout:
     from opcd_nemo.engines.megatron import MegatronEngine
     from opcd_nemo.language_model import LanguageModel
-    from opcd_nemo.parallel import init_parallel
     from opcd_nemo.rollout import SamplingParams
     from opcd_nemo.types import Prompt
+    from tests.distributed.shards import start
 
-    settings = SimpleNamespace(
-        device="cpu",
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        sequence_parallel=False,
-        threads_per_rank=1,
-        timeout_s=120.0,
-    )
     source = open_checkpoint(model)
-    language_model = LanguageModel(source.config, init_parallel(settings, seed=0), dtype)
+    language_model = LanguageModel(source.config, start("one"), dtype)
     language_model.load(source)
     engine = MegatronEngine(language_model, (), max_batch_size=max(BATCHES), pack=True)
     sampling = SamplingParams(

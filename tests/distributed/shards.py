@@ -1,0 +1,102 @@
+"""Models on a layout, and their sharded tensors joined to full ones under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from opcd_nemo.hf import hf_tensors, keep_layers, megatron_shard, open_checkpoint
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.model_config import tensor_shapes
+from opcd_nemo.optim import StudentOptimizer
+from opcd_nemo.parallel import Parallel, init_parallel
+from tests.distributed.cases import LAYOUTS
+
+Tensors = dict[str, torch.Tensor]
+
+
+def start(layout_name: str) -> Parallel:
+    """Create the groups of a layout."""
+    layout = LAYOUTS[layout_name]
+    settings = SimpleNamespace(
+        device="cpu",
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sequence_parallel,
+        threads_per_rank=1,
+        timeout_s=120.0,
+    )
+    return init_parallel(settings, seed=0)
+
+
+def build(parallel: Parallel, path: Path, layers: Sequence[int] | None = None) -> LanguageModel:
+    """A model of a folder, in fp32."""
+    source = open_checkpoint(str(path))
+    config = source.config if layers is None else keep_layers(source.config, layers)
+    model = LanguageModel(config, parallel, torch.float32)
+    model.load(source, layers)
+    return model
+
+
+def full_tensors(
+    model: LanguageModel, read: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> tuple[Tensors, list[str]]:
+    """Full tensors of all parameters, on every rank, and the names whose copies differ.
+
+    Copies are: replicated parameters over tp, everything over dp, a tied head and its embedding.
+    """
+    parallel, mine, unequal = model.parallel, {}, []
+    tied_head = None
+    for name, parameter in model.module.named_parameters():
+        shards = parallel.gather_tp_shards(read(parameter))
+        if "norm" in name and any(not torch.equal(shard, shards[0]) for shard in shards):
+            unequal.append(f"{name} over tp")
+        if name == "output_layer.weight" and model.config.tied_embeddings:
+            tied_head = torch.cat(shards)[: model.config.vocab_size]
+        mine |= hf_tensors(
+            shards, model.config, name, layer=model.global_layer(name), spec=parallel.layer_spec
+        )
+    joined: Tensors = {}
+    for part, head in parallel.gather_objects((mine, tied_head)):
+        for name, tensor in part.items():
+            if not torch.equal(joined.setdefault(name, tensor), tensor):
+                unequal.append(f"{name} over ranks")
+        if head is not None and not torch.equal(head, joined["model.embed_tokens.weight"]):
+            unequal.append("tied head")
+    return joined, unequal
+
+
+def gather_gradient_shards(optimizer: StudentOptimizer, parallel: Parallel) -> None:
+    """Fill the buffers that the DistributedOptimizer reduce-scattered over dp."""
+    for buffer in optimizer.ddp.buffers:
+        for bucket in buffer.buckets:
+            mine = bucket.grad_data.chunk(parallel.dp)[parallel.dp_rank].clone()
+            parts = [torch.empty_like(mine) for _ in range(parallel.dp)]
+            dist.all_gather(parts, mine, group=parallel.dp_group)
+            bucket.grad_data.copy_(torch.cat(parts))
+
+
+def largest_padding(
+    model: LanguageModel, read: Callable[[torch.nn.Parameter], torch.Tensor | None]
+) -> float:
+    """Largest absolute value at the padding of this rank's parameters."""
+    shapes = tensor_shapes(model.config)
+    worst = 0.0
+    for name, parameter in model.module.named_parameters():
+        real = megatron_shard(
+            lambda hf_name: torch.ones(shapes[hf_name]),
+            model.config,
+            name,
+            layer=model.global_layer(name),
+            tp_size=model.parallel.tp,
+            tp_rank=model.parallel.tp_rank,
+            spec=model.parallel.layer_spec,
+        )
+        values = read(parameter)
+        if values is not None and bool((real == 0).any()):
+            worst = max(worst, values[real == 0].abs().max().item())
+    return worst

@@ -1,0 +1,273 @@
+"""Training runs of fixed prompts and responses: gradients, moved checkpoints, failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from opcd_nemo import checkpoint
+from opcd_nemo.engines.megatron import MegatronEngine
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss
+from opcd_nemo.metrics import Stats
+from opcd_nemo.optim import NonFiniteError, StudentOptimizer
+from opcd_nemo.parallel import Parallel
+from opcd_nemo.rollout import SamplingParams
+from opcd_nemo.step import Phase, Run, distill_step
+from opcd_nemo.teacher import FrozenTeacher
+from opcd_nemo.types import Prompt, Sample
+from tests.distributed import cases
+from tests.distributed.cases import TrainCase
+from tests.distributed.shards import (
+    Tensors,
+    build,
+    full_tensors,
+    gather_gradient_shards,
+    largest_padding,
+    start,
+)
+
+
+class Recorder(StudentOptimizer):
+    """Megatron's optimizer, which keeps the first step's full gradients."""
+
+    gradients: Tensors | None = None
+    unequal: list[str]
+    padding: float
+    model: LanguageModel
+
+    def step(self) -> Stats:
+        """Record, then clip and update."""
+        if self.gradients is None:
+            if self.ddp.ddp_config.use_distributed_optimizer:
+                gather_gradient_shards(self, self.model.parallel)
+            self.gradients, self.unequal = full_tensors(self.model, lambda p: p.main_grad)
+            self.padding = largest_padding(self.model, lambda p: p.main_grad)
+        return super().step()
+
+
+@dataclass
+class FixedEpisode:
+    """One prompt, answered once."""
+
+    uid: str
+    prompt: tuple[int, ...]
+    done: bool = False
+
+    def reply(self, _: str) -> None:
+        """End the episode."""
+        self.done = True
+
+
+class FixedTask:
+    """The prompts of `cases.training_pairs`."""
+
+    def episodes(self, _: str, step: int, n: int) -> list[FixedEpisode]:
+        """The first n."""
+        return [
+            FixedEpisode(f"{step}/{place}", prompt)
+            for place, (prompt, _) in enumerate(cases.training_pairs(step)[:n])
+        ]
+
+    def anchors(self, step: int, n: int) -> list[FixedEpisode]:
+        """The last n."""
+        pairs = cases.training_pairs(step)
+        return [FixedEpisode(f"{step}/{-place}", pairs[-place][0]) for place in range(n, 0, -1)]
+
+
+class FixedConversation:
+    """The teacher reads a context before the student's prompt."""
+
+    tokenizer = SimpleNamespace(decode=lambda _: "")
+
+    def prompts(
+        self, episode: FixedEpisode, *, with_context: bool = True
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Student's and teacher's."""
+        context = cases.teacher_context(episode.prompt) if with_context else ()
+        return episode.prompt, (*context, *episode.prompt)
+
+    def check_fits(self, *_: object) -> None:
+        """Everything fits."""
+
+
+@dataclass
+class FixedEngine:
+    """Answers with the responses of `cases.training_pairs`."""
+
+    weights_version: int = 0
+
+    def load_weights(self, version: int) -> None:
+        """Remember the version."""
+        self.weights_version = version
+
+    def release_weights(self) -> None:
+        """Nothing is held."""
+
+    def generate(self, prompts: Sequence[Prompt], *_: object, step: int, **__: object) -> Any:
+        """The response of each prompt's place."""
+        pairs = cases.training_pairs(step)
+        assert all(pairs[prompt.index][0] == prompt.token_ids for prompt in prompts)
+        answers = [pairs[prompt.index][1] for prompt in prompts]
+        return [
+            Sample(response_ids=ids, logprobs=(0.0,) * len(ids), finish_reason="length")
+            for ids in answers
+        ]
+
+
+def make_loss(kind: str, beta: float = 0.5, temperature: float = 1.0, chunk: int = 5) -> Loss:
+    """The loss of a case."""
+    if kind == "hard":
+        return HardLabelLoss(temperature, chunk)
+    assert kind in ("reverse_kl", "forward_kl", "jsd")
+    return DivergenceLoss(kind, beta, temperature, chunk)
+
+
+def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
+    """Student, teacher and optimizer of a case, around fixed rollouts."""
+    student = build(parallel, models / case.student)
+    settings = SimpleNamespace(
+        lr=case.adam.lr,
+        min_lr=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        betas=list(cases.BETAS),
+        eps=case.adam.eps,
+        weight_decay=case.adam.weight_decay,
+        clip_grad=case.adam.clip,
+        use_distributed_optimizer=case.distributed_optimizer,
+        overlap_grad_reduce=case.overlap,
+    )
+    optimizer = Recorder(student, settings, max_steps=cases.STEPS)
+    optimizer.model = student
+    engine: Any = FixedEngine()
+    if case.on_policy:
+        engine = MegatronEngine(student, (2, 3, 4), max_batch_size=32, pack=True)
+    phase = Phase(sampler="student", loss=make_loss(case.loss))
+    fixed: Any = (FixedTask(), FixedConversation())
+    return Run(
+        parallel=parallel,
+        task=fixed[0],
+        conversation=fixed[1],
+        student=student,
+        teacher=FrozenTeacher(build(parallel, models / case.teacher), cases.CONTEXT),
+        engines={"student": engine},
+        optimizer=optimizer,
+        sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=5),
+        phase=phase,
+        warmup=phase,
+        warmup_steps=0,
+        seed=0,
+        prompts_per_step=cases.NUM_PROMPTS,
+        anchors_per_step=cases.NUM_ANCHORS,
+        micro_batch_size=case.micro_batch_size,
+        aggregation="token_mean" if case.token_mean else "sequence_mean",
+    )
+
+
+def train(parallel: Parallel, models: Path, case: TrainCase, steps: int) -> dict[str, Any]:
+    """Distil for some steps; losses, norms, first gradients and last parameters."""
+    run = build_run(parallel, models, case)
+    teacher = run.teacher.model.module
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    stats = [distill_step(run, step) for step in range(steps)]
+    parameters, unequal = full_tensors(run.student, lambda p: p.data)
+    recorder: Any = run.optimizer
+    return {
+        "stats": [s.means() for s in stats],
+        "gradients": recorder.gradients,
+        "parameters": parameters,
+        "unequal": recorder.unequal + unequal,
+        "padding": _worst_padding(run),
+        "teacher_unchanged": all(map(torch.equal, before, teacher.parameters())),
+        "teacher_without_gradient": all(
+            p.grad is None and not p.requires_grad and not hasattr(p, "main_grad")
+            for p in teacher.parameters()
+        ),
+    }
+
+
+def _worst_padding(run: Run) -> dict[str, float]:
+    """Largest padded weight, gradient and Adam moment over all ranks."""
+    recorder: Any = run.optimizer
+    worst = {
+        "weight": largest_padding(run.student, lambda p: p.data),
+        "gradient": recorder.padding,
+    }
+    adam = recorder.optimizer.chained_optimizers[0].optimizer.state
+    for key in ("exp_avg", "exp_avg_sq"):
+        worst[key] = largest_padding(run.student, lambda p, key=key: adam.get(p, {}).get(key))
+    parts = run.parallel.gather_objects(worst)
+    return {key: max(part[key] for part in parts) for key in worst}
+
+
+def move_checkpoint(
+    models: Path, results: Path, case: TrainCase, source: str, target: str
+) -> dict[str, Any]:
+    """Two steps under one layout, save, load under another, and the third step under both."""
+    path = results / f"{source}-{target}-{case.student}"
+    parallel = start(source)
+    run = build_run(parallel, models, case)
+    for step in range(2):
+        distill_step(run, step)
+    checkpoint.save(
+        path, {"optimizer_states": [], "epoch": 7}, run.student, run.optimizer, parallel
+    )
+    saved, _ = full_tensors(run.student, lambda p: p.data)
+    expected = distill_step(run, 2).means()
+    continued, _ = full_tensors(run.student, lambda p: p.data)
+
+    run = build_run(start(target), models, case)
+    common = checkpoint.load(path, run.student, run.optimizer)
+    loaded, _ = full_tensors(run.student, lambda p: p.data)
+    stats = distill_step(run, 2).means()
+    resumed, unequal = full_tensors(run.student, lambda p: p.data)
+    return {
+        "saved": saved,
+        "loaded": loaded,
+        "continued": continued,
+        "resumed": resumed,
+        "stats": (expected, stats),
+        "epoch": common["epoch"],
+        "unequal": unequal,
+    }
+
+
+def failures(parallel: Parallel, models: Path) -> dict[str, list[dict[str, Any]]]:
+    """What every rank reports when one rank meets a NaN."""
+
+    def poison_weight(parameter: torch.nn.Parameter) -> None:
+        parameter.data.view(-1)[0] = math.nan
+
+    def poison_gradient(parameter: torch.nn.Parameter) -> None:
+        parameter.register_hook(lambda gradient: gradient * math.nan)
+
+    found = {}
+    for name, poison in {"weight": poison_weight, "gradient": poison_gradient}.items():
+        for case in ("llama-untied", "llama-untied-distributed"):
+            run = build_run(parallel, models, cases.TRAIN_CASES[case])
+            distill_step(run, 0)
+            if parallel.rank == parallel.world_size - 1:
+                poison(run.student.module.decoder.layers[-1].mlp.linear_fc2.weight)
+            before = [p.detach().clone() for p in run.student.module.parameters()]
+            raised = "nothing"
+            try:
+                distill_step(run, 1)
+            except NonFiniteError as error:
+                raised = str(error)
+            found[f"{name}, {case}"] = parallel.gather_objects(
+                {
+                    "raised": raised,
+                    "unchanged": all(
+                        torch.equal(a.nan_to_num(1.5), p.detach().nan_to_num(1.5))
+                        for a, p in zip(before, run.student.module.parameters(), strict=True)
+                    ),
+                }
+            )
+    return found
