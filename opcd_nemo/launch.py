@@ -50,6 +50,8 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
+    # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
     try:
         code = _run_rank(load_main, config_name) if is_rank else _launch(config_name)
