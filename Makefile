@@ -41,16 +41,16 @@ bench-rollout: $(DEV) ## tokens a CPU-second of a rollout against transformers' 
 kernels-aot: $(DEV) ## compile every kernel for every GPU and compare with the committed table
 	$(BIN)/python -m opcd_kernels.aot --table kernels/aot_resources.json
 
-bench-kernels: $(DEV) ## time and memory of the divergences on this CPU, appended to kernels/bench/results
-	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_divergence.py
-	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear_divergence.py
+bench-kernels: $(DEV) ## time and memory of the ops on this CPU, appended to kernels/bench/results
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_logits.py
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear.py
 
 test-gpu: $(DEV) ## what only a GPU can prove (never run yet)
 	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py -v
 
 bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
-	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936
-	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
+	$(BIN)/python kernels/bench/bench_logits.py --device cuda --rows 2048 --columns 151936
+	$(BIN)/python kernels/bench/bench_linear.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
 golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
 	$(BIN)/python -m tests.golden.curves

@@ -7,16 +7,19 @@ Shape letters: `N` response tokens, `H` hidden, `V` vocabulary of this rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
-from opcd_kernels import linear_divergence, linear_token_logprob
+from opcd_kernels import count_nonfinite, linear_divergence, linear_token_logprob
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
+"""Counted in the statistics of a loss that is not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,10 @@ class HardLabelLoss:
 def _weighted(
     name: str, loss_N: torch.Tensor, weight_N: torch.Tensor
 ) -> tuple[torch.Tensor, Stats]:
-    """The sum of weighted losses, logged as a mean over the weights."""
+    """The sum of weighted losses, logged as a mean over the weights; what went wrong is counted."""
     total = loss_N.sum()
-    return total, Stats({name: (total.item(), weight_N.sum().item())})
+    stats = Stats({name: (total.item(), weight_N.sum().item())})
+    if not math.isfinite(total.item()):
+        counts = zip(BAD_TOKENS, count_nonfinite(loss_N), strict=True)
+        stats.add(Stats({key: (float(count), 1.0) for key, count in counts}))
+    return total, stats

@@ -10,7 +10,7 @@ import torch
 
 from opcd_nemo.batching import Aggregation, DistillBatch, TokenBatch, make_distill_batches
 from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.losses import Head, Loss
+from opcd_nemo.losses import BAD_TOKENS, Head, Loss
 from opcd_nemo.metrics import Stats, Stopwatch
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
@@ -178,4 +178,7 @@ def _over_ranks(parallel: Parallel, stats: Stats) -> Stats:
 def _stop_if_not_finite(stats: Stats) -> None:
     for name, (value, _) in stats.sums.items():
         if not math.isfinite(value):
-            raise NonFiniteError(f"{name} is {value}: stopped before the optimizer step")
+            counts = [f", {key} {stats.sums[key][0]:.0f}" for key in BAD_TOKENS if key in stats.sums]
+            raise NonFiniteError(
+                f"{name} is {value}{''.join(counts)}: stopped before the optimizer step"
+            )

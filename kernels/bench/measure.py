@@ -22,10 +22,11 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One provider of one operation; forward and backward together."""
+    """One provider of one operation."""
 
     op: str
     provider: str
+    passes: str = "forward+backward"
     dtype: str
     shape: str
     wall_s: float

@@ -4,14 +4,17 @@ from opcd_kernels.divergence import divergence
 from opcd_kernels.linear_divergence import linear_divergence
 from opcd_kernels.linear_token_logprob import linear_token_logprob
 from opcd_kernels.options import Kind, LogitMap
+from opcd_kernels.rows import NonFinite, count_nonfinite
 from opcd_kernels.token_logprob import TokenScores, token_logprob
 from opcd_kernels.topk import TopKDivergence, topk_divergence
 
 __all__ = [
     "Kind",
     "LogitMap",
+    "NonFinite",
     "TokenScores",
     "TopKDivergence",
+    "count_nonfinite",
     "divergence",
     "linear_divergence",
     "linear_token_logprob",

@@ -12,6 +12,8 @@ shard is five fp32 numbers,
 KL has the student first, forward KL the teacher.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -123,3 +125,19 @@ def token_scores(merged_N4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def weighted(loss_N: Tensor, weight_N: Tensor | None) -> Tensor:
     """The losses times their weights, where weight 0 gives 0 whatever the loss."""
     return loss_N if weight_N is None else torch.where(weight_N == 0, 0.0, loss_N * weight_N)
+
+
+class NonFinite(NamedTuple):
+    """How many rows have which loss; 0-d int64 tensors on the losses' device, not waited for."""
+
+    num_nan: Tensor
+    num_infinite: Tensor
+
+
+def count_nonfinite(loss_N: Tensor) -> NonFinite:
+    """Count the rows that went wrong.
+
+    A loss is NaN where a logit is NaN or +inf or no logit is finite, and infinite where the teacher
+    has no mass (a logit of -inf) and the student has some (forward KL: the other way round).
+    """
+    return NonFinite(loss_N.isnan().sum(), loss_N.isinf().sum())

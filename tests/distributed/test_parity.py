@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,8 @@ def test_a_nan_on_one_rank_stops_every_rank_before_any_parameter_changes(
         for rank, report in enumerate(ranks):
             assert "stopped before the optimizer step" in report["raised"], (name, rank)
             assert report["unchanged"], (name, rank)
+            counted = re.search(r"loss/nan_tokens [1-9]", report["raised"])
+            assert bool(counted) == name.startswith("weight"), (name, report["raised"])
         assert ("gradient norm" in ranks[0]["raised"]) == name.startswith("gradient"), name
 
 

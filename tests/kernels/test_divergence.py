@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import BETA, KINDS, Case, assert_gradient, assert_loss, case_of, logits_pair
 
-from opcd_kernels import Kind, LogitMap, divergence
+from opcd_kernels import Kind, LogitMap, count_nonfinite, divergence
 from opcd_kernels.eager import EagerBackend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +139,7 @@ def test_teacher_minus_inf_under_student_mass_is_infinite_and_stays_in_its_row()
     loss, gradient = run(case, "reverse_kl")
     others = torch.tensor([0, 1, 3, 4])
     assert loss[2] == math.inf
+    assert count_nonfinite(loss) == (0, 1)
     assert not gradient[2].isfinite().any()
     assert_loss(loss[others], expected.loss[others])
     assert_gradient(gradient[others], expected.gradient[others])
@@ -163,6 +164,7 @@ def test_a_bad_logit_stays_in_its_row(kind: Kind, bad: float, model: str) -> Non
     loss, gradient = run(case, kind)
     others = torch.tensor([0, 2, 3])
     assert loss.isnan().tolist() == [False, True, False, False]
+    assert count_nonfinite(loss) == (1, 0)
     assert gradient[1].isnan().any()
     assert_loss(loss[others], case.loss[others])
     assert_gradient(gradient[others], case.gradient[others])

@@ -1,6 +1,6 @@
 """Reverse KL from hidden states and two lm_heads, forward and backward: time and memory.
 
-python kernels/bench/bench_linear_divergence.py [--device cuda] [--rows 1024] [--hidden 576]
+python kernels/bench/bench_linear.py [--device cuda] [--rows 1024] [--hidden 576]
 """
 
 import argparse
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from measure import MIB, compare, report
-from providers import chunked_reverse_kl, naive_reverse_kl, unchunked_parallel_reverse_kl
+from providers import Loss, chunked, naive_reverse_kl, unchunked_parallel_reverse_kl
 from torch import Tensor
 
 from opcd_kernels import linear_divergence
 
-TABLE = Path(__file__).parent / "results" / "linear_divergence.csv"
+TABLE = Path(__file__).parent / "results" / "linear.csv"
 TEMPERATURE = 0.7
 
 
@@ -60,16 +60,14 @@ def _providers(heads: list[Tensor]) -> dict[str, Callable[[], Callable[[], objec
         temperature=TEMPERATURE,
     )
 
-    def of_logits(
-        reverse_kl: Callable[..., Tensor], hidden: Tensor, weight: Tensor, **options: int
-    ) -> Tensor:
+    def of_logits(reverse_kl: Loss, hidden: Tensor, weight: Tensor) -> Tensor:
         with torch.no_grad():
             teacher = teacher_hidden @ teacher_weight.T
-        return reverse_kl(hidden @ weight.T, teacher, TEMPERATURE, **options)
+        return reverse_kl(hidden @ weight.T, teacher, TEMPERATURE)
 
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "naive": partial(of_logits, naive_reverse_kl),
-        "chunked autograd": partial(of_logits, chunked_reverse_kl, chunk_tokens=64),
+        "chunked autograd": partial(of_logits, partial(chunked, naive_reverse_kl)),
         "unchunked parallel": partial(of_logits, unchunked_parallel_reverse_kl),
         "opcd": partial(ours, weight_N=ones),
         "opcd recomputing": ours,
