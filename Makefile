@@ -19,7 +19,7 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-test: check ## every check, then every test
+test: check kernels-aot ## every check, the kernels compiled for GPUs, then every test
 	for folder in unit kernels distributed recipes golden; do $(PYTEST) tests/$$folder; done
 	$(if $(wildcard tests/kernels/interpreter/test_*.py),TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter)
 

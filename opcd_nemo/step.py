@@ -178,7 +178,6 @@ def _over_ranks(parallel: Parallel, stats: Stats) -> Stats:
 def _stop_if_not_finite(stats: Stats) -> None:
     for name, (value, _) in stats.sums.items():
         if not math.isfinite(value):
-            counts = [f", {key} {stats.sums[key][0]:.0f}" for key in BAD_TOKENS if key in stats.sums]
-            raise NonFiniteError(
-                f"{name} is {value}{''.join(counts)}: stopped before the optimizer step"
-            )
+            counts = {key: stats.sums[key][0] for key in BAD_TOKENS if key in stats.sums}
+            counted = "".join(f", {key} {count:.0f}" for key, count in counts.items())
+            raise NonFiniteError(f"{name} is {value}{counted}: stopped before the optimizer step")
