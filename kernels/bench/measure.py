@@ -163,6 +163,7 @@ def _commit() -> str:
 def report(rows: list[Row], table: Path) -> None:
     """Prints the rows and appends them to the table."""
     names = [column.name for column in fields(Row)]
+    table.parent.mkdir(exist_ok=True)
     fresh = not table.exists()
     with table.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)
