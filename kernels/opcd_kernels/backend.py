@@ -80,4 +80,4 @@ def choose(tensor: Tensor, *, compiled: bool = False) -> Backend:
         return TritonBackend()
     from opcd_kernels.eager import EagerBackend
 
-    return EagerBackend(block_elements=1 << 19, compiled=True) if compiled else EagerBackend()
+    return EagerBackend(block_elements=1 << 18, compiled=True) if compiled else EagerBackend()

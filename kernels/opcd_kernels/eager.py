@@ -39,46 +39,61 @@ def load(logits_RV: Tensor, sharpening: Sharpening, out_RV: Tensor) -> Tensor:
     return logits_RV if logits_RV.dtype == torch.float32 else out_RV.copy_(logits_RV)
 
 
-def _exponents(logits_RV: Tensor, max_R: Tensor, sharpening: Sharpening, out_RV: Tensor) -> Tensor:
+def _exponents(
+    logits_RV: Tensor, minus_max_R1: Tensor, sharpening: Sharpening, out_RV: Tensor
+) -> Tensor:
     """In `out_RV`: loaded * factor - max, with one rounding like the GPU's fused multiply-add."""
     loaded = load(logits_RV, sharpening, out_RV)
-    return torch.add(-max_R.unsqueeze(1), loaded, alpha=sharpening.log2_factor, out=out_RV)
+    return torch.add(minus_max_R1, loaded, alpha=sharpening.log2_factor, out=out_RV)
 
 
 def _exponents_and_max(
     logits_RV: Tensor, sharpening: Sharpening, out_RV: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The exponents, and the negated maximum of each row, [R, 1]."""
     loaded = load(logits_RV, sharpening, out_RV)
-    maximum = loaded.amax(1, keepdim=True).mul_(sharpening.log2_factor).clamp_min_(FLOOR)
-    exponents = torch.add(-maximum, loaded, alpha=sharpening.log2_factor, out=out_RV)
-    return exponents, maximum.squeeze(1)
+    minus_max = loaded.amax(1, keepdim=True).mul_(-sharpening.log2_factor).clamp_max_(-FLOOR)
+    torch.add(minus_max, loaded, alpha=sharpening.log2_factor, out=out_RV)
+    return out_RV, minus_max
 
 
-def _expectation(mass_RV: Tensor, value_RV: Tensor) -> Tensor:
-    """Sum of mass * value, [R], where 0 * inf counts as 0; overwrites the values."""
-    if torch.compiler.is_compiling():
-        return torch.where(mass_RV > 0, value_RV * mass_RV, mass_RV * 0.0).sum(1)
-    product = value_RV.mul_(mass_RV)
-    total = product.sum(1)
-    if bool(total.isnan().any()):
-        total = product.masked_fill_(mass_RV == 0, 0.0).sum(1)
-    return total
+def _mixture_columns(constants_N5: Tensor) -> Tensor:
+    """[4, N, 1]: negated maxima, and log2 of the sums."""
+    student_max, teacher_max, student_log2_sum, teacher_log2_sum, _ = constants_N5.unbind(1)
+    columns = [-student_max, -teacher_max, student_log2_sum, teacher_log2_sum]
+    return torch.stack(columns).unsqueeze(2)
+
+
+def _slope_columns(constants_N5: Tensor, upstream_N: Tensor, objective: Objective) -> Tensor:
+    """[6, N, 1]: negated maxima, what normalises p and q, the mean, the factor of a row's slope.
+
+    Made here and not in the blocks, where a compiler would make them again for every element.
+    """
+    columns = _mixture_columns(constants_N5)
+    mean, scale = constants_N5[:, 4], upstream_N * objective.student.slope
+    if objective.kind == "reverse_kl":
+        scale = scale * LN_2 * torch.exp2(-constants_N5[:, 2])
+    elif objective.kind == "forward_kl":
+        columns[2:].neg_().exp2_()
+    else:
+        scale = scale * (-objective.mixture_shares[0] * LN_2)
+    return torch.cat([columns, torch.stack([mean, scale]).unsqueeze(2)])
 
 
 def _mixture(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
+    columns_4R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Matrices p, q, log2(q / p), log2(m / p); logarithms are clamped where p and q vanish."""
     p, q, log2_ratio, log2_mixture = buffers
-    student_max, teacher_max, student_log2_sum, teacher_log2_sum, _ = constants_R5.unbind(1)
-    x = _exponents(student_RV, student_max, objective.student, log2_mixture)
-    y = _exponents(teacher_RV, teacher_max, objective.teacher, log2_ratio)
-    torch.exp2(x.sub_(student_log2_sum.unsqueeze(1)), out=p)
-    torch.exp2(y.sub_(teacher_log2_sum.unsqueeze(1)), out=q)
+    minus_student_max, minus_teacher_max, student_log2_sum, teacher_log2_sum = columns_4R1.unbind(0)
+    x = _exponents(student_RV, minus_student_max, objective.student, log2_mixture)
+    y = _exponents(teacher_RV, minus_teacher_max, objective.teacher, log2_ratio)
+    torch.exp2(x.sub_(student_log2_sum), out=p)
+    torch.exp2(y.sub_(teacher_log2_sum), out=q)
     y.clamp_min_(_MIN_LOG2).sub_(x.clamp_min_(_MIN_LOG2))
     student_share, teacher_share = objective.mixture_shares
     torch.exp2(log2_ratio, out=log2_mixture).mul_(teacher_share).add_(student_share).log2_()
@@ -88,46 +103,44 @@ def _mixture(
 def _reverse_kl_slope(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
+    columns_6R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """Gradient p * (log p - log q - KL), as an unscaled matrix and the factor of each row, [R]."""
-    student_max, teacher_max, student_log2_sum, _, mean = constants_R5.unbind(1)
-    x = _exponents(student_RV, student_max, objective.student, buffers[0]).clamp_min_(FLOOR)
-    y = _exponents(teacher_RV, teacher_max, objective.teacher, buffers[1]).clamp_min_(FLOOR)
-    mass = torch.exp2(x, out=buffers[2])
-    return x.sub_(y).sub_(mean.unsqueeze(1)).mul_(mass), LN_2 * torch.exp2(-student_log2_sum)
+) -> Tensor:
+    """2^(x - max) * (log2 p - log2 q - KL); the row's factor normalises it."""
+    minus_student_max, minus_teacher_max, _, _, mean, _ = columns_6R1.unbind(0)
+    x = _exponents(student_RV, minus_student_max, objective.student, buffers[0])
+    y = _exponents(teacher_RV, minus_teacher_max, objective.teacher, buffers[1])
+    difference = torch.sub(x.clamp_min_(FLOOR), y.clamp_min_(FLOOR), out=y).sub_(mean)
+    return difference.mul_(x.exp2_())
 
 
 def _forward_kl_slope(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
+    columns_6R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """Gradient p - q; the same operations on both sides, so that identical rows give exactly 0."""
-    student_max, teacher_max, student_log2_sum, teacher_log2_sum, _ = constants_R5.unbind(1)
-    p = _exponents(student_RV, student_max, objective.student, buffers[0])
-    q = _exponents(teacher_RV, teacher_max, objective.teacher, buffers[1])
-    p.exp2_().mul_(torch.exp2(-student_log2_sum).unsqueeze(1))
-    q.exp2_().mul_(torch.exp2(-teacher_log2_sum).unsqueeze(1))
-    return p.sub_(q), torch.ones_like(student_max)
+) -> Tensor:
+    """Slope p - q; the same operations on both sides, so that identical rows give exactly 0."""
+    minus_student_max, minus_teacher_max, student_inverse, teacher_inverse, _, _ = (
+        columns_6R1.unbind(0)
+    )
+    p = _exponents(student_RV, minus_student_max, objective.student, buffers[0])
+    q = _exponents(teacher_RV, minus_teacher_max, objective.teacher, buffers[1])
+    return p.exp2_().mul_(student_inverse).sub_(q.exp2_().mul_(teacher_inverse))
 
 
 def _jsd_slope(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
+    columns_6R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """Gradient share * p * (log p - log m - KL(student || m))."""
-    mean = constants_R5[:, 4]
-    p, _, _, log2_mixture = _mixture(student_RV, teacher_RV, constants_R5, objective, buffers)
-    slope = log2_mixture.sub_(mean.unsqueeze(1)).mul_(p)
-    return slope, torch.full_like(mean, -objective.mixture_shares[0] * LN_2)
+) -> Tensor:
+    """Slope p * (log2 m - log2 p + KL(student || m)); the row's factor holds the share, negated."""
+    p, _, _, log2_mixture = _mixture(student_RV, teacher_RV, columns_6R1[:4], objective, buffers)
+    return log2_mixture.sub_(columns_6R1[4]).mul_(p)
 
 
 def through_cap_(gradient_RV: Tensor, logits_RV: Tensor, sharpening: Sharpening) -> Tensor:
@@ -140,7 +153,7 @@ def through_cap_(gradient_RV: Tensor, logits_RV: Tensor, sharpening: Sharpening)
 
 
 _SLOPES = {"reverse_kl": _reverse_kl_slope, "forward_kl": _forward_kl_slope, "jsd": _jsd_slope}
-_NUM_SLOPE_BUFFERS = {"reverse_kl": 3, "forward_kl": 2, "jsd": 4}
+_NUM_SLOPE_BUFFERS = {"reverse_kl": 2, "forward_kl": 2, "jsd": 4}
 
 
 def _statistics_block(
@@ -148,26 +161,30 @@ def _statistics_block(
     second_RV: Tensor,
     first: Sharpening,
     second: Sharpening,
+    masked: bool,
     buffers: tuple[Tensor, ...],
 ) -> Tensor:
+    """The five numbers of each row, the maxima negated; `masked` lets 0 * inf count as 0."""
     x, y, mass = buffers
-    _, first_max = _exponents_and_max(first_RV, first, x)
-    _, second_max = _exponents_and_max(second_RV, second, y)
-    first_sum = torch.exp2(x, out=mass).sum(1)
-    cross = _expectation(mass, x.sub_(y))
-    second_sum = y.exp2_().sum(1)
-    return torch.stack([first_max, first_sum, cross, second_max, second_sum], dim=1)
+    _, minus_first_max = _exponents_and_max(first_RV, first, x)
+    _, minus_second_max = _exponents_and_max(second_RV, second, y)
+    first_sum = torch.exp2(x, out=mass).sum(1, keepdim=True)
+    cross = x.sub_(y).mul_(mass)
+    if masked:
+        cross.masked_fill_(mass == 0, 0.0)
+    cross_sum, second_sum = cross.sum(1, keepdim=True), y.exp2_().sum(1, keepdim=True)
+    return torch.cat([minus_first_max, first_sum, cross_sum, minus_second_max, second_sum], dim=1)
 
 
 def _mixture_block(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
+    columns_4R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
 ) -> Tensor:
     p, q, log2_ratio, log2_mixture = _mixture(
-        student_RV, teacher_RV, constants_R5, objective, buffers
+        student_RV, teacher_RV, columns_4R1, objective, buffers
     )
     student_kl = -p.mul_(log2_mixture).sum(1)
     return torch.stack([student_kl, log2_ratio.sub_(log2_mixture).mul_(q).sum(1)], dim=1)
@@ -176,17 +193,16 @@ def _mixture_block(
 def _gradient_block(
     student_RV: Tensor,
     teacher_RV: Tensor,
-    constants_R5: Tensor,
-    upstream_R: Tensor,
+    columns_6R1: Tensor,
     objective: Objective,
     buffers: tuple[Tensor, ...],
 ) -> Tensor:
     """Over the student's logits, which it returns."""
-    slope, factor = _SLOPES[objective.kind](
-        student_RV, teacher_RV, constants_R5, objective, buffers
-    )
-    slope.mul_((upstream_R * objective.student.slope * factor).unsqueeze(1))
-    return student_RV.copy_(through_cap_(slope, student_RV, objective.student))
+    slope = _SLOPES[objective.kind](student_RV, teacher_RV, columns_6R1, objective, buffers)
+    scale = columns_6R1[5]
+    if student_RV.dtype == torch.float32 and objective.student.logit_map.softcap is None:
+        return torch.mul(slope, scale, out=student_RV)
+    return student_RV.copy_(through_cap_(slope.mul_(scale), student_RV, objective.student))
 
 
 @cache
@@ -219,7 +235,7 @@ class EagerBackend:
             fill a block do not.
     """
 
-    block_elements: int = 1 << 18
+    block_elements: int = 1 << 17
     compiled: bool = False
 
     def _rows_at_once(self, num_columns: int) -> int:
@@ -261,10 +277,16 @@ class EagerBackend:
         out = empty_statistics((first_NV.shape[0],), first_NV.device)
         if first_NV.shape[1] == 0:
             return out
+        out[:, 0::3].neg_()  # blocks give the maxima negated
+        masked = self.compiled  # costs nothing there, and a pass over the block here
         for rows, logits, buffers in self._blocks(first_NV, weight_N, 3):
             out[rows] = self._run(
-                _statistics_block, buffers, logits, second_NV[rows], first, second
+                _statistics_block, buffers, logits, second_NV[rows], first, second, masked
             )
+        if not masked and bool((again := out[:, 2].isnan()).any()):
+            for rows, logits, buffers in self._blocks(first_NV, again, 3):
+                out[rows] = _statistics_block(logits, second_NV[rows], first, second, True, buffers)
+        out[:, 0::3].neg_()
         return out
 
     def mixture_statistics(
@@ -277,8 +299,9 @@ class EagerBackend:
     ) -> Tensor:
         """Implements `Backend.mixture_statistics`."""
         out = constants_N5.new_zeros((student_NV.shape[0], 2))
+        columns = _mixture_columns(constants_N5)
         for rows, logits, buffers in self._blocks(student_NV, weight_N, 4):
-            arguments = logits, teacher_NV[rows], constants_N5[rows], objective
+            arguments = logits, teacher_NV[rows], columns[:, rows], objective
             out[rows] = self._run(_mixture_block, buffers, *arguments)
         return out
 
@@ -293,8 +316,9 @@ class EagerBackend:
         """Implements `Backend.divergence_gradient_`."""
         student_NV.index_fill_(0, (upstream_N == 0).nonzero().squeeze(1), 0.0)
         num_buffers = _NUM_SLOPE_BUFFERS[objective.kind]
+        columns = _slope_columns(constants_N5, upstream_N, objective)
         for rows, logits, buffers in self._blocks(student_NV, upstream_N, num_buffers):
-            arguments = logits, teacher_NV[rows], constants_N5[rows], upstream_N[rows], objective
+            arguments = logits, teacher_NV[rows], columns[:, rows], objective
             gradient = self._run(_gradient_block, buffers, *arguments)
             if not isinstance(rows, slice):
                 student_NV[rows] = gradient
@@ -313,12 +337,12 @@ class EagerBackend:
         for rows, logits, buffers in self._blocks(logits_NV, weight_N, 2):
             x, mass = buffers
             column = column_N[rows]
-            _, maximum = _exponents_and_max(logits, sharpening, x)
+            _, minus_max = _exponents_and_max(logits, sharpening, x)
             target = x.gather(1, column.clamp_min(0).unsqueeze(1)).squeeze(1)
             target.masked_fill_(column < 0, float("-inf"))
             total = torch.exp2(x, out=mass).sum(1)
             cross = x.clamp_min_(FLOOR).mul_(mass).sum(1)
-            out[rows] = torch.stack([maximum, total, cross, target], dim=1)
+            out[rows] = torch.stack([-minus_max.squeeze(1), total, cross, target], dim=1)
         return out
 
     def token_gradient_(
@@ -340,7 +364,7 @@ class EagerBackend:
             maximum, log2_sum, entropy_bits = constants_N3[rows].unsqueeze(1).unbind(2)
             scale = upstream_N2[rows] * sharpening.slope
             logprob_scale, entropy_scale = scale[:, :1], scale[:, 1:] * LN_2
-            _exponents(logits, maximum.squeeze(1), sharpening, x).sub_(log2_sum)
+            _exponents(logits, -maximum, sharpening, x).sub_(log2_sum)
             torch.exp2(x, out=p)
             slope = x.clamp_min_(FLOOR).add_(entropy_bits).mul_(-entropy_scale).sub_(logprob_scale)
             slope.mul_(p)

@@ -155,8 +155,8 @@ FAULTS = (
     Fault(
         name="mean of the divergence missing in the gradient",
         file="eager.py",
-        old="return x.sub_(y).sub_(mean.unsqueeze(1)).mul_(mass)",
-        new="return x.sub_(y).mul_(mass)",
+        old="y.clamp_min_(FLOOR), out=y).sub_(mean)",
+        new="y.clamp_min_(FLOOR), out=y)",
         tests=DIVERGENCE,
     ),
     Fault(
