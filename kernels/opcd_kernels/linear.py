@@ -24,8 +24,7 @@ from opcd_kernels.shards import sum_over_shards
 
 _GPU_CHUNK_BYTES = 1 << 28
 _CPU_CHUNK_TOKENS = 128
-_PRODUCT_ROWS = 4096
-_SUM_ROWS = 4 * _PRODUCT_ROWS
+_ROWS = 4096  # of the weight's gradient that are worked on at a time
 
 
 class ChunkLoss(Protocol):
@@ -96,36 +95,37 @@ def chunk_logits(hidden_NH: Tensor, weight_VH: Tensor, rows: slice, buffer_CV: T
 class _WeightGradient:
     """Sum over chunks of gradient^T hidden, in fp32, or in the weight's dtype of a single chunk.
 
-    The fp32 sum lies in blocks of rows that are freed one by one as they are cast, so that the sum
-    and its cast never exist side by side.
+    The fp32 sum is cast inside its own memory, of which the gradient is then the first half: sum
+    and gradient side by side would be the peak, and freeing the sum in parts does not help where
+    the allocator keeps them.
     """
 
     def __init__(self, weight_VH: Tensor, width: int, num_chunks: int) -> None:
-        self._weight, self._width = weight_VH, width
+        self._width = width
         self._direct = num_chunks == 1 or weight_VH.dtype == torch.float32
-        block = len(weight_VH) if self._direct else _SUM_ROWS
-        dtype = weight_VH.dtype if self._direct else torch.float32
-        self._sums = [torch.zeros_like(rows, dtype=dtype) for rows in weight_VH.split(block)]
-        product_rows = 0 if self._direct else min(_PRODUCT_ROWS, width)
-        self._product = weight_VH.new_empty((product_rows, weight_VH.shape[1]))
+        self._sum = torch.zeros_like(
+            weight_VH,
+            dtype=weight_VH.dtype if self._direct else torch.float32,
+            memory_format=torch.contiguous_format,
+        )
+        self._product = weight_VH[:0] if self._direct else torch.empty_like(weight_VH[:_ROWS])
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
         if self._direct:
-            self._sums[0][: self._width].addmm_(gradient_CV.t(), hidden_CH)
+            self._sum[: self._width].addmm_(gradient_CV.t(), hidden_CH)
             return
-        pieces = [piece for rows in self._sums for piece in rows.split(_PRODUCT_ROWS)]
-        for piece, columns in zip(pieces, gradient_CV.split(_PRODUCT_ROWS, dim=1), strict=False):
-            num_columns = columns.shape[1]
-            product = torch.mm(columns.t(), hidden_CH, out=self._product[:num_columns])
-            piece[:num_columns] += product
+        pieces = self._sum[: self._width].split(_ROWS)
+        for piece, columns in zip(pieces, gradient_CV.split(_ROWS, dim=1), strict=True):
+            piece += torch.mm(columns.t(), hidden_CH, out=self._product[: len(piece)])
 
     def finish(self) -> Tensor:
         if self._direct:
-            return self._sums[0]
-        out = torch.empty_like(self._weight)
-        for rows in out.split(_SUM_ROWS):
-            rows.copy_(self._sums.pop(0))
-        return out
+            return self._sum
+        halves = self._sum.view(-1).view(self._product.dtype)
+        narrow = halves[: self._sum.numel()].view_as(self._sum)
+        for wide_rows, rows in zip(self._sum.split(_ROWS), narrow.split(_ROWS), strict=True):
+            rows.copy_(self._product[: len(rows)].copy_(wide_rows))  # they may overlap
+        return narrow
 
 
 class _Gradients:

@@ -204,8 +204,8 @@ FAULTS = (
     Fault(
         name="weight gradient of the last chunk only",
         file="linear.py",
-        old="self._sums[0][: self._width].addmm_(gradient_CV.t(), hidden_CH)",
-        new="torch.mm(gradient_CV.t(), hidden_CH, out=self._sums[0][: self._width])",
+        old="self._sum[: self._width].addmm_(gradient_CV.t(), hidden_CH)",
+        new="torch.mm(gradient_CV.t(), hidden_CH, out=self._sum[: self._width])",
         tests=LINEAR,
     ),
     Fault(

@@ -123,8 +123,7 @@ def test_the_bf16_weight_gradient_is_summed_in_blocks_of_any_size(
 ) -> None:
     heads = Heads(torch.bfloat16)
     whole = heads.run("reverse_kl", chunk_tokens=100)[2]
-    monkeypatch.setattr("opcd_kernels.linear._PRODUCT_ROWS", 8)
-    monkeypatch.setattr("opcd_kernels.linear._SUM_ROWS", 32)
+    monkeypatch.setattr("opcd_kernels.linear._ROWS", 8)
     blocks = heads.run("reverse_kl", chunk_tokens=3)[2]
     assert (blocks[NUM_VALID:] == 0).all()
     # Each chunk's product is rounded to bf16 once, as the whole is.
