@@ -25,7 +25,7 @@ from opcd_kernels.shards import gather_parts
 
 Tail = Literal["bucket", "renorm"]
 
-_SCRATCH_ELEMENTS = 1 << 24
+_SCRATCH_ELEMENTS = 1 << 20
 
 
 class TopKDivergence(NamedTuple):
@@ -319,5 +319,7 @@ class _TopK(torch.autograd.Function):
             gradient[:, : plan.width], nowhere, constants, dense, sharpening
         )
         gradient[:, plan.width :] = 0
-        gradient.scatter_(1, column, values.mul_(sharpening.slope).to(gradient.dtype))
+        row = torch.arange(len(column), device=column.device).unsqueeze(1)
+        # not scatter_: in bf16 on a CPU it makes an fp32 copy of the whole matrix
+        gradient[row, column] = values.mul_(sharpening.slope).to(gradient.dtype)
         return gradient, None, None, None
