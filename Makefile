@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format golden clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo test check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -51,6 +51,10 @@ test-gpu: $(DEV) ## what only a GPU can prove (never run yet)
 bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_logits.py --device cuda --rows 2048 --columns 151936
 	$(BIN)/python kernels/bench/bench_linear.py --device cuda --rows 2048 --hidden 4096 --columns 151936
+
+crash-test: $(DEV) ## kill runs at 20 random moments; each must continue to the same bits (10 min)
+	$(BIN)/python -m tests.crash
+	$(BIN)/python -m tests.crash --kills 3 --layout tp2 --one-rank
 
 golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
 	$(BIN)/python -m tests.golden.curves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from opcd_nemo import durable
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
@@ -43,17 +46,67 @@ def save(
     whole = {**state, "common": common, "model": asdict(student.config)}
     dist_checkpointing.save(whole, str(temporary))
     parallel.barrier()
+    names = durable.files_in(temporary)[parallel.rank :: parallel.world_size]
+    entries: dict[str, durable.Entry] = {}
+    for part in parallel.gather_objects(
+        {name: durable.measure(temporary / name, sync=True) for name in names}
+    ):
+        entries |= part
     if parallel.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        durable.publish(temporary, path, entries)
     parallel.barrier()
+
+
+def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint of the latest step whose files are as its manifest says.
+
+    Damaged ones are named and passed over. Collective over the world.
+    """
+    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _step(path))]
+    for _, path in sorted(found, reverse=True):
+        damage = find_damage(path, parallel)
+        if damage is None:
+            return path
+        say(f"checkpoint passed over: {damage}")
+    return None
+
+
+def _step(path: Path) -> re.Match[str] | None:
+    return re.search(r"step=(\d+)", path.name)
+
+
+def find_damage(path: Path, parallel: Parallel) -> str | None:
+    """What is wrong with a checkpoint's files, the same on every rank. Collective."""
+    damage = None
+    try:
+        entries = durable.read_manifest(path)
+        names = sorted(entries)[parallel.rank :: parallel.world_size]
+        damage = durable.find_damage(path, entries, names)
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    return next((found for found in parallel.gather_objects(damage) if found), None)
+
+
+def weights_digest(student: LanguageModel) -> str:
+    """SHA-256 of the student's weights as this layout holds them. Collective over the world."""
+    mine = hashlib.sha256()
+    for parameter in student.module.parameters():
+        mine.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    parts = student.parallel.gather_objects(mine.hexdigest())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Lightning's part of a checkpoint, and what the model put beside it."""
+    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    return common
 
 
 def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dict[str, Any]:
     """Fill student and optimizer from a checkpoint of any layout; returns its `common`.
 
     Raises:
-        ValueError: the checkpoint is of a model with another shape.
+        ValueError: the checkpoint is of a model with another shape, or holds no optimizer.
     """
     saved, wanted = dist_checkpointing.load_common_state_dict(str(path))["model"], student.config
     for key, value in asdict(wanted).items():
@@ -61,6 +114,11 @@ def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dic
             raise ValueError(f"{path}: {key} is {saved[key]}; allowed: the student's {value}")
     _prepare_loading(optimizer.optimizer)
     state = {"student": _weights(student)}
+    if "optimizer_states" not in read_common(path):
+        raise ValueError(
+            f"{path}: holds weights only; allowed: a checkpoint of "
+            "exp_manager.checkpoint_callback_params.save_weights_only=false"
+        )
     state |= _optimizer_state(state["student"], optimizer, is_loading=True)
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)

@@ -108,6 +108,13 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class ResumeConfig:
+    """`resume:`: keys that a continued run may change although results depend on them."""
+
+    allow_changes: list[str]
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """The whole of `conf/train.yaml`. Plugs (`_target_`) and NeMo's own groups stay untyped."""
 
@@ -127,6 +134,7 @@ class TrainConfig:
     evaluation: EvaluationConfig
     trainer: Any
     exp_manager: Any
+    resume: ResumeConfig
 
 
 _POSITIVE = (
@@ -221,6 +229,7 @@ _TYPE_WORDS: dict[Any, str] = {
     str: "a text",
     str | None: "a text, or null",
     list[float]: "a list of numbers",
+    list[str]: "a list of texts",
     list[int] | None: "a list of whole numbers, or null",
 }
 

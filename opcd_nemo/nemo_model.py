@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.core import ModelPT
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from opcd_nemo import report
 from opcd_nemo.build import build_evaluator, build_run
 from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
@@ -41,6 +43,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
+        self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
 
@@ -55,7 +58,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One distillation step."""
-        step, started, cpu = int(batch), time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), time.process_time()
+        step = self.trainer.global_step  # the loader counts from 0 in a continued run
         watch = self.run.watch
         before = (dict(watch.wall_s), dict(watch.cpu_s))
         stats: Stats = self.optimizers().step(closure=lambda: distill_step(self.run, step))
@@ -70,6 +74,31 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self._show(values)
         if self.metrics is not None:
             self.metrics.log(step, values)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put beside the weights what a continued run is compared with."""
+        checkpoint["opcd"] = {"config": self.origin(), "versions": report.versions()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember what `on_train_start` needs."""
+        self._callback_states = checkpoint["callbacks"]
+
+    def on_train_start(self) -> None:
+        """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`."""
+        for callback in self.trainer.checkpoint_callbacks:
+            state = self._callback_states.get(callback.state_key)
+            if state is not None:
+                ModelCheckpoint.load_state_dict(callback, state)
+
+    def origin(self) -> dict[str, Any]:
+        """The resolved configuration and the hash of the context."""
+        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        return {**config, "context_hash": self.context_hash}
+
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of what the teacher reads."""
+        return self.run.conversation.source.context("", 0).content_hash
 
     def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
         """CPU seconds of the step over all ranks, in all and by phase."""

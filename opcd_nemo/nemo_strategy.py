@@ -16,6 +16,9 @@ from opcd_nemo import checkpoint
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
 
+# reading these of Lightning's would unpickle classes; the configuration is stored as plain values
+_NOT_PLAIN = ("hyper_parameters", "hparams_name", "hparams_type")
+
 
 class StepCounter(torch.optim.Optimizer):
     """What Lightning steps: it runs the distillation step, whose update is Megatron's own.
@@ -77,7 +80,8 @@ class MegatronStrategy(DDPStrategy):
     ) -> None:
         """Write a folder named `filepath`. Collective over the world."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
-        checkpoint.save(Path(filepath), checkpoint_, run.student, run.optimizer, self.parallel)
+        plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
+        checkpoint.save(Path(filepath), plain, run.student, run.optimizer, self.parallel)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -95,7 +99,7 @@ class MegatronStrategy(DDPStrategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint folder."""
         if self.parallel.rank == 0:
-            shutil.rmtree(filepath)
+            shutil.rmtree(filepath, ignore_errors=True)
 
     def teardown(self) -> None:
         """Keep the groups: evaluation follows training."""

@@ -8,20 +8,22 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from opcd_nemo import report
+from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.durable import lock_folder
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
-from opcd_nemo.metrics import MetricLogger, read_metrics
+from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_strategy import MegatronStrategy
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
+from opcd_nemo.resume import check_unchanged
 
 Say = Callable[[str], None]
 
@@ -46,14 +48,16 @@ def train(raw: DictConfig, say: Say) -> Path:
     quiet(_first_line(parallel))
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     trainer = _trainer(config, parallel)
+    _lock = _lock_folder(folder, parallel)  # held until this function ends
     _set_aside_old_run(folder, config, parallel)
     exp_manager(trainer, _exp_manager_config(raw, folder))
     trainer.strategy.setup_environment()
     model = OPCDModel(raw, trainer)
+    continued = _continue_from(folder, config, model, quiet)
     before = _scores_before(model, quiet)
     with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
         model.metrics = metrics
-        trainer.fit(model)
+        trainer.fit(model, ckpt_path=continued)
     after = model.scores("student", with_context=False)
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
     parallel.barrier()
@@ -107,8 +111,13 @@ def _check_names(group: str, settings: Mapping[str, Any], allowed: Collection[st
 def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
     settings: Any = OmegaConf.to_container(raw.exp_manager, resolve=True)
     settings.pop("exp_dir")
+    settings["resume_if_exists"] = False  # NeMo's search knows no manifests: see `_continue_from`
     _check_names("exp_manager", settings, list(ExpManagerConfig.__dataclass_fields__))
-    return OmegaConf.create({**settings, "explicit_log_dir": str(folder)})
+    # NeMo sets the files of its folder aside when a run is continued, metrics.jsonl too
+    settings["explicit_log_dir"] = str(folder / "nemo")
+    settings["checkpoint_callback_params"]["dirpath"] = str(folder / "checkpoints")
+    created: DictConfig = OmegaConf.create(settings)
+    return created
 
 
 def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) -> None:
@@ -121,6 +130,41 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
         folder.rename(folder.with_name(f"{folder.name}.{number}"))
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _lock_folder(folder: Path, parallel: Parallel) -> IO[str] | None:
+    """Refuse a folder that another job works on. Collective over the world."""
+    lock, refusal = None, None
+    if parallel.rank == 0:
+        try:
+            lock = lock_folder(folder)
+        except ValueError as error:
+            refusal = str(error)
+    if refused := parallel.gather_objects(refusal)[0]:
+        raise ValueError(f"name: {refused}")
+    return lock
+
+
+def _continue_from(folder: Path, config: TrainConfig, model: OPCDModel, say: Say) -> Path | None:
+    """The checkpoint to continue from, when that is asked for. Collective over the world.
+
+    Raises:
+        ValueError: a key that matters has changed since.
+    """
+    if not config.exp_manager["resume_if_exists"]:
+        return None
+    parallel = model.run.parallel
+    path = checkpoint.newest(folder / "checkpoints", parallel, say)
+    metrics, step = folder / "metrics.jsonl", 0
+    if path is not None:
+        common = checkpoint.read_common(path)
+        check_unchanged(common["opcd"]["config"], model.origin(), config.resume.allow_changes)
+        step = common["global_step"]
+        say(f"continuing from {path}")
+    if parallel.rank == 0 and metrics.exists():
+        drop_metrics_from(metrics, step)
+    parallel.barrier()
+    return path
 
 
 def _scores_before(model: OPCDModel, say: Say) -> dict[str, tuple[Evaluation, Evaluation]]:
@@ -147,6 +191,7 @@ def _report(
     """Write the run's files on rank 0 and show the table. Collective over the world."""
     parallel = model.run.parallel
     peaks = parallel.gather_objects(report.peak_rss_kib())
+    weights_sha256 = checkpoint.weights_digest(model.run.student)
     if parallel.rank != 0:
         return
     launcher = os.environ.get(LAUNCHER_PID_ENV)
@@ -166,7 +211,8 @@ def _report(
         "pp": parallel.pp,
         "dp": parallel.dp,
         "seed": config.seed,
-        "context_hash": model.run.conversation.source.context("", 0).content_hash,
+        "context_hash": model.context_hash,
+        "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
     report.write_json(folder / "summary.json", summary)

@@ -1,0 +1,127 @@
+"""Folders that are whole or not there: fsync, a manifest of sizes and digests, an atomic rename.
+
+Also the lock that keeps two jobs out of one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Size and SHA-256 of a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def measure(file: Path, *, sync: bool = False) -> Entry:
+    """Read a file once; `sync` forces it to the disk before."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        if sync:
+            os.fsync(opened.fileno())
+        while block := opened.read(_READ_BYTES):
+            digest.update(block)
+            num_bytes += len(block)
+    return Entry(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below `folder` except the manifest, sorted."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
+    """Give a finished folder its manifest and its final name; what had the name is replaced."""
+    lines = {name: [entries[name].num_bytes, entries[name].sha256] for name in sorted(entries)}
+    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(lines, file, indent=0)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(temporary)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """What the folder must hold.
+
+    Raises:
+        ValueError: there is no manifest, or the folder's files are not those it names.
+    """
+    try:
+        lines = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error})") from error
+    there = set(files_in(folder))
+    if missing := sorted(entries.keys() - there):
+        raise ValueError(f"{folder / missing[0]}: is missing")
+    if unknown := sorted(there - entries.keys()):
+        raise ValueError(f"{folder / unknown[0]}: is not in the manifest")
+    return entries
+
+
+def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> str | None:
+    """The first of these files that is not as the manifest says, with what is wrong."""
+    for name in names:
+        wanted, found = entries[name], measure(folder / name)
+        if found.num_bytes != wanted.num_bytes:
+            return f"{folder / name}: has {found.num_bytes} bytes instead of {wanted.num_bytes}"
+        if found.sha256 != wanted.sha256:
+            return f"{folder / name}: its SHA-256 is not the manifest's"
+    return None
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Take the folder for this process, until the returned file is closed or the process ends.
+
+    The kernel lets go of the lock when a process dies, so that none is left behind.
+
+    Raises:
+        ValueError: another process has it; names its host, pid and start.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "an unknown process"
+        file.close()
+        raise ValueError(f"{folder}: in use by {holder}; allowed: one job at a time") from error
+    file.truncate(0)
+    start = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {start}\n")
+    file.flush()
+    return file
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""What may change between a checkpoint and the run that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MATTERS = (
+    "seed student teacher task context engine loss rollout warmup batching optim context_hash"
+).split()
+_ABSENT = "(absent)"
+
+
+def check_unchanged(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]
+) -> None:
+    """Compare the keys that a result depends on; layout, lengths and outputs may change.
+
+    Args:
+        saved: configuration in the checkpoint.
+        now: configuration of this run.
+        allowed: dotted keys, or groups of them, that may differ.
+
+    Raises:
+        ValueError: one line with every other difference.
+    """
+    groups = list(_MATTERS)
+    if saved["optim"]["schedule"] != "constant":
+        groups.append("trainer.max_steps")  # the end of the schedule
+    before, after = (dict(_leaves(config)) for config in (saved, now))
+    changed = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if _within(key, groups)
+        and not _within(key, allowed)
+        and before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+    if changed:
+        shown = "; ".join(
+            f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)}" for key in changed
+        )
+        raise ValueError(
+            f"exp_manager.resume_if_exists=True: {shown}; allowed: the checkpoint's values, or "
+            f"resume.allow_changes=[{','.join(changed)}]"
+        )
+
+
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        leaves += _leaves(value, f"{key}.") if isinstance(value, Mapping) else [(key, value)]
+    return leaves

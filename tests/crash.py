@@ -1,0 +1,141 @@
+"""Kills runs at random moments and shows that the continued run is the uninterrupted one.
+
+    python -m tests.crash [--kills 20] [--layout dp2] [--seed 0] [--one-rank]
+
+Every run saves after each step. A kill takes the launcher and all ranks at once (SIGKILL), or one
+rank only; then the same command runs again, up to its end. Weights and every metric of every step
+must be those of the run that nobody killed. Exit status 1 lists what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from opcd_nemo.metrics import read_metrics
+from tests.recipes.conftest import ROOT, SMOKE
+from tests.tiny import write_chat_model
+
+STEPS = 8
+SETTINGS = (
+    f"exp_manager=resumable exp_manager.checkpoint_callback_params.every_n_train_steps=1 "
+    f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.max_new_tokens=16 name=run"
+).split()
+TIMED = ("time/", "cpu/", "perf/")
+
+
+class Job:
+    """One folder's command."""
+
+    def __init__(self, model: Path, folder: Path, layout: str) -> None:
+        self.run = folder / "run"
+        places = (f"student.path={model}", f"exp_manager.exp_dir={folder}", f"parallel={layout}")
+        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places]
+        folder.mkdir()
+        self._log = folder / "log.txt"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command; its output goes to the folder's log."""
+        with self._log.open("ab") as log:
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(
+                self._command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def finish(self) -> float:
+        """Run the command to its end; the seconds from the first step to the last."""
+        process = self.start()
+        self.wait_for_training(process)
+        started = time.monotonic()
+        if process.wait():
+            raise RuntimeError(self._log.read_text())
+        return time.monotonic() - started
+
+    def wait_for_training(self, process: subprocess.Popen[bytes]) -> None:
+        """Return when the first scores are printed, just before the first step."""
+        seen = self._log.read_text().count("in-context gap") if self._log.exists() else 0
+        while self._log.read_text().count("in-context gap") == seen:
+            if process.poll() is not None:
+                raise RuntimeError(self._log.read_text())
+            time.sleep(0.01)
+
+    def outcome(self) -> dict[str, Any]:
+        """Every metric that is not a time, by step, and the digest of the weights."""
+        found: dict[str, Any] = {
+            f"{name} of step {line['step']}": value
+            for line in read_metrics(self.run / "metrics.jsonl")
+            for name, value in line.items()
+            if not name.startswith(TIMED)
+        }
+        summary = json.loads((self.run / "summary.json").read_text())
+        return {**found, "weights": summary["weights_sha256"]}
+
+    def moment(self) -> str:
+        """What the run was doing, from what lies on the disk."""
+        if any((self.run / "checkpoints").glob(".*.partial")):
+            return "save"
+        metrics = self.run / "metrics.jsonl"
+        steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return "end" if steps == STEPS else f"step {steps}"
+
+
+def kill(process: subprocess.Popen[bytes], one_rank: bool) -> float:
+    """Kill everything, or the last rank alone; the seconds until nothing is left."""
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    started = time.monotonic()
+    for victim in ranks[-1:] if one_rank else [*ranks, process]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(ranks)
+    return time.monotonic() - started
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--layout", default="dp2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one-rank", action="store_true")
+    options = parser.parse_args()
+    draw, moments, faults = random.Random(options.seed), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_chat_model(folder / "model")
+        whole = Job(model, folder / "whole", options.layout)
+        seconds = whole.finish()
+        for number in range(options.kills):
+            job = Job(model, folder / f"killed-{number}", options.layout)
+            process = job.start()
+            job.wait_for_training(process)
+            time.sleep(draw.uniform(0, seconds))
+            took = kill(process, options.one_rank) if process.poll() is None else 0.0
+            moment = job.moment()
+            moments[moment.split()[0]] += 1
+            job.finish()
+            expected, found = whole.outcome(), job.outcome()
+            differ = [key for key in expected if expected[key] != found.get(key)]
+            faults += bool(differ) or took > 60
+            sys.stdout.write(
+                f"{number + 1}/{options.kills} killed in {moment}, gone after {took:.1f} s: "
+                f"{differ or 'the same to the bit'}\n"
+            )
+            sys.stdout.flush()
+    sys.stdout.write(f"{options.kills - faults}/{options.kills} continued exactly; {moments}\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""A continued run is the same run; damage, changed keys and second jobs are noticed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd_nemo.durable import lock_folder
+from opcd_nemo.metrics import read_metrics
+from tests.recipes.conftest import Train
+
+RESUMABLE = [
+    "exp_manager=resumable",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+    "optim.lr=1e-3",
+    "name=run",
+]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, float]], Any]:
+    """Every metric that is not a time, and the digest of the weights."""
+    timed = ("time/", "cpu/", "perf/")
+    lines = [
+        {name: value for name, value in line.items() if not name.startswith(timed)}
+        for line in read_metrics(folder / "run" / "metrics.jsonl")
+    ]
+    return lines, json.loads((folder / "run" / "summary.json").read_text())["weights_sha256"]
+
+
+@pytest.fixture(scope="module")
+def resume(train: Train) -> Run:
+    def run(folder: Path, steps: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+        place = (f"exp_manager.exp_dir={folder}", f"trainer.max_steps={steps}")
+        return train(*RESUMABLE, *place, "parallel=dp2", *overrides)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(resume: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One run of four steps, and one of two."""
+    made = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(resume, made, (4, 2)):
+            assert done.returncode == 0, done.stderr
+    return made
+
+
+def test_a_changed_key_is_refused(resume: Run, folders: tuple[Path, Path]) -> None:
+    refused = resume(folders[1], 4, "loss.temperature=0.5", "optim.weight_decay=0.5")
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert "loss.temperature was 1.0, is 0.5" in line
+    assert "resume.allow_changes=[loss.temperature,optim.weight_decay]" in line
+
+
+def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path, Path]) -> None:
+    with lock_folder(folders[1] / "run"):
+        refused = resume(folders[1], 4)
+    assert refused.returncode == 2
+    assert "in use by host" in refused.stderr
+    assert "pid" in refused.stderr
+
+
+def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_one(
+    resume: Run, folders: tuple[Path, Path]
+) -> None:
+    whole, parts = folders
+    checkpoints = parts / "run" / "checkpoints"
+    shard = checkpoints / "step=2.ckpt" / "__0_1.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    done = resume(parts, 4)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint passed over: {shard}: its SHA-256 is not the manifest's" in done.stdout
+    assert f"continuing from {checkpoints / 'step=1.ckpt'}" in done.stdout
+    assert outcome(parts) == outcome(whole)
+    kept = sorted(path.name for path in checkpoints.iterdir())
+    # the last three, and the one continued from, which Lightning never removes
+    assert kept == [f"step={n}.ckpt" for n in (1, 2, 3, 4)]
