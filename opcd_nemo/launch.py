@@ -11,28 +11,33 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+import psutil
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
-from opcd_nemo.types import NonFiniteError
+from opcd_nemo.types import NonFiniteError, StoppedBySignal
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # by a signal, with a checkpoint: start the same command again
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
 
@@ -66,6 +71,10 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
 
 def _report_error(error: Exception, config_name: str) -> int:
     """Print one line for what a user can mend, a traceback for the rest; returns the exit code."""
+    if isinstance(error, StoppedBySignal):
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{error}\n")
+        return EXIT_STOPPED
     line = _one_line(error, config_name)
     if line is None and not isinstance(error, NonFiniteError):
         traceback.print_exception(error)
@@ -224,15 +233,27 @@ def _torchrun(parallel: ParallelConfig) -> int:
         rdzv_endpoint=f"127.0.0.1:{parallel.port}",
         max_restarts=0,
         monitor_interval=0.5,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
+    for one in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(one, _forward_to_ranks)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
         elastic_launch(settings, sys.executable)(*["-u", *sys.argv])
     except ChildFailedError as error:
         rank, failure = _first_failure(error.failures)
+        if failure.exitcode == EXIT_STOPPED:  # rank 0 has said why
+            return EXIT_STOPPED
         sys.stderr.write(f"error: rank {rank} failed first: {_first_line(failure)}\n")
         return failure.exitcode if failure.exitcode > 0 else EXIT_FAILURE
     return 0
+
+
+def _forward_to_ranks(number: int, _: FrameType | None) -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "LOCAL_RANK" in child.environ():
+                child.send_signal(number)
 
 
 def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

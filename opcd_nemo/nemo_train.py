@@ -21,6 +21,7 @@ from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
 from opcd_nemo.nemo_model import OPCDModel
+from opcd_nemo.nemo_signals import StopOnSignal
 from opcd_nemo.nemo_strategy import MegatronStrategy
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
 from opcd_nemo.resume import check_unchanged
@@ -38,6 +39,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     Raises:
         ValueError: a key is wrong, before a model loads.
         NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
+        StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
     """
     started = time.perf_counter()
     config = load_config(raw)
@@ -47,7 +49,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     quiet = say if rank == 0 else _silent
     quiet(_first_line(parallel))
     folder = Path(config.exp_manager["exp_dir"]) / config.name
-    trainer = _trainer(config, parallel)
+    trainer = _trainer(config, parallel, StopOnSignal(parallel, folder / "checkpoints"))
     _lock = _lock_folder(folder, parallel)  # held until this function ends
     _set_aside_old_run(folder, config, parallel)
     exp_manager(trainer, _exp_manager_config(raw, folder))
@@ -82,7 +84,7 @@ def _first_line(parallel: Parallel) -> str:
     )
 
 
-def _trainer(config: TrainConfig, parallel: Parallel) -> pl.Trainer:
+def _trainer(config: TrainConfig, parallel: Parallel, stop: pl.Callback) -> pl.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fixed: dict[str, Any] = {
@@ -90,6 +92,7 @@ def _trainer(config: TrainConfig, parallel: Parallel) -> pl.Trainer:
         "devices": local_ranks,
         "num_nodes": parallel.world_size // local_ranks,
         "strategy": MegatronStrategy(parallel),
+        "callbacks": [stop],
         "max_epochs": 1,
         "logger": False,  # exp_manager brings logger and checkpoints
         "enable_checkpointing": False,

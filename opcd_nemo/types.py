@@ -83,5 +83,9 @@ class Rollout:
         assert self.teacher_prompt_ids, self.uid
 
 
+class StoppedBySignal(Exception):
+    """A run ended early, at a step boundary, with a checkpoint."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; nothing was updated."""

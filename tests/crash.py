@@ -2,9 +2,9 @@
 
     python -m tests.crash [--kills 20] [--layout dp2] [--seed 0] [--one-rank]
 
-Every run saves after each step. A kill takes the launcher and all ranks at once (SIGKILL), or one
-rank only; then the same command runs again, up to its end. Weights and every metric of every step
-must be those of the run that nobody killed. Exit status 1 lists what differs.
+Every run saves after each fourth step. A kill takes the launcher and all ranks at once (SIGKILL),
+or one rank only; then the same command runs again, up to its end. Weights and every metric of every
+step must be those of the run that nobody killed. Exit status 1 lists what differs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from opcd_nemo.metrics import read_metrics
 from tests.recipes.conftest import ROOT, SMOKE
 from tests.tiny import write_chat_model
 
-STEPS = 8
+STEPS = 16
 SETTINGS = (
-    f"exp_manager=resumable exp_manager.checkpoint_callback_params.every_n_train_steps=1 "
-    f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.max_new_tokens=16 name=run"
+    f"exp_manager=resumable exp_manager.checkpoint_callback_params.every_n_train_steps=4 "
+    f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.max_new_tokens=32 name=run"
 ).split()
 TIMED = ("time/", "cpu/", "perf/")
 
