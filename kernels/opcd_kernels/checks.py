@@ -12,6 +12,10 @@ def check_matrix(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have two dimensions")
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} has dtype {value.dtype}; allowed: float32, bfloat16, float16")
+    if value.shape[0] > 1 and value.stride(0) < value.shape[1]:
+        raise ValueError(
+            f"{name} has strides {value.stride()}; its rows overlap: call .contiguous()"
+        )
     if value.shape[1] > 1 and value.stride(1) != 1:
         raise ValueError(
             f"{name} has strides {value.stride()}; a row must be contiguous: call .contiguous()"
@@ -45,10 +49,12 @@ def check_logits_pair(student_NV: Tensor, teacher_NV: Tensor) -> None:
     check_same("device", "teacher_logits_NV", devices[0], "student_logits_NV", devices[1])
 
 
-def check_weight(weight_N: Tensor, num_rows: int, device: torch.device) -> None:
-    """Raises ValueError unless the weights are [num_rows] fp32 on `device` and none is negative.
+def check_weight(weight_N: Tensor, num_rows: int, device: torch.device) -> Tensor:
+    """The weights, contiguous.
 
-    On a GPU the sign is asserted on the device, which does not wait for it.
+    Raises:
+        ValueError: they are not [num_rows] fp32 on `device`, want a gradient, or one of them is
+            negative or not finite; on a GPU the last is asserted there, which waits for nothing.
     """
     if weight_N.shape != (num_rows,) or weight_N.dtype != torch.float32:
         raise ValueError(
@@ -56,11 +62,23 @@ def check_weight(weight_N: Tensor, num_rows: int, device: torch.device) -> None:
             f"it must be float32 of shape ({num_rows},)"
         )
     check_same("device", "weight_N", weight_N.device, "the logits or hidden states", device)
-    message = "weight_N holds a negative or NaN weight; weights must be at least 0"
+    if weight_N.requires_grad:
+        raise ValueError("weight_N requires grad, but is a constant here: call .detach()")
+    message = (
+        "weight_N holds a negative or non-finite weight; weights must be finite and at least 0"
+    )
+    sound = ((weight_N >= 0) & (weight_N < torch.inf)).all()
     if device.type == "cuda":
-        torch._assert_async((weight_N >= 0).all(), message)
-    elif not bool((weight_N >= 0).all()):
+        torch._assert_async(sound, message)
+    elif not bool(sound):
         raise ValueError(message)
+    return weight_N.contiguous()
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
 
 
 def check_targets(target_ids_N: Tensor, num_rows: int, device: torch.device) -> None:
@@ -81,6 +99,7 @@ def valid_columns(num_valid_columns: int | None, num_columns: int) -> int:
     """
     if num_valid_columns is None:
         return num_columns
+    check_integer("num_valid_columns", num_valid_columns)
     if not 0 <= num_valid_columns <= num_columns:
         raise ValueError(
             f"num_valid_columns is {num_valid_columns}; allowed: 0 to {num_columns}, the shard"
@@ -97,7 +116,18 @@ def check_top_k(kind: str, tail: str, k: int, num_columns: int | None) -> None:
             f"tail is {tail!r}; allowed: bucket, renorm. A truncated sum without a tail is no "
             "divergence: it turns negative when the student leaves the teacher's support"
         )
+    check_integer("k", k)
     if not 1 <= k <= MAX_TOP_K:
         raise ValueError(f"k is {k}; allowed: 1 to {MAX_TOP_K}")
     if num_columns is not None and k > num_columns:
         raise ValueError(f"k is {k}, more than the {num_columns} columns of the vocabulary")
+
+
+def check_enough_columns(k: int, num_offers_PR: Tensor) -> None:
+    """Raises ValueError when all shards together have fewer than k columns; every rank does."""
+    enough = (num_offers_PR.sum(0) >= k).all()
+    message = f"k is {k}, more than the columns of the vocabulary over all ranks"
+    if num_offers_PR.is_cuda:
+        torch._assert_async(enough, message)
+    elif not bool(enough):
+        raise ValueError(message)

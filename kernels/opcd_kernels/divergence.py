@@ -68,7 +68,7 @@ def divergence(
     objective = make_objective(kind, beta, temperature, student_map, teacher_map)
     check_logits_pair(student_logits_NV, teacher_logits_NV)
     if weight_N is not None:
-        check_weight(weight_N, student_logits_NV.shape[0], student_logits_NV.device)
+        weight_N = check_weight(weight_N, student_logits_NV.shape[0], student_logits_NV.device)
     width = valid_columns(num_valid_columns, student_logits_NV.shape[1])
     engine = backend.choose(student_logits_NV, compiled=compiled)
     loss: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]

@@ -19,16 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from opcd_kernels.checks import check_integer
 from opcd_kernels.rows import weighted
 from opcd_kernels.shards import sum_over_shards
 
 _GPU_CHUNK_BYTES = 1 << 28
+_GPU_GROUP_TOKENS = 1024
 _CPU_CHUNK_TOKENS = 128
 _ROWS = 4096  # of the weight's gradient that are worked on at a time
 
 
 class ChunkLoss(Protocol):
     """A per-token loss of a chunk's student logits [C, V_valid]; rows refer to the whole batch."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What backward reads again and nobody may overwrite before."""
 
     def measure(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """(loss_C, constants_CX of its gradient), both fp32. Collective over the group."""
@@ -67,8 +73,10 @@ class ChunkPlan:
             yield slice(start, min(start + self.chunk_tokens, num_rows))
 
 
-def chunk_size(chunk_tokens: int | None, weight_VH: Tensor, num_rows: int) -> int:
-    """The caller's chunk, or one that suits the device.
+def chunk_size(
+    chunk_tokens: int | None, weight_VH: Tensor, num_rows: int, group: dist.ProcessGroup | None
+) -> int:
+    """The caller's chunk, or one that suits the device, the same on all ranks of a group.
 
     On a CPU a single chunk is the fastest up to 256 tokens, because the weight's gradient then
     needs no sum; more tokens go in chunks of 128, which keep both models' logits small.
@@ -79,8 +87,11 @@ def chunk_size(chunk_tokens: int | None, weight_VH: Tensor, num_rows: int) -> in
     if chunk_tokens is None:
         if not weight_VH.is_cuda:
             return num_rows if 0 < num_rows <= 2 * _CPU_CHUNK_TOKENS else _CPU_CHUNK_TOKENS
+        if group is not None:  # shards differ in width, collectives must not
+            return _GPU_GROUP_TOKENS
         row_bytes = max(1, weight_VH.shape[0]) * weight_VH.element_size()
         return max(64, _GPU_CHUNK_BYTES // row_bytes // 64 * 64)
+    check_integer("chunk_tokens", chunk_tokens)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     return chunk_tokens
@@ -179,7 +190,7 @@ class _LinearLoss(torch.autograd.Function):
         if gradient_in_forward:
             gradients = _Gradients(hidden_NH, weight_VH, plan, ctx.needs_input_grad)
         loss_N, constants = _measure_chunks(hidden_NH, weight_VH, loss, plan, gradients)
-        ctx.save_for_backward(hidden_NH, weight_VH, *constants)
+        ctx.save_for_backward(hidden_NH, weight_VH, *loss.tensors, *constants)
         ctx.loss, ctx.plan = loss, plan
         ctx.ready = None if gradients is None else gradients.finish()
         return weighted(loss_N, plan.weight_N)
@@ -187,12 +198,13 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, *constants = ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None
         if ready is not None and _is_one_number(upstream_N):
             gradients = tuple(None if made is None else made.mul_(upstream_N[0]) for made in ready)
         else:
             del ready
+            hidden, weight, *rest = ctx.saved_tensors  # raises when one was overwritten
+            constants = rest[len(ctx.loss.tensors) :]
             gradients = _gradients_again(ctx, hidden, weight, constants, upstream_N)
         hidden_gradient, weight_gradient = gradients
         if hidden_gradient is not None:

@@ -71,9 +71,9 @@ def linear_divergence(
     Source: the divergences are those of GKD (arXiv 2306.13649); gradients, kernels/README.md.
     """
     objective = make_objective(kind, beta, temperature, student_map, teacher_map)
-    num_rows, num_columns = student_hidden_NH.shape[0], student_weight_VH.shape[0]
     check_head("student_hidden_NH", student_hidden_NH, "student_weight_VH", student_weight_VH)
     check_head("teacher_hidden_NG", teacher_hidden_NG, "teacher_weight_VG", teacher_weight_VG)
+    num_rows, num_columns = len(student_hidden_NH), len(student_weight_VH)
     check_same("rows", "teacher_hidden_NG", len(teacher_hidden_NG), "student_hidden_NH", num_rows)
     check_same(
         "rows", "teacher_weight_VG", len(teacher_weight_VG), "student_weight_VH", num_columns
@@ -81,7 +81,7 @@ def linear_divergence(
     devices = teacher_hidden_NG.device, student_hidden_NH.device
     check_same("device", "teacher_hidden_NG", devices[0], "student_hidden_NH", devices[1])
     if weight_N is not None:
-        check_weight(weight_N, num_rows, student_hidden_NH.device)
+        weight_N = check_weight(weight_N, num_rows, student_hidden_NH.device)
     width = valid_columns(num_valid_columns, num_columns)
     active = active_rows(weight_N)
     loss = _TeacherDivergence(
@@ -91,7 +91,7 @@ def linear_divergence(
         group=group,
         token_weight_N=None if weight_N is None else take_rows(weight_N, active),
         engine=backend.choose(student_hidden_NH),
-        chunk_tokens=chunk_size(chunk_tokens, student_weight_VH, num_rows),
+        chunk_tokens=chunk_size(chunk_tokens, student_weight_VH, num_rows, group),
     )
     plan = ChunkPlan(
         chunk_tokens=loss.chunk_tokens, width=width, group=group, weight_N=loss.token_weight_N
@@ -113,6 +113,10 @@ class _TeacherDivergence:
     engine: Backend
     chunk_tokens: int
     buffer_CV: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.hidden_NG, self.weight_VG
 
     def restore(self, rows: slice) -> None:
         if self.buffer_CV is None:

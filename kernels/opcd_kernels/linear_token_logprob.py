@@ -60,11 +60,11 @@ def linear_token_logprob(
         ValueError: an option is out of range, or shapes, dtypes or devices disagree.
     """
     sharpening = Sharpening(temperature=temperature, logit_map=logit_map)
-    num_rows = hidden_NH.shape[0]
     check_head("hidden_NH", hidden_NH, "weight_VH", weight_VH)
+    num_rows = hidden_NH.shape[0]
     check_targets(target_ids_N, num_rows, hidden_NH.device)
     if weight_N is not None:
-        check_weight(weight_N, num_rows, hidden_NH.device)
+        weight_N = check_weight(weight_N, num_rows, hidden_NH.device)
     width = valid_columns(num_valid_columns, weight_VH.shape[0])
     start = vocab_start(weight_VH.shape[0], group) if first_token_id is None else first_token_id
     active = active_rows(weight_N)
@@ -75,7 +75,7 @@ def linear_token_logprob(
         token_weight_N=None if weight_N is None else take_rows(weight_N, active),
         engine=backend.choose(hidden_NH),
     )
-    chunk = chunk_size(chunk_tokens, weight_VH, num_rows)
+    chunk = chunk_size(chunk_tokens, weight_VH, num_rows, group)
     plan = ChunkPlan(chunk_tokens=chunk, width=width, group=group, weight_N=loss.token_weight_N)
     loss_A = linear_loss(take_rows(hidden_NH, active), weight_VH, loss, plan)
     return spread_rows(loss_A, active, num_rows)
@@ -90,6 +90,10 @@ class _TokenLogprob:
     group: dist.ProcessGroup | None
     token_weight_N: Tensor | None
     engine: Backend
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
 
     def restore(self, rows: slice) -> None:
         pass

@@ -17,7 +17,7 @@ LN_2 = math.log(2.0)
 
 def check_finite_positive(name: str, value: float) -> None:
     """Raises ValueError unless 0 < value < infinity."""
-    if not 0.0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it must be a finite number above 0")
 
 

@@ -59,7 +59,7 @@ def token_logprob(
     num_rows, num_columns = logits_NV.shape
     check_targets(target_ids_N, num_rows, logits_NV.device)
     if weight_N is not None:
-        check_weight(weight_N, num_rows, logits_NV.device)
+        weight_N = check_weight(weight_N, num_rows, logits_NV.device)
     width = valid_columns(num_valid_columns, num_columns)
     start = vocab_start(num_columns, group) if first_token_id is None else first_token_id
     column = local_columns(target_ids_N, start, width)

@@ -113,8 +113,8 @@ FAULTS = (
     Fault(
         name="dropped tail: no bucket in the top-k gradient",
         file="topk.py",
-        old='if plan.tail == "renorm":\n        factor',
-        new="if True:\n        factor",
+        old='if plan.tail == "renorm":\n        tail',
+        new="if True:\n        tail",
         tests=TOPK,
     ),
     Fault(

@@ -307,3 +307,19 @@ def test_real_width_in_bf16_follows_the_bf16_logits() -> None:
     expected = case.gradient @ weight.double()
     assert trained.grad is not None
     assert (trained.grad.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_a_teacher_overwritten_before_backward_is_noticed() -> None:
+    heads = Heads()
+    hidden = heads.tensors["hidden"].clone().requires_grad_()
+    teacher = heads.tensors["teacher_hidden"].clone()
+    loss = linear_divergence(
+        hidden,
+        heads.tensors["weight"],
+        teacher,
+        heads.tensors["teacher_weight"],
+        kind="reverse_kl",
+    )
+    teacher.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()

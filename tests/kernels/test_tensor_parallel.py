@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -246,11 +247,12 @@ def topk_equals_the_whole(group: dist.ProcessGroup, shards: Shards) -> None:
     data = matrices()
     for kind in ("reverse_kl", "forward_kl"):
         for tail in ("bucket", "renorm"):
-            for k in (1, 12, 700):
+            for k, temperature in ((1, 1.0), (12, 2.0), (700, 0.7)):
                 whole, local = data["student"].clone(), shards.columns(data["student"])
                 whole.requires_grad_()
                 local.requires_grad_()
                 options: dict[str, Any] = {"kind": kind, "tail": tail, "k": k, "weight_N": WEIGHT}
+                options["temperature"] = temperature
                 expected = topk_divergence(whole, data["teacher"], **options)
                 teacher = shards.columns(data["teacher"])
                 with counted_collectives() as sent:
@@ -262,8 +264,36 @@ def topk_equals_the_whole(group: dist.ProcessGroup, shards: Shards) -> None:
                 num_tokens = int((WEIGHT > 0).sum())
                 assert_close(tuple(result), tuple(expected), **CLOSE)
                 shards.check(local.grad, whole.grad)
-                assert sent == [("all_gather", (8 * k + 20) * num_tokens)]
+                assert sent == [("all_gather", (8 * k + 24) * num_tokens)]
                 assert_same_bits(torch.stack(result), group)
+
+
+def topk_of_many_rows_sends_the_same_blocks_on_every_rank(
+    group: dist.ProcessGroup, shards: Shards
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(200, NUM_COLUMNS, generator=random) for _ in range(2))
+    options: dict[str, Any] = {"kind": "reverse_kl", "tail": "bucket", "k": 4}
+    result = topk_divergence(
+        shards.columns(student),
+        shards.columns(teacher),
+        group=group,
+        num_valid_columns=shards.valid,
+        **options,
+    )
+    assert_close(tuple(result), tuple(topk_divergence(student, teacher, **options)), **CLOSE)
+
+
+def topk_without_tokens_or_with_too_few_columns(group: dist.ProcessGroup, shards: Shards) -> None:
+    data = matrices()
+    local, teacher = (shards.columns(data[name]) for name in ("student", "teacher"))
+    options: dict[str, Any] = {"kind": "forward_kl", "tail": "renorm", "group": group}
+    assert topk_divergence(local[:0], teacher[:0], k=3, **options).loss_N.shape == (0,)
+    masked = topk_divergence(local, teacher, k=3, weight_N=torch.zeros(NUM_ROWS), **options)
+    assert (masked.loss_N == 0).all()
+    narrow = min(3, shards.valid)
+    with pytest.raises(ValueError, match="k is 20, more than the columns"):
+        topk_divergence(local, teacher, k=20, num_valid_columns=narrow, **options)
 
 
 def topk_ties_over_shards_are_broken_the_same_way(group: dist.ProcessGroup, shards: Shards) -> None:
@@ -315,6 +345,8 @@ CASES: tuple[Callable[[dist.ProcessGroup, Shards], None], ...] = (
     tokens_equal_the_whole,
     even_shards_need_no_first_token_id,
     topk_equals_the_whole,
+    topk_of_many_rows_sends_the_same_blocks_on_every_rank,
+    topk_without_tokens_or_with_too_few_columns,
     topk_ties_over_shards_are_broken_the_same_way,
     bad_rows_are_bad_on_every_rank,
     no_tokens_send_nothing,

@@ -140,3 +140,35 @@ def test_no_rows() -> None:
     result = topk_divergence(student, torch.zeros(0, 9), kind="reverse_kl", k=3, tail="renorm")
     result.loss_N.sum().backward()
     assert result.student_mass_N.shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 10.0])
+@pytest.mark.parametrize("kind", TOPK_KINDS)
+def test_the_whole_vocabulary_as_top_k_is_the_full_divergence(
+    kind: TopKKind, temperature: float
+) -> None:
+    student, teacher = logits_pair(3, 8, torch.float32)
+    expected = divergence(student.clone(), teacher, kind=kind, temperature=temperature)
+    for tail in TAILS:
+        logits = student.clone().requires_grad_()
+        result = topk_divergence(
+            logits, teacher, kind=kind, k=8, tail=tail, temperature=temperature
+        )
+        result.loss_N.sum().backward()
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+        assert (result.student_mass_N == 1).all()
+        torch.testing.assert_close(result.loss_N, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_class_far_below_the_other_keeps_its_digits() -> None:
+    student, teacher = torch.full((1, 16), -60.0), torch.zeros(1, 16)
+    student[:, :4], teacher[:, :4] = 60.0, 5.0
+    bucket = topk_divergence(student, teacher, kind="forward_kl", k=4, tail="bucket")
+    assert bucket.loss_N.item() == pytest.approx(2.2585220, rel=1e-5)  # of 2 classes, 4 alike
+    student, teacher = torch.zeros(1, 16), torch.full((1, 16), 60.0)
+    student[:, :4], teacher[:, :4] = 5.0, -40.0
+    teacher[:, 0] = -43.0
+    renorm = topk_divergence(student, teacher, kind="reverse_kl", k=4, tail="renorm")
+    s, t = student[:, :4].double().log_softmax(1), teacher[:, :4].double().log_softmax(1)
+    assert renorm.loss_N.item() == pytest.approx((s.exp() * (s - t)).sum().item(), rel=1e-5)

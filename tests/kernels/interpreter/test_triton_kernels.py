@@ -233,3 +233,12 @@ def test_a_real_width_matches_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         loss, gradient = run(case, "reverse_kl")
         assert_loss(loss, case.loss)
         assert_gradient(gradient, case.gradient, rounding=TRUNCATED)
+
+
+def test_weights_may_be_a_column_of_something() -> None:
+    student, teacher = logits_pair(4, 643, torch.float32)
+    weight = torch.tensor([[1.0, 7.0], [0.0, 7.0], [0.5, 7.0], [2.0, 7.0]])[:, 0]
+    case = case_of(student, teacher, "reverse_kl")
+    loss, gradient = run(case, "reverse_kl", weight_N=weight)
+    assert_loss(loss, case.loss * weight)
+    assert_gradient(gradient, case.gradient * weight.unsqueeze(1))
