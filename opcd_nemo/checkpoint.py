@@ -60,14 +60,17 @@ def save(
 def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
     """The checkpoint of the latest step whose files are as its manifest says.
 
-    Damaged ones are named and passed over. Collective over the world.
+    Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
     """
     found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _step(path))]
     for _, path in sorted(found, reverse=True):
         damage = find_damage(path, parallel)
         if damage is None:
             return path
-        say(f"checkpoint passed over: {damage}")
+        say(f"checkpoint set aside: {damage}")
+        if parallel.rank == 0:
+            durable.set_aside(path, "damaged")
+        parallel.barrier()
     return None
 
 

@@ -44,11 +44,11 @@ class Job:
         places = (f"student.path={model}", f"exp_manager.exp_dir={folder}", f"parallel={layout}")
         self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places]
         folder.mkdir()
-        self._log = folder / "log.txt"
+        self.log = folder / "log.txt"
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command; its output goes to the folder's log."""
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             return subprocess.Popen(
                 self._command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -60,15 +60,15 @@ class Job:
         self.wait_for_training(process)
         started = time.monotonic()
         if process.wait():
-            raise RuntimeError(self._log.read_text())
+            raise RuntimeError(self.log.read_text())
         return time.monotonic() - started
 
     def wait_for_training(self, process: subprocess.Popen[bytes]) -> None:
         """Return when the first scores are printed, just before the first step."""
-        seen = self._log.read_text().count("in-context gap") if self._log.exists() else 0
-        while self._log.read_text().count("in-context gap") == seen:
+        seen = self.log.read_text().count("in-context gap") if self.log.exists() else 0
+        while self.log.read_text().count("in-context gap") == seen:
             if process.poll() is not None:
-                raise RuntimeError(self._log.read_text())
+                raise RuntimeError(self.log.read_text())
             time.sleep(0.01)
 
     def outcome(self) -> dict[str, Any]:

@@ -31,7 +31,14 @@ def test_hopper_code_is_within_its_limits_and_the_table(title: str, table: dict[
     variant = HOPPER[title]
     row = read_resources(variant, variant.compile("sm_90a"))
     assert broken_limits(f"sm_90a {title}", "sm_90a", variant, row) == []
-    assert regressions(table, table["triton"], {f"sm_90a {title}": row}) == []
+    assert regressions(table, table["triton"], {**table["rows"], f"sm_90a {title}": row}) == []
+
+
+def test_a_kernel_that_is_no_longer_compiled_is_a_regression(table: dict[str, Any]) -> None:
+    (dropped, *_), rows = table["rows"], dict(table["rows"])
+    del rows[dropped]
+    faults = regressions(table, table["triton"], rows)
+    assert faults == [f"{dropped}: in the table, but no longer compiled"]
 
 
 def test_the_table_has_every_kernel_of_every_target(table: dict[str, Any]) -> None:
@@ -64,9 +71,10 @@ def test_a_worse_number_is_a_regression(number: str, worse: float, table: dict[s
         "gfx942 row_statistics bf16" if number == "shared_bytes" else "sm_90a row_statistics bf16"
     )
     row = copy.copy(table["rows"][title])
-    assert regressions(table, table["triton"], {title: row}) == []
+    rows = {**table["rows"], title: row}
+    assert regressions(table, table["triton"], rows) == []
     row[number] = worse
-    assert any(number in fault for fault in regressions(table, table["triton"], {title: row}))
+    assert any(number in fault for fault in regressions(table, table["triton"], rows))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from opcd_nemo.durable import lock_folder
 from opcd_nemo.metrics import read_metrics
+from tests.crash import Job
 from tests.recipes.conftest import Train
 
 RESUMABLE = [
@@ -80,9 +84,25 @@ def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_on
     shard.write_bytes(data)
     done = resume(parts, 4)
     assert done.returncode == 0, done.stderr
-    assert f"checkpoint passed over: {shard}: its SHA-256 is not the manifest's" in done.stdout
+    assert f"checkpoint set aside: {shard}: its SHA-256 is not the manifest's" in done.stdout
     assert f"continuing from {checkpoints / 'step=1.ckpt'}" in done.stdout
     assert outcome(parts) == outcome(whole)
-    kept = sorted(path.name for path in checkpoints.iterdir())
+    kept = sorted(path.name for path in checkpoints.glob("*.ckpt"))
     # the last three, and the one continued from, which Lightning never removes
     assert kept == [f"step={n}.ckpt" for n in (1, 2, 3, 4)]
+    assert (checkpoints / "step=2.ckpt.damaged").is_dir()
+
+
+def test_a_signal_ends_the_run_at_a_step_boundary_with_a_checkpoint(
+    tiny: Path, tmp_path: Path
+) -> None:
+    job = Job(tiny, tmp_path / "job", "dp2")
+    process = job.start()
+    job.wait_for_training(process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, job.log.read_text()
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); saved (\S+);", job.log.read_text())
+    assert stopped is not None
+    assert len(read_metrics(job.run / "metrics.jsonl")) == int(stopped[1])
+    assert (Path(stopped[2]) / "manifest.json").is_file()

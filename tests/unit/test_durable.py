@@ -75,6 +75,14 @@ def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
+def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
+    for _ in range(2):
+        durable.set_aside(folder, "damaged")
+        folder.mkdir()
+    names = sorted(path.name for path in folder.parent.iterdir())
+    assert names == ["one", "one.damaged", "one.damaged.1"]
+
+
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     held = durable.lock_folder(tmp_path / "run")
     with pytest.raises(ValueError, match=r"in use by host .*, pid \d+, started 2.*allowed"):

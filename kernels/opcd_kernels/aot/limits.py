@@ -56,10 +56,15 @@ def _required_zero(variant: Variant) -> list[str]:
 
 
 def regressions(table: dict[str, Any], version: str, rows: dict[str, Resources]) -> list[str]:
-    """Numbers above the table's by more than 2%, and rows that it lacks."""
+    """Numbers above the table's by more than 2%, and rows that only one of both has."""
     if table["triton"] != version:
         return [f"the table is of triton {table['triton']}, this is {version}: write a new one"]
-    found = []
+    targets = {title.split()[0] for title in rows}
+    found = [
+        f"{title}: in the table, but no longer compiled"
+        for title in table["rows"]
+        if title.split()[0] in targets and title not in rows
+    ]
     for title, row in rows.items():
         old = table["rows"].get(title)
         if old is None:
