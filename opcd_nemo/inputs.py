@@ -35,6 +35,11 @@ class Inputs:
         """The tokenizer of student and teacher."""
         return self.conversation.tokenizer
 
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of what the teacher reads."""
+        return self.conversation.source.context("", 0).content_hash
+
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     """Open models, tokenizer, task and context, and check that they fit each other.

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.core import ModelPT
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from opcd_nemo import report
 from opcd_nemo.build import build_evaluator, build_run
@@ -19,6 +19,7 @@ from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
+from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)
         self.automatic_optimization = False
+        self.context_hash = inputs.context_hash
         self.run = build_run(config, inputs, strategy.parallel)
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
@@ -77,7 +79,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
-        checkpoint["opcd"] = {"config": self.origin(), "versions": report.versions()}
+        origin = run_origin(self.cfg, self.context_hash)
+        checkpoint["opcd"] = {"config": origin, "versions": report.versions()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what `on_train_start` needs."""
@@ -89,16 +92,6 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
             state = self._callback_states.get(callback.state_key)
             if state is not None:
                 ModelCheckpoint.load_state_dict(callback, state)
-
-    def origin(self) -> dict[str, Any]:
-        """The resolved configuration and the hash of the context."""
-        config: Any = OmegaConf.to_container(self.cfg, resolve=True)
-        return {**config, "context_hash": self.context_hash}
-
-    @property
-    def context_hash(self) -> str:
-        """SHA-256 of what the teacher reads."""
-        return self.run.conversation.source.context("", 0).content_hash
 
     def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
         """CPU seconds of the step over all ranks, in all and by phase."""

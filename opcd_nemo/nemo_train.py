@@ -24,7 +24,7 @@ from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import StopOnSignal
 from opcd_nemo.nemo_strategy import MegatronStrategy
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
-from opcd_nemo.resume import check_unchanged
+from opcd_nemo.resume import check_unchanged, run_origin
 
 Say = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     started = time.perf_counter()
     config = load_config(raw)
     rank, world_size = environment_world()
-    open_inputs(config, world_size)
+    origin = run_origin(raw, open_inputs(config, world_size).context_hash)
     parallel = init_parallel(config.parallel, config.seed)
     quiet = say if rank == 0 else _silent
     quiet(_first_line(parallel))
@@ -52,10 +52,10 @@ def train(raw: DictConfig, say: Say) -> Path:
     trainer = _trainer(config, parallel, StopOnSignal(parallel, folder / "checkpoints"))
     _lock = _lock_folder(folder, parallel)  # held until this function ends
     _set_aside_old_run(folder, config, parallel)
+    continued = _continue_from(folder, config, origin, parallel, quiet)
     exp_manager(trainer, _exp_manager_config(raw, folder))
     trainer.strategy.setup_environment()
     model = OPCDModel(raw, trainer)
-    continued = _continue_from(folder, config, model, quiet)
     before = _scores_before(model, quiet)
     with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
         model.metrics = metrics
@@ -148,7 +148,9 @@ def _lock_folder(folder: Path, parallel: Parallel) -> IO[str] | None:
     return lock
 
 
-def _continue_from(folder: Path, config: TrainConfig, model: OPCDModel, say: Say) -> Path | None:
+def _continue_from(
+    folder: Path, config: TrainConfig, origin: Mapping[str, Any], parallel: Parallel, say: Say
+) -> Path | None:
     """The checkpoint to continue from, when that is asked for. Collective over the world.
 
     Raises:
@@ -156,12 +158,11 @@ def _continue_from(folder: Path, config: TrainConfig, model: OPCDModel, say: Say
     """
     if not config.exp_manager["resume_if_exists"]:
         return None
-    parallel = model.run.parallel
     path = checkpoint.newest(folder / "checkpoints", parallel, say)
     metrics, step = folder / "metrics.jsonl", 0
     if path is not None:
         common = checkpoint.read_common(path)
-        check_unchanged(common["opcd"]["config"], model.origin(), config.resume.allow_changes)
+        check_unchanged(common["opcd"]["config"], origin, config.resume.allow_changes)
         step = common["global_step"]
         say(f"continuing from {path}")
     if parallel.rank == 0 and metrics.exists():

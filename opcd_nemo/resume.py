@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 _MATTERS = (
     "seed student teacher task context engine loss rollout warmup batching optim context_hash"
 ).split()
 _ABSENT = "(absent)"
+
+
+def run_origin(config: DictConfig, context_hash: str) -> dict[str, Any]:
+    """What a run is made of: its resolved configuration and the hash of its context."""
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    return {**resolved, "context_hash": context_hash}
 
 
 def check_unchanged(
@@ -17,8 +25,8 @@ def check_unchanged(
     """Compare the keys that a result depends on; layout, lengths and outputs may change.
 
     Args:
-        saved: configuration in the checkpoint.
-        now: configuration of this run.
+        saved: the origin of the checkpoint.
+        now: the origin of this run.
         allowed: dotted keys, or groups of them, that may differ.
 
     Raises:
