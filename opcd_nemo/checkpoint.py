@@ -69,7 +69,7 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
             return path
         say(f"checkpoint set aside: {damage}")
         if parallel.rank == 0:
-            durable.set_aside(path, "damaged")
+            durable.set_aside(path, ".damaged")
         parallel.barrier()
     return None
 
@@ -111,13 +111,14 @@ def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dic
     Raises:
         ValueError: the checkpoint is of a model with another shape, or holds no optimizer.
     """
-    saved, wanted = dist_checkpointing.load_common_state_dict(str(path))["model"], student.config
+    unsharded = dist_checkpointing.load_common_state_dict(str(path))
+    saved, wanted = unsharded["model"], student.config
     for key, value in asdict(wanted).items():
         if saved[key] != value:
             raise ValueError(f"{path}: {key} is {saved[key]}; allowed: the student's {value}")
     _prepare_loading(optimizer.optimizer)
     state = {"student": _weights(student)}
-    if "optimizer_states" not in read_common(path):
+    if "optimizer_states" not in unsharded["common"]:
         raise ValueError(
             f"{path}: holds weights only; allowed: a checkpoint of "
             "exp_manager.checkpoint_callback_params.save_weights_only=false"

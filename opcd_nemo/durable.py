@@ -64,12 +64,12 @@ def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def set_aside(path: Path, ending: str) -> None:
-    """Rename `path` to the first free one of `path.<ending>`, `path.<ending>.1`, ..."""
-    target, number = path.with_name(f"{path.name}.{ending}"), 0
+def set_aside(path: Path, ending: str = "") -> None:
+    """Rename `path` to the first free one of `<path><ending>`, `<path><ending>.1`, ..."""
+    target, number = path.with_name(f"{path.name}{ending}"), 0
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.{ending}.{number}")
+        target = path.with_name(f"{path.name}{ending}.{number}")
     path.rename(target)
 
 

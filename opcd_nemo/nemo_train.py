@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import lock_folder
+from opcd_nemo.durable import lock_folder, set_aside
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
@@ -127,10 +127,7 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
     """Keep an earlier run of the same name under the next free number; nothing is lost."""
     parallel.barrier()
     if parallel.rank == 0 and folder.exists() and not config.exp_manager["resume_if_exists"]:
-        number = next(
-            n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists()
-        )
-        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        set_aside(folder)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -71,17 +71,6 @@ class Job:
                 raise RuntimeError(self.log.read_text())
             time.sleep(0.01)
 
-    def outcome(self) -> dict[str, Any]:
-        """Every metric that is not a time, by step, and the digest of the weights."""
-        found: dict[str, Any] = {
-            f"{name} of step {line['step']}": value
-            for line in read_metrics(self.run / "metrics.jsonl")
-            for name, value in line.items()
-            if not name.startswith(TIMED)
-        }
-        summary = json.loads((self.run / "summary.json").read_text())
-        return {**found, "weights": summary["weights_sha256"]}
-
     def moment(self) -> str:
         """What the run was doing, from what lies on the disk."""
         if any((self.run / "checkpoints").glob(".*.partial")):
@@ -89,6 +78,17 @@ class Job:
         metrics = self.run / "metrics.jsonl"
         steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         return "end" if steps == STEPS else f"step {steps}"
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Every metric of a run that is not a time, by step, and the digest of its weights."""
+    found: dict[str, Any] = {
+        f"{name} of step {line['step']}": value
+        for line in read_metrics(run / "metrics.jsonl")
+        for name, value in line.items()
+        if not name.startswith(TIMED)
+    }
+    return {**found, "weights": json.loads((run / "summary.json").read_text())["weights_sha256"]}
 
 
 def kill(process: subprocess.Popen[bytes], one_rank: bool) -> float:
@@ -125,7 +125,7 @@ def main() -> int:
             moment = job.moment()
             moments[moment.split()[0]] += 1
             job.finish()
-            expected, found = whole.outcome(), job.outcome()
+            expected, found = outcome(whole.run), outcome(job.run)
             differ = [key for key in expected if expected[key] != found.get(key)]
             faults += bool(differ) or took > 60
             sys.stdout.write(

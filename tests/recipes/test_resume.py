@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -10,13 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from opcd_nemo.durable import lock_folder
 from opcd_nemo.metrics import read_metrics
-from tests.crash import Job
+from tests.crash import Job, outcome
 from tests.recipes.conftest import Train
 
 RESUMABLE = [
@@ -26,16 +24,6 @@ RESUMABLE = [
     "name=run",
 ]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def outcome(folder: Path) -> tuple[list[dict[str, float]], Any]:
-    """Every metric that is not a time, and the digest of the weights."""
-    timed = ("time/", "cpu/", "perf/")
-    lines = [
-        {name: value for name, value in line.items() if not name.startswith(timed)}
-        for line in read_metrics(folder / "run" / "metrics.jsonl")
-    ]
-    return lines, json.loads((folder / "run" / "summary.json").read_text())["weights_sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +74,7 @@ def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_on
     assert done.returncode == 0, done.stderr
     assert f"checkpoint set aside: {shard}: its SHA-256 is not the manifest's" in done.stdout
     assert f"continuing from {checkpoints / 'step=1.ckpt'}" in done.stdout
-    assert outcome(parts) == outcome(whole)
+    assert outcome(parts / "run") == outcome(whole / "run")
     kept = sorted(path.name for path in checkpoints.glob("*.ckpt"))
     # the last three, and the one continued from, which Lightning never removes
     assert kept == [f"step={n}.ckpt" for n in (1, 2, 3, 4)]

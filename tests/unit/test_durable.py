@@ -77,7 +77,7 @@ def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
 
 def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
     for _ in range(2):
-        durable.set_aside(folder, "damaged")
+        durable.set_aside(folder, ".damaged")
         folder.mkdir()
     names = sorted(path.name for path in folder.parent.iterdir())
     assert names == ["one", "one.damaged", "one.damaged.1"]
