@@ -57,6 +57,13 @@ def save(
     parallel.barrier()
 
 
+def save_weights(folder: Path, student: LanguageModel) -> None:
+    """Write the student alone into an empty folder. Collective over the world."""
+    dist_checkpointing.save(
+        {"student": _weights(student), "model": asdict(student.config)}, str(folder)
+    )
+
+
 def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
     """The checkpoint of the latest step whose files are as its manifest says.
 

@@ -47,13 +47,18 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
-    """Give a finished folder its manifest and its final name; what had the name is replaced."""
+def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Say what the folder must hold."""
     lines = {name: [entries[name].num_bytes, entries[name].sha256] for name in sorted(entries)}
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(lines, file, indent=0)
         file.flush()
         os.fsync(file.fileno())
+
+
+def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
+    """Give a finished folder its manifest and its final name; what had the name is replaced."""
+    write_manifest(temporary, entries)
     _sync_folder(temporary)
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

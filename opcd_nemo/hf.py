@@ -6,10 +6,9 @@ are offered here too, so that callers need one import.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opcd_nemo.archive import FolderFiles
+from opcd_nemo.distcp import DistributedTensors
 from opcd_nemo.gguf_file import GgufFile
+from opcd_nemo.megatron_weights import MegatronWeights
 from opcd_nemo.model_config import (
     CLASS_NAMES,
     ModelConfig,
@@ -30,7 +32,8 @@ from opcd_nemo.model_config import (
     parse_config,
     tensor_shapes,
 )
-from opcd_nemo.model_files import read_json, resolve_model_path
+from opcd_nemo.model_files import model_kind, read_json, resolve_model_path, write_json
+from opcd_nemo.model_folder import HF, WEIGHTS, checkpoint_model, open_package, read_record
 from opcd_nemo.sharding import (
     hf_tensors,
     megatron_shard,
@@ -152,17 +155,69 @@ class Checkpoint:
         """Read one tensor, in the dtype it is stored in (fp32 from a quantised file)."""
         return self._weights.tensor(hf_name)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the final norm, and so in all checkpoints of today the weights, are stored in."""
+        return self.tensor("model.norm.weight").dtype
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors by name; each is read when it is asked for."""
+        return _LazyTensors(self)
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.names())
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.names())
+
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Open a Hugging Face folder, a `.gguf` file or the bundled model.
+    """Open what `model_files.model_kind` knows, or the bundled model.
 
     Raises:
         ValueError: Missing, incomplete, or a model that is not supported.
     """
     found = resolve_model_path(path)
-    if found.is_file():
+    kind = model_kind(found)
+    if kind == "gguf":
         gguf = GgufFile(found)
         return Checkpoint(found, parse_config(gguf.hf_config(), str(found)), gguf)
+    if kind == "hf":
+        return _open_hf_folder(found)
+    if kind == "checkpoint":
+        files, config = FolderFiles(found), _as_model_config(checkpoint_model(found), found)
+        return Checkpoint(found, config, MegatronWeights(DistributedTensors(files), config))
+    package = open_package(found)
+    raw, where = read_record(package, f"{HF}config.json"), f"{found}: {HF}config.json"
+    config = parse_config(raw, where)
+    return Checkpoint(found, config, MegatronWeights(DistributedTensors(package, WEIGHTS), config))
+
+
+def _as_model_config(values: Mapping[str, Any], where: Path) -> ModelConfig:
+    scaling = values.get("rope_scaling")
+    try:
+        return ModelConfig(
+            **{
+                **values,
+                "rope_scaling": RopeScaling(**scaling) if scaling else None,
+                "eos_token_ids": tuple(values["eos_token_ids"]),
+            }
+        )
+    except (TypeError, LookupError) as error:
+        raise ValueError(
+            f"{where}: its model is of another version ({error}); allowed: one of this version"
+        ) from error
+
+
+def _open_hf_folder(found: Path) -> Checkpoint:
     config_file = found / "config.json"
     if not config_file.is_file():
         raise ValueError(
@@ -183,6 +238,7 @@ def write_hf_folder(
     dtype: torch.dtype,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
+    write_others: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; all of it or nothing.
 
@@ -192,22 +248,25 @@ def write_hf_folder(
         tensors: Every tensor of `tensor_shapes(config)`.
         dtype: Floating-point type to store.
         max_file_bytes: Weights go to several files with an index above this size.
+        write_others: Puts further files (tokenizer, generation settings) into the folder.
 
     Raises:
         ValueError: `path` is already there and not an empty folder.
     """
     path = Path(path)
     shapes = tensor_shapes(config)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    assert tensors.keys() == shapes.keys()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"export folder {path} is already there; allowed: a new or empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()
     try:
-        _write_json(unfinished / "config.json", hf_config(config, dtype))
+        write_json(unfinished / "config.json", hf_config(config, dtype))
         eos = list(config.eos_token_ids)
-        _write_json(unfinished / "generation_config.json", {"eos_token_id": eos or None})
+        write_json(unfinished / "generation_config.json", {"eos_token_id": eos or None})
+        if write_others is not None:
+            write_others(unfinished)
         _write_weights(unfinished, shapes, tensors, dtype, max_file_bytes)
         unfinished.replace(path)
     except BaseException:
@@ -238,12 +297,9 @@ def _write_weights(
         if len(files) > 1:
             file_name = f"model-{index:05d}-of-{len(files):05d}.safetensors"
         stored = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        assert all(tuple(stored[name].shape) == shapes[name] for name in names)
         save_file(stored, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
     if len(files) > 1:
         index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index_file)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index_file)

@@ -49,6 +49,24 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
         load_main: imports and returns the recipe's main (heavy imports stay out of the launcher).
         config_name: a file of `conf/`, without its ending.
     """
+    is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
+    run = _run_rank if is_rank else _launch_ranks
+    _run_and_exit(lambda: run(load_main, config_name), config_name)
+
+
+def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
+    """Run a recipe in this process, as its only rank, and exit."""
+
+    def run() -> int:
+        config = compose(config_name, sys.argv[1:])
+        quiet_libraries()
+        load_main()(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+        return 0
+
+    _run_and_exit(run, config_name)
+
+
+def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
     # packed streams differ in length at every step, and oneDNN and torch keep compiled code for
     # each shape: 1024 of them by default cost 15 MiB a step and save nothing (docs/log.md)
@@ -57,9 +75,9 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     try:
-        code = _run_rank(load_main, config_name) if is_rank else _launch(config_name)
+        code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
         code = _report_error(error, config_name)
     for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
@@ -67,6 +85,13 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
+
+
+def quoted(override: str) -> str:
+    """Quotes around a plain value with an equals sign, which Hydra wants: `path='step=3.ckpt'`."""
+    key, _, value = override.partition("=")
+    plain = "=" in value and re.search(r"""['"{}\[\](),]""", value) is None
+    return f"{key}='{value}'" if plain else override
 
 
 def _report_error(error: Exception, config_name: str) -> int:
@@ -181,7 +206,7 @@ def _check_choices(overrides: list[str]) -> None:
             )
 
 
-def _launch(config_name: str) -> int:
+def _launch_ranks(_: Callable[[], Main], config_name: str) -> int:
     """Check everything, then run the same command as `parallel.num_ranks` ranks.
 
     A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.

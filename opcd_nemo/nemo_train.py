@@ -20,6 +20,7 @@ from opcd_nemo.durable import lock_folder, set_aside
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
+from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import StopOnSignal
 from opcd_nemo.nemo_strategy import MegatronStrategy
@@ -216,7 +217,7 @@ def _report(
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
-    report.write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")

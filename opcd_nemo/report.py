@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import resource
 from collections.abc import Mapping, Sequence
@@ -51,11 +50,6 @@ def results_table(rows: Mapping[str, tuple[float, float | None]]) -> str:
     for name, (score, retention) in rows.items():
         lines.append(f"{name:24}{score:8.2f}{'' if retention is None else f'{retention:12.2f}'}")
     return "\n".join(lines)
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
 def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12) -> None:

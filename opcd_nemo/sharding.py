@@ -100,6 +100,13 @@ def parameter_names(config: ModelConfig, spec: LayerSpec) -> tuple[str, ...]:
     return (*outer, *layers)
 
 
+def hf_names(
+    config: ModelConfig, name: str, *, layer: int | None, spec: LayerSpec
+) -> tuple[str, ...]:
+    """Names of the Hugging Face tensors that one megatron-core parameter is made of."""
+    return _layout(config, name, layer, spec).hf_names
+
+
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Vocabulary rows of the megatron model: the next multiple of `tp`."""
     return -(-vocab_size // tp) * tp

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +23,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from opcd_nemo.gguf_file import GgufFile
 from opcd_nemo.model_config import end_tokens
-from opcd_nemo.model_files import read_json, resolve_model_path
+from opcd_nemo.model_files import model_kind, read_json, resolve_model_path, write_json
+from opcd_nemo.model_folder import checkpoint_origin, open_package, unpack_hf
 from opcd_nemo.types import Message
 from opcd_nemo.vocabulary import (
     FastVocabulary,
@@ -31,6 +33,10 @@ from opcd_nemo.vocabulary import (
     gguf_vocabulary,
 )
 
+_TOKENIZER_FILES = (
+    "added_tokens.json chat_template.jinja generation_config.json merges.txt "
+    "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json"
+).split()
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -84,13 +90,21 @@ class ChatTokenizer:
 
     @classmethod
     def from_path(cls, path: str) -> ChatTokenizer:
-        """Open the tokenizer of a folder, a `.gguf` file or the bundled model.
+        """Open the tokenizer of what `model_files.model_kind` knows, or of the bundled model.
 
         Raises:
             ValueError: No tokenizer or no chat template there, or of a kind not supported.
         """
         found = resolve_model_path(path)
-        return _from_gguf(found) if found.is_file() else _from_folder(found)
+        kind = model_kind(found)
+        if kind == "gguf":
+            return _from_gguf(found)
+        if kind == "checkpoint":
+            return cls.from_path(checkpoint_origin(found)["student"]["path"])
+        if kind == "nemo":
+            with unpack_hf(open_package(found)) as folder:
+                return _from_folder(Path(folder))
+        return _from_folder(found)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True
@@ -129,6 +143,56 @@ class ChatTokenizer:
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
+def write_tokenizer(path: str, folder: Path) -> None:
+    """Write the tokenizer of a model as transformers reads it, with its generation settings.
+
+    Files of a Hugging Face folder are copied; a GGUF file's vocabulary becomes a `tokenizer.json`.
+
+    Raises:
+        ValueError: as of `ChatTokenizer.from_path`.
+    """
+    found = resolve_model_path(path)
+    kind = model_kind(found)
+    if kind == "checkpoint":
+        write_tokenizer(checkpoint_origin(found)["student"]["path"], folder)
+    elif kind == "gguf":
+        _write_gguf_tokenizer(found, folder)
+    elif kind == "nemo":
+        with unpack_hf(open_package(found)) as unpacked:
+            _copy_tokenizer(Path(unpacked), folder)
+    else:
+        _copy_tokenizer(found, folder)
+    generation = folder / "generation_config.json"
+    ends = list(ChatTokenizer.from_path(path).eos_ids)
+    write_json(generation, {**_optional_json(generation), "eos_token_id": ends})
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
+    file = GgufFile(path)
+    gguf_vocabulary(file).save(folder / "tokenizer.json")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_gguf_special_tokens(file),
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    template = str(file.metadata["tokenizer.chat_template"])
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _gguf_special_tokens(file: GgufFile) -> dict[str, str]:
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    return {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+
+
 def _from_gguf(path: Path) -> ChatTokenizer:
     file = GgufFile(path)
     metadata = file.metadata
@@ -136,14 +200,11 @@ def _from_gguf(path: Path) -> ChatTokenizer:
     if template is None:
         raise ValueError(f"{path}: no tokenizer.chat_template; allowed: a file of a chat model")
     vocabulary = gguf_vocabulary(file)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
     return ChatTokenizer(
         vocabulary,
         chat_template=template,
-        special_tokens={f"{k}_token": tokens[v] for k, v in ids.items() if v is not None},
+        special_tokens=_gguf_special_tokens(file),
         eos_ids=[] if end_of_turn is None else [end_of_turn],
         where=str(path),
     )

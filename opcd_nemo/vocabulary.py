@@ -59,6 +59,10 @@ class FastVocabulary:
         """Every token, special ones included."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`."""
+        self._tokenizer.save(str(path))
+
 
 class SentencePieceVocabulary:
     """A SentencePiece model; texts are split at special tokens, which it cannot parse."""

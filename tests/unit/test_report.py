@@ -11,6 +11,7 @@ import pytest
 from opcd_nemo import report
 from opcd_nemo.evaluation import Answer, Evaluation
 from opcd_nemo.metrics import MetricLogger
+from opcd_nemo.model_files import write_json
 
 
 def evaluation(*answers: tuple[str, float]) -> Evaluation:
@@ -45,7 +46,7 @@ def test_versions_name_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_json_keeps_the_order(tmp_path: Path) -> None:
-    report.write_json(tmp_path / "summary.json", {"b": 1, "a": {"c": 2.5}})
+    write_json(tmp_path / "summary.json", {"b": 1, "a": {"c": 2.5}})
     text = (tmp_path / "summary.json").read_text()
     assert list(json.loads(text)) == ["b", "a"]
     assert text.endswith("}\n")

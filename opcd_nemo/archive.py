@@ -1,0 +1,166 @@
+"""Files of a folder or of an uncompressed tar (`.nemo`), read in place: nothing is unpacked.
+
+A tar may come from anywhere. Its headers are checked as a whole before any member is read.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+_MAX_MEMBERS = 100_000
+_MAX_BYTES_AT_ONCE = 1 << 28  # of a whole file; weights are read piece by piece
+
+
+class Files(Protocol):
+    """Named files; names use `/` and are relative."""
+
+    where: str
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        ...
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a file from `start`."""
+        ...
+
+
+def read_whole(files: Files, name: str) -> bytes:
+    """A small file.
+
+    Raises:
+        ValueError: it is not there, or too large to be what its name says.
+    """
+    size = files.sizes().get(name)
+    if size is None:
+        raise ValueError(f"{files.where}: has no {name}; allowed: a file or folder that has it")
+    if size > _MAX_BYTES_AT_ONCE:
+        raise ValueError(
+            f"{files.where}: {name} has {size} bytes; allowed: at most {_MAX_BYTES_AT_ONCE}"
+        )
+    return files.read(name, 0, size)
+
+
+class FolderFiles:
+    """The files below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is opened yet."""
+        self.where = str(folder)
+        self._folder = folder
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {
+            str(path.relative_to(self._folder)): path.stat().st_size
+            for path in sorted(self._folder.rglob("*"))
+            if path.is_file()
+        }
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a file from `start`."""
+        return _read(self._folder / name, start, count, self.where)
+
+
+class TarFiles:
+    """The regular files of an uncompressed tar."""
+
+    def __init__(self, path: Path) -> None:
+        """Check every header.
+
+        Raises:
+            ValueError: not a whole uncompressed tar, or a member that a packed folder does not
+                have: a link, a device, a path that leads outside, a size beyond the file's end.
+        """
+        self.where = str(path)
+        self._path = path
+        self._members: dict[str, tuple[int, int]] = {}  # name -> start, bytes
+        end = path.stat().st_size
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for number, member in enumerate(tar):
+                    if number == _MAX_MEMBERS:
+                        raise ValueError(f"{path}: allowed: at most {_MAX_MEMBERS} members")
+                    self._add(member, end)
+        except (tarfile.TarError, EOFError, OSError, ArithmeticError) as error:
+            raise ValueError(f"{path}: {error}; allowed: a whole uncompressed tar") from error
+        if not self._members:
+            raise ValueError(f"{path}: holds no files; allowed: a whole uncompressed tar")
+
+    def _add(self, member: tarfile.TarInfo, end: int) -> None:
+        name = _plain_name(member.name)
+        about = f"{self.where}: member {member.name!r}"
+        if name is None:
+            raise ValueError(f"{about} leads outside; allowed: relative paths without '..'")
+        if member.isdir():
+            return
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{about} is not a plain file; allowed: files and folders")
+        if member.size < 0 or member.offset_data + member.size > end:
+            raise ValueError(f"{about} claims {member.size} bytes; allowed: what the file holds")
+        if name in self._members:
+            raise ValueError(f"{about} is there twice; allowed: one of each name")
+        self._members[name] = member.offset_data, member.size
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {name: size for name, (_, size) in self._members.items()}
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a file from `start`."""
+        first, size = self._members[name]
+        if start < 0 or count < 0 or start + count > size:
+            raise ValueError(f"{self.where}: {name} ends before {start + count} bytes")
+        return _read(self._path, first + start, count, self.where)
+
+
+def _plain_name(name: str) -> str | None:
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        return None
+    return "/".join(parts)
+
+
+def _read(path: Path, start: int, count: int, where: str) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(count)
+    if len(data) != count:
+        raise ValueError(f"{where}: {path.name} ends before {start + count} bytes")
+    return data
+
+
+def open_files(path: Path) -> Files:
+    """The files of a folder or of a tar.
+
+    Raises:
+        ValueError: as of `TarFiles`.
+    """
+    return FolderFiles(path) if path.is_dir() else TarFiles(path)
+
+
+def write_tar(path: Path, folder: Path, names: Collection[str]) -> None:
+    """Pack files of a folder into a tar: whole under its final name, or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for name in names:
+                    tar.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without the owner's name and the time: equal folders give equal files."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    member.mode = 0o644
+    return member

@@ -1,0 +1,119 @@
+"""From any kind of model to a Hugging Face folder, a `.nemo` file or what that holds, unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo import durable
+from opcd_nemo.archive import read_whole
+from opcd_nemo.config import ParallelConfig
+from opcd_nemo.hf import open_checkpoint, write_hf_folder
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.model_files import NEMO_CONFIG, model_kind, resolve_model_path, write_json
+from opcd_nemo.model_folder import checkpoint_origin, open_package
+from opcd_nemo.package import stored_dtype, write_package
+from opcd_nemo.parallel import init_parallel
+from opcd_nemo.provenance import read_provenance
+from opcd_nemo.tokenizer import write_tokenizer
+
+FORMATS = ("hf", "nemo", "mcore")
+
+
+def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Path:
+    """Convert a model; the file or folder is there whole, or not at all.
+
+    Args:
+        settings: `conf/export.yaml`.
+        default_config: what a package of a model that was not trained here is configured as.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: a key is wrong, the source is damaged, or the target is there already.
+    """
+    source, target = str(settings["from"]), _target(settings)
+    checkpoint = open_checkpoint(source)
+    _check_whole(checkpoint.path)
+    dtype = stored_dtype(settings.dtype, checkpoint.dtype)
+    provenance = read_provenance(source)
+    if settings.format == "hf":
+
+        def write_others(folder: Path) -> None:
+            write_tokenizer(source, folder)
+            for name, values in provenance.files().items():
+                write_json(folder / name, values)
+
+        write_hf_folder(
+            target,
+            checkpoint.config,
+            checkpoint.tensors(),
+            dtype,
+            max_file_bytes=settings.max_file_bytes,
+            write_others=write_others,
+        )
+        return target
+    parallel = init_parallel(ParallelConfig(**settings.parallel), seed=0)
+    student = LanguageModel(checkpoint.config, parallel, dtype)
+    student.load(checkpoint)
+    write_package(
+        target,
+        student,
+        config_yaml=package_config(source, default_config),
+        tokenizer_path=source,
+        provenance=provenance,
+    )
+    return target
+
+
+def package_config(source: str, default_config: Callable[[], DictConfig]) -> str:
+    """The text of `model_config.yaml` for the model at `source`."""
+    found = resolve_model_path(source)
+    kind = model_kind(found)
+    if kind == "nemo":
+        return read_whole(open_package(found), NEMO_CONFIG).decode()
+    if kind == "checkpoint":
+        origin = checkpoint_origin(found)
+        return OmegaConf.to_yaml(OmegaConf.create(nemo_config(origin)))
+    config: Any = OmegaConf.to_container(default_config(), resolve=True)
+    config["student"]["path"] = source
+    return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
+
+
+def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's resolved configuration with the class that NeMo makes of it."""
+    plain = {key: value for key, value in config.items() if key != "context_hash"}
+    return {**plain, "target": "opcd_nemo.nemo_model.OPCDModel"}
+
+
+def _target(settings: DictConfig) -> Path:
+    for key in ("from", "to"):
+        if not isinstance(settings[key], str) or not settings[key]:
+            raise ValueError(f"{key}={settings[key]}: allowed: a path")
+    if settings.format not in FORMATS:
+        raise ValueError(f"format={settings.format}: allowed: {', '.join(FORMATS)}")
+    if type(settings.max_file_bytes) is not int or settings.max_file_bytes < 1:
+        raise ValueError(f"max_file_bytes={settings.max_file_bytes}: allowed: bytes of a file")
+    path = Path(settings.to)
+    if (path.suffix == ".nemo") != (settings.format == "nemo"):
+        raise ValueError(
+            f"to={path}: allowed with format={settings.format}: "
+            f"{'a name' if settings.format == 'nemo' else 'a folder, not'} ending in .nemo"
+        )
+    if path.exists():
+        raise ValueError(f"to={path}: is already there; allowed: a new path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a folder whose files are not as its manifest says."""
+    if path.is_dir() and (path / durable.MANIFEST).is_file():
+        entries = durable.read_manifest(path)
+        damage = durable.find_damage(path, entries, sorted(entries))
+        if damage is not None:
+            raise ValueError(f"from={path}: {damage}; allowed: a whole model")

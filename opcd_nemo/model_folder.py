@@ -1,0 +1,82 @@
+"""What a `.nemo` file holds, packed or unpacked, and what a training checkpoint says of its model.
+
+    model_config.yaml     the run's configuration, as NeMo wants it
+    hf/                   config.json, tokenizer files, chat template, generation settings
+    model_weights/        the student, a torch_dist checkpoint that any layout reads
+    context.json evaluation.json licence.json manifest.json
+
+Export to Hugging Face is `hf/` with safetensors added.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.archive import Files, FolderFiles, open_files, read_whole
+from opcd_nemo.distcp import read_plain
+from opcd_nemo.durable import MANIFEST
+from opcd_nemo.model_files import NEMO_CONFIG, parse_json
+
+HF, WEIGHTS = "hf/", "model_weights/"
+CONTEXT, EVALUATION, LICENCE = "context.json", "evaluation.json", "licence.json"
+_ALLOWED = re.compile(
+    rf"{NEMO_CONFIG}|{CONTEXT}|{EVALUATION}|{LICENCE}|{MANIFEST}"
+    rf"|{HF}[\w.-]+\.(json|jinja|txt|model|md)"
+    rf"|{WEIGHTS}(\.metadata|metadata\.json|common\.pt|__\d+_\d+\.distcp)"
+)
+
+
+def open_package(path: Path) -> Files:
+    """The files of a `.nemo`, or of a folder that one was unpacked to.
+
+    Raises:
+        ValueError: a file that a package does not have (pickled weights, for one), or as of
+            `archive.TarFiles`.
+    """
+    files = open_files(path)
+    if unknown := [name for name in files.sizes() if _ALLOWED.fullmatch(name) is None]:
+        raise ValueError(
+            f"{path}: member {unknown[0]!r} is unexpected; allowed: {NEMO_CONFIG}, {HF}, "
+            f"{WEIGHTS} (torch_dist), {CONTEXT}, {EVALUATION}, {LICENCE}, {MANIFEST}"
+        )
+    return files
+
+
+def read_record(files: Files, name: str) -> dict[str, Any]:
+    """One of the package's JSON files."""
+    return parse_json(read_whole(files, name), f"{files.where}: {name}")
+
+
+def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:
+    """The `hf/` files in a folder that is removed with the returned object."""
+    folder = tempfile.TemporaryDirectory()
+    for name in files.sizes():
+        if name.startswith(HF):
+            (Path(folder.name) / name.removeprefix(HF)).write_bytes(read_whole(files, name))
+    return folder
+
+
+def checkpoint_model(path: Path) -> dict[str, Any]:
+    """The fields of the student's `ModelConfig` in a training checkpoint."""
+    return _part(path, read_plain(FolderFiles(path)), "model")
+
+
+def checkpoint_origin(path: Path) -> dict[str, Any]:
+    """The configuration that a training checkpoint's run had, with its `context_hash`."""
+    return _part(path, checkpoint_state(path).get("opcd"), "config")
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """The trainer's part of a training checkpoint."""
+    return _part(path, read_plain(FolderFiles(path)), "common")
+
+
+def _part(path: Path, values: object, key: str) -> dict[str, Any]:
+    found = values.get(key) if isinstance(values, Mapping) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: says nothing of its {key}; allowed: a checkpoint of train.py")
+    return found

@@ -1,0 +1,77 @@
+"""Writes a student as a package: `model_folder`'s folder, or a `.nemo` file of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from opcd_nemo import checkpoint, durable
+from opcd_nemo.archive import write_tar
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.model_config import hf_config
+from opcd_nemo.model_files import NEMO_CONFIG, write_json
+from opcd_nemo.model_folder import HF, WEIGHTS
+from opcd_nemo.provenance import Provenance
+from opcd_nemo.tokenizer import write_tokenizer
+
+
+def write_package(
+    path: Path,
+    student: LanguageModel,
+    *,
+    config_yaml: str,
+    tokenizer_path: str,
+    provenance: Provenance,
+) -> None:
+    """Write `path`: a file when it ends in `.nemo`, else a folder. Collective over the world.
+
+    Args:
+        path: what has this name is replaced, at once and only by a whole package.
+        student: its weights are stored as this layout holds them; any layout reads them.
+        config_yaml: the text of `model_config.yaml`.
+        tokenizer_path: the model whose tokenizer the student has.
+        provenance: what goes with the weights.
+    """
+    parallel = student.parallel
+    folder = path.with_name(f".{path.name}.partial")
+    if parallel.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / HF).mkdir(parents=True)
+        (folder / WEIGHTS).mkdir()
+        (folder / NEMO_CONFIG).write_text(config_yaml, encoding="utf-8")
+        write_json(folder / HF / "config.json", hf_config(student.config, student.dtype))
+        write_tokenizer(tokenizer_path, folder / HF)
+        for name, values in provenance.files().items():
+            write_json(folder / name, values)
+    parallel.barrier()
+    checkpoint.save_weights(folder / WEIGHTS, student)
+    parallel.barrier()
+    if parallel.rank == 0:
+        names = durable.files_in(folder)
+        entries = {name: durable.measure(folder / name, sync=True) for name in names}
+        if path.suffix == ".nemo":
+            durable.write_manifest(folder, entries)
+            write_tar(path, folder, _small_first([*names, durable.MANIFEST]))
+            shutil.rmtree(folder)
+        else:
+            durable.publish(folder, path, entries)
+    parallel.barrier()
+
+
+def _small_first(names: list[str]) -> list[str]:
+    """Weights last: who looks for the configuration need not pass them."""
+    return sorted(names, key=lambda name: (name.startswith(WEIGHTS), name != NEMO_CONFIG, name))
+
+
+def stored_dtype(name: str | None, stored: torch.dtype) -> torch.dtype:
+    """The type that `name` (`bf16`, `fp32`, or None for what is stored) stands for.
+
+    Raises:
+        ValueError: another name.
+    """
+    known = {None: stored, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in known:
+        raise ValueError(f"dtype={name}; allowed: bf16, fp32, or null for what is stored")
+    return known[name]
