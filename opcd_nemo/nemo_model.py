@@ -18,6 +18,7 @@ from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, Stats
+from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     """On-policy context distillation of a Megatron student from a Megatron teacher."""
 
+    _save_restore_connector = OPCDConnector()
+
     def __init__(self, cfg: DictConfig, trainer: pl.Trainer) -> None:
         """Open the inputs, then load both models into this rank's shards.
 
@@ -36,7 +39,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
-        config = load_config(cfg)
+        config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)
         self.automatic_optimization = False
@@ -45,6 +48,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
+        self.summary: dict[str, Any] | None = None  # of the run, once it is evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
@@ -79,7 +83,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
-        origin = run_origin(self.cfg, self.context_hash)
+        origin = run_origin(run_config(self.cfg), self.context_hash)
         checkpoint["opcd"] = {"config": origin, "versions": report.versions()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -120,6 +124,13 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def setup_validation_data(self, val_data_config: Any) -> None:
         """Nothing: see `scores`."""
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args: Any, **keywords: Any) -> Any:
+        """The model of a `.nemo`, on any layout; arguments as of `OPCDConnector.restore_from`."""
+        if keywords.get("save_restore_connector") is None:
+            keywords["save_restore_connector"] = OPCDConnector()
+        return super().restore_from(restore_path, *args, **keywords)
 
     @classmethod
     def list_available_models(cls) -> list[Any]:

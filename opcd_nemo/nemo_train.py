@@ -63,6 +63,10 @@ def train(raw: DictConfig, say: Say) -> Path:
         trainer.fit(model, ckpt_path=continued)
     after = model.scores("student", with_context=False)
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
+    if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
+        package = folder / f"{folder.name}.nemo"
+        model.save_to(str(package))  # after the report, which goes along
+        quiet(f"written: {package}")
     parallel.barrier()
     return folder
 
@@ -119,6 +123,7 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
     _check_names("exp_manager", settings, list(ExpManagerConfig.__dataclass_fields__))
     # NeMo sets the files of its folder aside when a run is continued, metrics.jsonl too
     settings["explicit_log_dir"] = str(folder / "nemo")
+    settings["checkpoint_callback_params"]["save_nemo_on_train_end"] = False  # see `train`
     settings["checkpoint_callback_params"]["dirpath"] = str(folder / "checkpoints")
     created: DictConfig = OmegaConf.create(settings)
     return created
@@ -217,6 +222,7 @@ def _report(
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
+    model.summary = summary
     write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})

@@ -1,0 +1,164 @@
+"""`.nemo` files of NeMo's API: `OPCDModel.save_to`, `OPCDModel.restore_from`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from nemo.core.classes.common import (  # pinned: NeMo offers no public way to name a third party
+    ALLOWED_TARGET_PREFIXES,
+    _get_allowed_target_class,
+)
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from opcd_nemo.archive import read_whole
+from opcd_nemo.config import ParallelConfig
+from opcd_nemo.export import nemo_config
+from opcd_nemo.model_files import NEMO_CONFIG, resolve_model_path
+from opcd_nemo.model_folder import open_package
+from opcd_nemo.nemo_strategy import MegatronStrategy
+from opcd_nemo.package import write_package
+from opcd_nemo.parallel import Parallel, init_parallel
+from opcd_nemo.provenance import Provenance, base_licence, describe_context
+
+OWN_TARGETS = "opcd_nemo."
+if OWN_TARGETS not in ALLOWED_TARGET_PREFIXES:
+    ALLOWED_TARGET_PREFIXES.append(OWN_TARGETS)  # NeMo's guard stays on for everybody else
+
+
+_NEMO_KEYS = ("target", "nemo_version")
+
+
+class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is untyped
+    """The student as a reshardable package, written by all ranks, read in place by each."""
+
+    def save_to(self, model: Any, save_path: str) -> None:
+        """Write the model's student and what is known of it. Collective over the world."""
+        config: Any = OmegaConf.to_container(model.cfg, resolve=True)
+        write_package(
+            Path(save_path),
+            model.run.student,
+            config_yaml=OmegaConf.to_yaml(OmegaConf.create(nemo_config(config))),
+            tokenizer_path=config["student"]["path"],
+            provenance=Provenance(
+                context=describe_context(config["context"]),
+                evaluation=model.summary,
+                licence=base_licence(config["student"]["path"]),
+            ),
+        )
+
+    def restore_from(
+        self,
+        calling_cls: type[Any],
+        restore_path: str,
+        override_config_path: DictConfig | str | None = None,
+        map_location: Any = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: pl.Trainer | None = None,
+        validate_access_integrity: bool = True,
+    ) -> Any:
+        """The model of a package on the layout of `trainer`, or of the configuration without one.
+
+        The teacher is again what it was: the base model, unless the override names another.
+
+        Args:
+            calling_cls: a class of OPCDModel's.
+            restore_path: a `.nemo`, or a folder that one was unpacked to.
+            override_config_path: a whole configuration (or its file) in place of the stored one.
+            map_location: the device comes from the layout: None.
+            strict: True: every tensor of the model, and no other.
+            return_config: return the configuration and build nothing.
+            trainer: one with a MegatronStrategy.
+            validate_access_integrity: NeMo's; archives are always checked.
+
+        Raises:
+            ValueError: a damaged or hostile package, or a setting that does not fit.
+            UnsafeTargetError: the configuration names a class outside NeMo's allow-list.
+        """
+        if not strict or map_location is not None:
+            raise ValueError(
+                f"strict={strict}, map_location={map_location}; allowed: True and None"
+            )
+        config = _stored_config(Path(self.model_extracted_dir or restore_path))
+        if override_config_path is not None:
+            config = _given_config(override_config_path)
+        if return_config:
+            return config
+        name = config.get("target", f"{OWN_TARGETS}nemo_model.OPCDModel")
+        if not issubclass(calling_cls, _get_allowed_target_class(name)):
+            raise ValueError(f"target={name}; allowed: {calling_cls.__name__} or a base of it")
+        with open_dict(config):
+            if config.teacher.path is None:
+                config.teacher.path = config.student.path
+            config.student.path = str(self.model_extracted_dir or restore_path)
+            config.student.keep_layers = None
+        trainer = trainer or _default_trainer(config)
+        parallel = trainer.strategy.parallel  # type: ignore[attr-defined]  # MegatronStrategy
+        with open_dict(config):
+            config.parallel = {**config.parallel, **_layout(parallel)}
+        return calling_cls(config, trainer)
+
+
+def _given_config(given: DictConfig | str) -> DictConfig:
+    config = OmegaConf.load(given) if isinstance(given, str) else given.copy()
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def run_config(config: DictConfig) -> DictConfig:
+    """Without the two keys that NeMo adds to a model's configuration."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key not in _NEMO_KEYS])
+
+
+def _stored_config(path: Path) -> DictConfig:
+    text = read_whole(open_package(resolve_model_path(str(path))), NEMO_CONFIG).decode()
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # yaml and OmegaConf raise many kinds
+        raise ValueError(f"{path}: {NEMO_CONFIG}: {error}; allowed: a configuration") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path}: {NEMO_CONFIG} is not a mapping; allowed: a configuration")
+    for key, target in _targets(OmegaConf.to_container(config, resolve=False)):
+        if not str(target).startswith(OWN_TARGETS):
+            raise ValueError(
+                f"{path}: {key}={target}; allowed: names that start with {OWN_TARGETS} "
+                "(a plug of your own: pass it with override_config_path)"
+            )
+    return config
+
+
+def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every class that a configuration names, wherever it is."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        if key in ("_target_", "target", "cls"):
+            yield f"{prefix}{key}", value
+        if isinstance(value, dict | list):
+            yield from _targets(value, f"{prefix}{key}.")
+
+
+def _default_trainer(config: DictConfig) -> pl.Trainer:
+    parallel = init_parallel(ParallelConfig(**config.parallel), config.seed)
+    trainer = pl.Trainer(
+        accelerator=parallel.device.type,
+        devices=1,
+        strategy=MegatronStrategy(parallel),
+        logger=False,
+        enable_checkpointing=False,
+        max_steps=config.trainer.max_steps,
+    )
+    trainer.strategy.setup_environment()
+    return trainer
+
+
+def _layout(parallel: Parallel) -> dict[str, Any]:
+    return {
+        "num_ranks": parallel.world_size,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "sequence_parallel": parallel.sequence_parallel,
+    }
