@@ -29,8 +29,6 @@ _log = logging.getLogger(__name__)
 class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     """On-policy context distillation of a Megatron student from a Megatron teacher."""
 
-    _save_restore_connector = OPCDConnector()
-
     def __init__(self, cfg: DictConfig, trainer: pl.Trainer) -> None:
         """Open the inputs, then load both models into this rank's shards.
 
@@ -42,6 +40,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)
+        self._save_restore_connector = OPCDConnector()
         self.automatic_optimization = False
         self.context_hash = inputs.context_hash
         self.run = build_run(config, inputs, strategy.parallel)

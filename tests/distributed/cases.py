@@ -217,6 +217,8 @@ CHECKPOINTS = {  # saved under the first layout, loaded under the second
     4: [("tp2pp2", "tp4"), ("tp4", "tp2dp2")],
 }
 CHECKPOINT_CASES = ["even", "llama-untied", "qwen3-tied-distributed"]
+CHAT = "chat"  # a model with a tokenizer
+PACKAGED = [f"{name}-odd-student" for name in ("llama-untied", "qwen2-tied", "qwen3-tied")]
 FAILING = ["tp2", "pp2", "dp2", "tp2pp2"]
 
 HEAD_LOSSES: list[tuple[LossName, float, float]] = [  # kind, beta, temperature

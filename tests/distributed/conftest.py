@@ -16,7 +16,13 @@ import torch
 from opcd_nemo.hf import write_hf_folder
 from tests.distributed import cases
 from tests.distributed.reference import choose_ends
-from tests.tiny import model_config, random_tensors, write_gguf, write_transformers_folder
+from tests.tiny import (
+    model_config,
+    random_tensors,
+    write_chat_model,
+    write_gguf,
+    write_transformers_folder,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +48,7 @@ def transformers_models(folder: Path) -> dict[str, Any]:
     tensors["model.embed_tokens.weight"][:, 0] = 2.0  # one large channel in every hidden state
     tensors["lm_head.weight"][:, 0] = -4.0
     write_hf_folder(folder / cases.PADDING_WINS, config, tensors, torch.float32)
+    write_chat_model(folder / cases.CHAT)
     ends = {name: choose_ends(models[name]) for name in cases.GENERATORS}
     (folder / "ends.json").write_text(json.dumps(ends))
     return models

@@ -10,11 +10,15 @@ import torch
 import torch.distributed as dist
 
 from opcd_nemo.batching import pack
+from opcd_nemo.hf import open_checkpoint
+from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.package import write_package
 from opcd_nemo.parallel import Parallel
+from opcd_nemo.provenance import Provenance
 from tests.distributed import cases
 from tests.distributed.cases import LAYOUTS
 from tests.distributed.generation import generate_all
-from tests.distributed.shards import build, start
+from tests.distributed.shards import build, full_tensors, start
 from tests.distributed.training import failures, make_loss, move_checkpoint, train
 
 
@@ -55,9 +59,51 @@ def run_moves(world: int, models: Path, results: Path) -> None:
             case: move_checkpoint(models, results, cases.TRAIN_CASES[case], source, target)
             for case in cases.CHECKPOINT_CASES
         }
+        found["packages"] = {
+            name: move_package(models, results, name, source, target) for name in cases.PACKAGED
+        }
         if int(dist.get_rank()) == 0:
             torch.save(found, results / f"{source}-to-{target}.pt")
     _finish()
+
+
+def move_package(models: Path, results: Path, name: str, source: str, target: str) -> list[str]:
+    """Write a `.nemo` under one layout, load it under another; the tensors that differ.
+
+    Compared, to the bit, in fp32 and in bf16: the package with the folder that it was made of, and
+    the parameters of the other layout with both.
+    """
+    differ = []
+    for dtype in (torch.float32, torch.bfloat16):
+        origin = open_checkpoint(str(models / name))
+        student = LanguageModel(origin.config, start(source), dtype)
+        student.load(origin)
+        path = results / f"{name}-{source}-{target}.nemo"
+        write_package(
+            path,
+            student,
+            config_yaml="{}",
+            tokenizer_path=str(models / cases.CHAT),
+            provenance=Provenance(context=None, evaluation=None, licence={}),
+        )
+        package = open_checkpoint(str(path))
+        other = LanguageModel(package.config, start(target), dtype)
+        other.load(package)
+        full, _ = full_tensors(other, lambda p: p.data)
+        differ += [
+            one
+            for one in origin.names()
+            if not (
+                torch.equal(package.tensor(one), origin.tensor(one).to(dtype))
+                and torch.equal(full[one], origin.tensor(one).to(dtype))
+            )
+        ]
+        if package.config != origin.config or package.dtype != dtype:
+            differ.append(f"{package.config}, {package.dtype}")
+        other.parallel.barrier()
+        if other.parallel.rank == 0:
+            path.unlink()
+    return differ
 
 
 def _finish() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bars import check, check_tensors
-from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS
+from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, PACKAGED
 
 Results = Callable[[str], Any]
 MOVES = [f"{source}-to-{target}" for moves in CHECKPOINTS.values() for source, target in moves]
@@ -23,6 +23,14 @@ def test_weights_are_equal_after_a_move(move: str, case: str, results: Results) 
     for name, saved in found["saved"].items():
         assert torch.equal(found["loaded"][name], saved), name
     assert found["epoch"] == 7
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("move", MOVES)
+def test_a_package_has_the_same_bits_on_every_layout(
+    move: str, name: str, results: Results
+) -> None:
+    assert results(move)["packages"][name] == []
 
 
 @pytest.mark.parametrize("case", CHECKPOINT_CASES)

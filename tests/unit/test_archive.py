@@ -1,0 +1,123 @@
+"""A tar from a stranger is refused, or read in place; nothing of it is unpacked or run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opcd_nemo.archive import FolderFiles, TarFiles, open_files, read_whole, write_tar
+from opcd_nemo.distcp import DistributedTensors, read_plain
+from opcd_nemo.hf import open_checkpoint
+from opcd_nemo.model_files import NEMO_CONFIG
+from opcd_nemo.model_folder import open_package
+from tests.tiny import refusal
+
+Member = tuple[tarfile.TarInfo, bytes]
+
+
+def member(name: str, data: bytes = b"x", **fields: object) -> Member:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def tar(path: Path, *members: Member, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        for info, data in members:
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+LINK = {"linkname": "/etc/passwd", "size": 0}
+HOSTILE = {
+    "parent": (member("../outside"), "leads outside"),
+    "inner parent": (member("hf/../../outside"), "leads outside"),
+    "absolute": (member("/etc/cron.d/job"), "leads outside"),
+    "backslash": (member("..\\outside"), "leads outside"),
+    "symbolic link": (member("hf", b"", type=tarfile.SYMTYPE, **LINK), "not a plain file"),
+    "hard link": (member("hf", b"", type=tarfile.LNKTYPE, **LINK), "not a plain file"),
+    "character device": (member("null", b"", type=tarfile.CHRTYPE), "not a plain file"),
+    "block device": (member("disk", b"", type=tarfile.BLKTYPE), "not a plain file"),
+    "named pipe": (member("pipe", b"", type=tarfile.FIFOTYPE), "not a plain file"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_member_is_refused(kind: str, tmp_path: Path) -> None:
+    bad, word = HOSTILE[kind]
+    path = tar(tmp_path / "a.nemo", member(NEMO_CONFIG), bad)
+    assert word in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+@pytest.mark.parametrize("size", [10**6, 1 << 45])
+def test_a_size_beyond_the_file_is_refused(size: int, tmp_path: Path) -> None:
+    info, _ = member(NEMO_CONFIG, b"", size=size)
+    path = tmp_path / "a.nemo"
+    path.write_bytes(info.tobuf() + b"x" * 512)
+    assert "bytes" in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+def test_a_name_twice_a_compressed_tar_and_other_files_are_refused(tmp_path: Path) -> None:
+    twice = tar(tmp_path / "a.nemo", member(NEMO_CONFIG), member(f"./{NEMO_CONFIG}"))
+    assert "twice" in refusal(lambda p: TarFiles(Path(p)), twice)
+    packed = tar(tmp_path / "b.nemo", member(NEMO_CONFIG), mode="w:gz")
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), packed)
+    (tmp_path / "c.nemo").write_bytes(os.urandom(4096))
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), tmp_path / "c.nemo")
+    (tmp_path / "d.nemo").write_bytes(b"")
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), tmp_path / "d.nemo")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_weights.ckpt", "model_weights/mp_rank_00.pt", "hf/setup.py", "hf/pytorch_model.bin"],
+)
+def test_pickled_weights_and_programs_are_no_members(name: str, tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.nemo", member(NEMO_CONFIG, b"a: 1"), member(name))
+    assert "unexpected" in refusal(lambda p: open_package(Path(p)), path)
+
+
+def test_what_was_packed_is_read_in_place(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "hf").mkdir(parents=True)
+    (folder / NEMO_CONFIG).write_text("a: 1")
+    (folder / "hf" / "config.json").write_bytes(bytes(range(256)))
+    path = tmp_path / "a.nemo"
+    write_tar(path, folder, [NEMO_CONFIG, "hf/config.json"])
+    files = open_files(path)
+    assert files.sizes() == {NEMO_CONFIG: 4, "hf/config.json": 256}
+    assert files.read("hf/config.json", 10, 5) == bytes(range(10, 15))
+    assert read_whole(files, NEMO_CONFIG) == b"a: 1"
+    with pytest.raises(ValueError, match="ends before"):
+        files.read("hf/config.json", 250, 10)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.nemo", "folder"]
+    again = tmp_path / "b.nemo"
+    write_tar(again, folder, [NEMO_CONFIG, "hf/config.json"])
+    assert again.read_bytes() == path.read_bytes()
+
+
+class _Runs:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return os.symlink, ("/etc/passwd", str(self._path))
+
+
+def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Runs(ran)))
+    assert "posix.symlink" in refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
+    torch.save({"common": _Runs(ran)}, tmp_path / "common.pt")
+    assert "plain values" in refusal(lambda p: read_plain(FolderFiles(Path(p))), tmp_path)
+    assert "plain values" in refusal(open_checkpoint, tmp_path)
+    assert not ran.exists()
