@@ -85,15 +85,27 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         ValueError: there is no manifest, or the folder's files are not those it names.
     """
     try:
-        lines = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / MANIFEST}: cannot be read ({error})") from error
-    there = set(files_in(folder))
+    return parse_manifest(text, files_in(folder), f"{folder}/")
+
+
+def parse_manifest(text: str | bytes, there: Sequence[str], where: str) -> dict[str, Entry]:
+    """The manifest of the files `there`; `where` goes before a name in an error.
+
+    Raises:
+        ValueError: it cannot be read, or names other files.
+    """
+    try:
+        lines = json.loads(text)
+        entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}{MANIFEST}: cannot be read ({error})") from error
     if missing := sorted(entries.keys() - there):
-        raise ValueError(f"{folder / missing[0]}: is missing")
-    if unknown := sorted(there - entries.keys()):
-        raise ValueError(f"{folder / unknown[0]}: is not in the manifest")
+        raise ValueError(f"{where}{missing[0]}: is missing")
+    if unknown := sorted(set(there) - entries.keys()):
+        raise ValueError(f"{where}{unknown[0]}: is not in the manifest")
     return entries
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from opcd_nemo import durable
 from opcd_nemo.archive import read_whole
 from opcd_nemo.config import ParallelConfig
 from opcd_nemo.hf import open_checkpoint, write_hf_folder
@@ -38,7 +37,6 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
     """
     source, target = str(settings["from"]), _target(settings)
     checkpoint = open_checkpoint(source)
-    _check_whole(checkpoint.path)
     dtype = stored_dtype(settings.dtype, checkpoint.dtype)
     provenance = read_provenance(source)
     if settings.format == "hf":
@@ -108,12 +106,3 @@ def _target(settings: DictConfig) -> Path:
         raise ValueError(f"to={path}: is already there; allowed: a new path")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _check_whole(path: Path) -> None:
-    """Refuse a folder whose files are not as its manifest says."""
-    if path.is_dir() and (path / durable.MANIFEST).is_file():
-        entries = durable.read_manifest(path)
-        damage = durable.find_damage(path, entries, sorted(entries))
-        if damage is not None:
-            raise ValueError(f"from={path}: {damage}; allowed: a whole model")

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opcd_nemo.archive import FolderFiles
 from opcd_nemo.distcp import DistributedTensors
 from opcd_nemo.gguf_file import GgufFile
 from opcd_nemo.megatron_weights import MegatronWeights
@@ -33,7 +32,14 @@ from opcd_nemo.model_config import (
     tensor_shapes,
 )
 from opcd_nemo.model_files import model_kind, read_json, resolve_model_path, write_json
-from opcd_nemo.model_folder import HF, WEIGHTS, checkpoint_model, open_package, read_record
+from opcd_nemo.model_folder import (
+    HF,
+    WEIGHTS,
+    checkpoint_model,
+    open_package,
+    open_training_checkpoint,
+    read_record,
+)
 from opcd_nemo.sharding import (
     hf_tensors,
     megatron_shard,
@@ -193,7 +199,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if kind == "hf":
         return _open_hf_folder(found)
     if kind == "checkpoint":
-        files, config = FolderFiles(found), _as_model_config(checkpoint_model(found), found)
+        config, files = _stored_config(found), open_training_checkpoint(found)
         return Checkpoint(found, config, MegatronWeights(DistributedTensors(files), config))
     package = open_package(found)
     raw, where = read_record(package, f"{HF}config.json"), f"{found}: {HF}config.json"
@@ -201,7 +207,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(found, config, MegatronWeights(DistributedTensors(package, WEIGHTS), config))
 
 
-def _as_model_config(values: Mapping[str, Any], where: Path) -> ModelConfig:
+def _stored_config(found: Path) -> ModelConfig:
+    values = checkpoint_model(found)
     scaling = values.get("rope_scaling")
     try:
         return ModelConfig(
@@ -213,7 +220,7 @@ def _as_model_config(values: Mapping[str, Any], where: Path) -> ModelConfig:
         )
     except (TypeError, LookupError) as error:
         raise ValueError(
-            f"{where}: its model is of another version ({error}); allowed: one of this version"
+            f"{found}: its model is of another version ({error}); allowed: one of this version"
         ) from error
 
 

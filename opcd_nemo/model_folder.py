@@ -10,12 +10,14 @@ Export to Hugging Face is `hf/` with safetensors added.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo import durable
 from opcd_nemo.archive import Files, FolderFiles, open_files, read_whole
 from opcd_nemo.distcp import read_plain
 from opcd_nemo.durable import MANIFEST
@@ -23,11 +25,66 @@ from opcd_nemo.model_files import NEMO_CONFIG, parse_json
 
 HF, WEIGHTS = "hf/", "model_weights/"
 CONTEXT, EVALUATION, LICENCE = "context.json", "evaluation.json", "licence.json"
+_BLOCK = 1 << 22
 _ALLOWED = re.compile(
     rf"{NEMO_CONFIG}|{CONTEXT}|{EVALUATION}|{LICENCE}|{MANIFEST}"
     rf"|{HF}[\w.-]+\.(json|jinja|txt|model|md)"
     rf"|{WEIGHTS}(\.metadata|metadata\.json|common\.pt|__\d+_\d+\.distcp)"
 )
+
+
+class CheckedFiles:
+    """Files with a manifest: each is compared with it, whole, before its first byte is used.
+
+    A rank that needs some of the files reads no others.
+    """
+
+    def __init__(self, files: Files) -> None:
+        """Read the manifest.
+
+        Raises:
+            ValueError: there is none, or it names other files.
+        """
+        self.where = files.where
+        self._files, self._sizes = files, files.sizes()
+        there = [name for name in self._sizes if name != MANIFEST]
+        text = read_whole(files, MANIFEST)
+        self._unchecked = durable.parse_manifest(text, there, f"{self.where}: ")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return self._sizes
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a file from `start`.
+
+        Raises:
+            ValueError: the file is not as the manifest says.
+        """
+        entry = self._unchecked.get(name)
+        if entry is not None:
+            self._check(name, entry)
+            del self._unchecked[name]
+        return self._files.read(name, start, count)
+
+    def _check(self, name: str, entry: durable.Entry) -> None:
+        digest, size = hashlib.sha256(), self._sizes[name]
+        for start in range(0, size, _BLOCK):
+            digest.update(self._files.read(name, start, min(_BLOCK, size - start)))
+        if (size, digest.hexdigest()) != (entry.num_bytes, entry.sha256):
+            raise ValueError(
+                f"{self.where}: {name} is damaged ({size} bytes of {entry.num_bytes}, or another "
+                "SHA-256); allowed: what its manifest says"
+            )
+
+
+def open_training_checkpoint(path: Path) -> Files:
+    """The files of a checkpoint of train.py.
+
+    Raises:
+        ValueError: it has no manifest.
+    """
+    return CheckedFiles(FolderFiles(path))
 
 
 def open_package(path: Path) -> Files:
@@ -43,7 +100,7 @@ def open_package(path: Path) -> Files:
             f"{path}: member {unknown[0]!r} is unexpected; allowed: {NEMO_CONFIG}, {HF}, "
             f"{WEIGHTS} (torch_dist), {CONTEXT}, {EVALUATION}, {LICENCE}, {MANIFEST}"
         )
-    return files
+    return CheckedFiles(files)
 
 
 def read_record(files: Files, name: str) -> dict[str, Any]:
@@ -62,7 +119,7 @@ def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:
 
 def checkpoint_model(path: Path) -> dict[str, Any]:
     """The fields of the student's `ModelConfig` in a training checkpoint."""
-    return _part(path, read_plain(FolderFiles(path)), "model")
+    return _part(path, read_plain(open_training_checkpoint(path)), "model")
 
 
 def checkpoint_origin(path: Path) -> dict[str, Any]:
@@ -72,7 +129,7 @@ def checkpoint_origin(path: Path) -> dict[str, Any]:
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """The trainer's part of a training checkpoint."""
-    return _part(path, read_plain(FolderFiles(path)), "common")
+    return _part(path, read_plain(open_training_checkpoint(path)), "common")
 
 
 def _part(path: Path, values: object, key: str) -> dict[str, Any]:

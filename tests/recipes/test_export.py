@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from opcd_nemo.archive import write_tar
+from opcd_nemo import durable
+from opcd_nemo.archive import read_whole, write_tar
 from opcd_nemo.hf import open_checkpoint
 from opcd_nemo.model_files import NEMO_CONFIG
 from opcd_nemo.model_folder import EVALUATION, open_package, read_record
@@ -120,10 +123,32 @@ def test_an_injected_target_is_refused(
     config = OmegaConf.load(folder / NEMO_CONFIG)
     OmegaConf.update(config, key, value, force_add=True)
     OmegaConf.save(config, folder / NEMO_CONFIG)
-    names = list(open_package(folder).sizes())
-    write_tar(tmp_path / "hostile.nemo", folder, names)
+    names = durable.files_in(folder)
+    durable.write_manifest(folder, {name: durable.measure(folder / name) for name in names})
+    write_tar(tmp_path / "hostile.nemo", folder, [*names, durable.MANIFEST])
     with pytest.raises(ValueError, match=word):
         OPCDModel.restore_from(str(tmp_path / "hostile.nemo"))
+
+
+def test_a_flipped_bit_anywhere_is_noticed(run: Path, tmp_path: Path) -> None:
+    whole, damaged = (run / "run.nemo").read_bytes(), tmp_path / "damaged.nemo"
+    with tarfile.open(run / "run.nemo") as tar:
+        members = [(one.name, one.offset_data, one.size) for one in tar]
+    for name, start, size in members:
+        data = bytearray(whole)
+        data[start + size // 2] ^= 1
+        damaged.write_bytes(data)
+        with pytest.raises(ValueError, match="" if name == durable.MANIFEST else re.escape(name)):
+            _read_everything(damaged)
+
+
+def _read_everything(path: Path) -> None:
+    checkpoint = open_checkpoint(str(path))
+    for name in checkpoint.names():
+        checkpoint.tensor(name)
+    files = open_package(path)
+    for name in files.sizes():
+        read_whole(files, name)
 
 
 def test_chat_answers_with_and_without_the_context(run: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opcd_nemo import durable
 from opcd_nemo.archive import FolderFiles, TarFiles, open_files, read_whole, write_tar
 from opcd_nemo.distcp import DistributedTensors, read_plain
 from opcd_nemo.hf import open_checkpoint
@@ -119,5 +120,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
     assert "posix.symlink" in refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
     torch.save({"common": _Runs(ran)}, tmp_path / "common.pt")
     assert "plain values" in refusal(lambda p: read_plain(FolderFiles(Path(p))), tmp_path)
+    names = durable.files_in(tmp_path)
+    durable.write_manifest(tmp_path, {name: durable.measure(tmp_path / name) for name in names})
     assert "plain values" in refusal(open_checkpoint, tmp_path)
     assert not ran.exists()
