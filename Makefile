@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo test test-one-process check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -19,9 +19,13 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-test: check kernels-aot ## every check, the kernels compiled for GPUs, then every test
-	for folder in unit kernels distributed recipes golden; do $(PYTEST) tests/$$folder; done
-	$(if $(wildcard tests/kernels/interpreter/test_*.py),TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter)
+test: check ## every check, the kernels compiled for GPUs, then every test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync kernels-aot test-one-process
+	for folder in distributed recipes golden; do $(PYTEST) tests/$$folder; done
+
+test-one-process: $(DEV) # the tests that use one core
+	for folder in unit kernels; do $(PYTEST) tests/$$folder; done
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
 
 check: $(DEV) ## lint, format, types, import floors, duplicates
 	$(BIN)/ruff check .

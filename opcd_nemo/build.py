@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from opcd_nemo.config import TrainConfig, build_plug
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
 from opcd_nemo.inputs import Inputs
-from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.rollout import RolloutEngine, SamplingParams
 from opcd_nemo.step import Phase, Run
 from opcd_nemo.teacher import FrozenTeacher
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:

@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from opcd_nemo.config import ParallelConfig, build_plug, check_plug
 from opcd_nemo.context import Context
 from opcd_nemo.hf import open_checkpoint
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.package import stored_dtype
+from opcd_nemo.language_model import LanguageModel, choose_dtype
 from opcd_nemo.parallel import init_parallel
 from opcd_nemo.provenance import as_context, read_provenance
 from opcd_nemo.rollout import RolloutEngine, SamplingParams
@@ -95,7 +94,7 @@ def open_chat(settings: DictConfig) -> Chat:
     check_plug("engine", engine)
     checkpoint, tokenizer = open_checkpoint(source), ChatTokenizer.from_path(source)
     context = _context(source, settings.system)
-    dtype = stored_dtype(settings.dtype, checkpoint.dtype)
+    dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     parallel = init_parallel(ParallelConfig(**settings.parallel), settings.seed)
     model = LanguageModel(checkpoint.config, parallel, dtype)
     model.load(checkpoint)

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.archive import read_whole
 from opcd_nemo.config import ParallelConfig
 from opcd_nemo.hf import open_checkpoint, write_hf_folder
-from opcd_nemo.language_model import LanguageModel
+from opcd_nemo.language_model import LanguageModel, choose_dtype
 from opcd_nemo.model_files import NEMO_CONFIG, model_kind, resolve_model_path, write_json
 from opcd_nemo.model_folder import checkpoint_origin, open_package
-from opcd_nemo.package import stored_dtype, write_package
+from opcd_nemo.package import write_package
 from opcd_nemo.parallel import init_parallel
 from opcd_nemo.provenance import read_provenance
 from opcd_nemo.tokenizer import write_tokenizer
@@ -37,7 +38,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
     """
     source, target = str(settings["from"]), _target(settings)
     checkpoint = open_checkpoint(source)
-    dtype = stored_dtype(settings.dtype, checkpoint.dtype)
+    dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     provenance = read_provenance(source)
     if settings.format == "hf":
 
@@ -94,6 +95,7 @@ def _target(settings: DictConfig) -> Path:
             raise ValueError(f"{key}={settings[key]}: allowed: a path")
     if settings.format not in FORMATS:
         raise ValueError(f"format={settings.format}: allowed: {', '.join(FORMATS)}")
+    choose_dtype(settings.dtype, torch.float32)
     if type(settings.max_file_bytes) is not int or settings.max_file_bytes < 1:
         raise ValueError(f"max_file_bytes={settings.max_file_bytes}: allowed: bytes of a file")
     path = Path(settings.to)

@@ -40,7 +40,22 @@ from opcd_nemo.losses import Head
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
+
 HeadLoss = Callable[[Head, TokenBatch, int], tuple[torch.Tensor, Stats]]
+
+
+def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
+    """What `bf16` or `fp32` stands for; None is the type that the weights are stored in.
+
+    Raises:
+        ValueError: another word.
+    """
+    if word is None:
+        return stored
+    if word not in DTYPES:
+        raise ValueError(f"dtype={word}: allowed: {', '.join(DTYPES)}, or null for what is stored")
+    return DTYPES[word]
 
 
 class HiddenGPT(GPTModel):  # type: ignore[misc]  # megatron-core is untyped

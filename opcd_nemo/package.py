@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from opcd_nemo import checkpoint, durable
 from opcd_nemo.archive import write_tar
 from opcd_nemo.language_model import LanguageModel
@@ -63,15 +61,3 @@ def write_package(
 def _small_first(names: list[str]) -> list[str]:
     """Weights last: who looks for the configuration need not pass them."""
     return sorted(names, key=lambda name: (name.startswith(WEIGHTS), name != NEMO_CONFIG, name))
-
-
-def stored_dtype(name: str | None, stored: torch.dtype) -> torch.dtype:
-    """The type that `name` (`bf16`, `fp32`, or None for what is stored) stands for.
-
-    Raises:
-        ValueError: another name.
-    """
-    known = {None: stored, "bf16": torch.bfloat16, "fp32": torch.float32}
-    if name not in known:
-        raise ValueError(f"dtype={name}; allowed: bf16, fp32, or null for what is stored")
-    return known[name]

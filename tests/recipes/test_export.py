@@ -138,7 +138,7 @@ def test_a_flipped_bit_anywhere_is_noticed(run: Path, tmp_path: Path) -> None:
         data = bytearray(whole)
         data[start + size // 2] ^= 1
         damaged.write_bytes(data)
-        with pytest.raises(ValueError, match="" if name == durable.MANIFEST else re.escape(name)):
+        with pytest.raises(ValueError, match="." if name == durable.MANIFEST else re.escape(name)):
             _read_everything(damaged)
 
 
@@ -164,19 +164,22 @@ def test_chat_answers_with_and_without_the_context(run: Path) -> None:
     assert "/nothing: no such command" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["format=onnx", "from=a", "to=b"], "format=onnx: allowed: hf, nemo, mcore"),
-        (["from=/nowhere", "to=b"], "'/nowhere' is not there"),
-        (["to=b"], "from=None: allowed"),
-        (["from=smollm2-135m-instruct", "to=recipes"], "already there"),
-        (["from=a", "to=b", "format=nemo"], "ending in .nemo"),
-        (["from=a", "to=b", "fromat=hf"], "fromat=hf: no such key"),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], word: str) -> None:
-    done = run_python("recipes/export.py", *arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert word in done.stderr
+MISTAKES = {
+    "format=onnx from=a to=b": "format=onnx: allowed: hf, nemo, mcore",
+    "from=/nowhere to=b": "'/nowhere' is not there",
+    "to=b": "from=None: allowed",
+    "from=smollm2-135m-instruct to=recipes": "already there",
+    "from=a to=b format=nemo": "ending in .nemo",
+    "from=a to=b fromat=hf": "fromat=hf: no such key",
+    "from=a to=b dtype=int8": "dtype=int8: allowed: bf16, fp32",
+}
+
+
+def test_bad_input_is_one_line() -> None:
+    commands = json.dumps([line.split() for line in MISTAKES])
+    done = run_python("-m", "tests.recipes.forked", "recipes/export.py", stdin=commands)
+    answers = zip(MISTAKES.items(), json.loads(done.stdout), strict=True)
+    for (line, word), (code, _, stderr) in answers:
+        assert code == 2, (line, stderr)
+        assert len(stderr.splitlines()) == 1, (line, stderr)
+        assert word in stderr, line
