@@ -81,14 +81,16 @@ class MegatronStrategy(DDPStrategy):
         """Write a folder named `filepath`. Collective over the world."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
-        checkpoint.save(Path(filepath), plain, run.student, run.optimizer, self.parallel)
+        checkpoint.save(
+            Path(filepath), plain, run.student, run.optimizer, run.teacher, self.parallel
+        )
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Fill the student and its optimizer; returns Lightning's own part."""
+        """Fill the student, its optimizer and the teacher; returns Lightning's own part."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
-        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer)
+        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer, run.teacher)
 
     def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:
         """Nothing: `load_checkpoint` has filled the student."""
