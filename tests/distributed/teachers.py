@@ -28,7 +28,8 @@ FROZEN: Any = SimpleNamespace(life="frozen", sync_every_n_steps=None, ema_decay=
 def follow(parallel: Parallel, models: Path, case: str) -> dict[str, Any]:
     """Weights of both, and the teacher's state, at the start and after each step."""
     run = build_run(parallel, models, cases.TEACHER_CASES[case])
-    found: dict[str, Any] = {"student": [], "teacher": [], "state": [], "stats": [], "unequal": []}
+    lists = ("student", "teacher", "state", "version", "stats", "unequal")
+    found: dict[str, Any] = {name: [] for name in lists}
 
     def record() -> None:
         for who, model in (("student", run.student), ("teacher", run.teacher.model)):
@@ -36,6 +37,7 @@ def follow(parallel: Parallel, models: Path, case: str) -> dict[str, Any]:
             found[who].append(weights)
             found["unequal"] += unequal
         found["state"].append(teacher_state(run))
+        found["version"].append(run.teacher.version)
 
     record()
     for step in range(cases.TEACHER_STEPS):
@@ -46,6 +48,8 @@ def follow(parallel: Parallel, models: Path, case: str) -> dict[str, Any]:
         {
             "models": len({run.student.module, run.teacher.model.module}),
             "trained": all(p.requires_grad for p in run.student.module.parameters()),
+            "head_gradient": parallel.is_last_stage
+            and run.teacher.head(torch.zeros(1)).weight_VH.requires_grad,
             "teacher_gradient": any(
                 hasattr(p, "main_grad") for p in run.teacher.model.module.parameters()
             ),

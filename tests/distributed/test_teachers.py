@@ -30,6 +30,7 @@ def test_ema_is_the_average_of_the_students(layout: str, case: str, results: Res
             check("teacher: ema against float64", error, 3e-7, f"{layout} {case} {name}")
             assert average.dtype == torch.float32
             assert torch.equal(found["teacher"][k][name], average.to(students[0][name].dtype)), name
+    assert found["version"] == list(range(TEACHER_STEPS + 1))
     assert found["state"][0].keys() == students[0].keys()
     assert not torch.equal(students[0]["model.norm.weight"], students[-1]["model.norm.weight"])
     assert found["unequal"] == []
@@ -40,6 +41,7 @@ def test_hard_sync_is_the_student_of_the_last_sync(layout: str, results: Results
     found = results(f"teachers-{layout}")["followed"]["hard_sync"]
     every = HARD_SYNC.sync_every
     assert every == 2
+    assert found["version"] == [0, 0, 2, 2, 4]
     for k in range(TEACHER_STEPS + 1):
         last = found["student"][k - k % every]
         assert all(torch.equal(found["teacher"][k][name], last[name]) for name in last), k
@@ -64,6 +66,7 @@ def test_live_is_a_copy_made_at_each_step(layout: str, ends: str, results: Resul
     assert all(part["models"] == 1 and part["trained"] for part in live["ranks"])
     assert all(part["models"] == 2 and part["trained"] for part in copied["ranks"])
     assert not any(part["teacher_gradient"] for part in copied["ranks"])
+    assert not any(part["head_gradient"] for part in live["ranks"])
     assert live["state"][-1] == {}
 
 
@@ -87,3 +90,11 @@ def test_a_checkpoint_holds_the_teacher(move: str, case: str, results: Results) 
     for name, tensor in saved.items():
         assert torch.equal(loaded[name], tensor), name
         assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_checkpoint_of_another_life_is_refused(move: str, results: Results) -> None:
+    assert results(move)["ema"]["refused"].endswith(
+        "holds no weights of a teacher with teacher.life=hard_sync; "
+        "allowed: the checkpoint's teacher.life=ema"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,10 +244,12 @@ def move_checkpoint(
     expected = distill_step(run, 2).means()
     continued, _ = full_tensors(run.student, lambda p: p.data)
 
-    run = build_run(start(target), models, case)
+    parallel = start(target)
+    run = build_run(parallel, models, case)
     common = checkpoint.load(path, run.student, run.optimizer, run.teacher)
     loaded_teacher = teacher_state(run), full_tensors(run.teacher.model, lambda p: p.data)[0]
     loaded, _ = full_tensors(run.student, lambda p: p.data)
+    refused = _refusal_of_another_life(parallel, models, case, path) if case.life == "ema" else ""
     stats = distill_step(run, 2).means()
     resumed, unequal = full_tensors(run.student, lambda p: p.data)
     return {
@@ -260,7 +262,18 @@ def move_checkpoint(
         "stats": (expected, stats),
         "epoch": common["epoch"],
         "unequal": unequal,
+        "refused": refused,
     }
+
+
+def _refusal_of_another_life(parallel: Parallel, models: Path, case: TrainCase, path: Path) -> str:
+    """What a run says whose teacher is another than the checkpoint's."""
+    other = build_run(parallel, models, replace(case, life="hard_sync", decay=None, sync_every=1))
+    try:
+        checkpoint.load(path, other.student, other.optimizer, other.teacher)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def failures(parallel: Parallel, models: Path) -> dict[str, list[dict[str, Any]]]:
