@@ -67,7 +67,7 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
 
     Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
     """
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _step(path))]
+    found = [(step, path) for path in folder.glob("*.ckpt") if (step := step_of(path)) >= 0]
     for _, path in sorted(found, reverse=True):
         damage = find_damage(path, parallel)
         if damage is None:
@@ -79,8 +79,10 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
     return None
 
 
-def _step(path: Path) -> re.Match[str] | None:
-    return re.search(r"step=(\d+)", path.name)
+def step_of(path: Path) -> int:
+    """How many steps a checkpoint's name says; -1 when it says nothing."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
 
 
 def find_damage(path: Path, parallel: Parallel) -> str | None:

@@ -99,8 +99,10 @@ class MegatronStrategy(DDPStrategy):
         """Nothing: `load_checkpoint` has filled the optimizer."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint folder."""
-        if self.parallel.rank == 0:
+        """Delete a checkpoint folder, unless it is the best on validation."""
+        best: Any = self.model.best  # type: ignore[union-attr]  # OPCDModel
+        is_best = best is not None and checkpoint.step_of(Path(filepath)) == best.step
+        if self.parallel.rank == 0 and not is_best:
             shutil.rmtree(filepath, ignore_errors=True)
 
     def teardown(self) -> None:
