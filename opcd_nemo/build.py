@@ -10,17 +10,22 @@ from opcd_nemo.inputs import Inputs
 from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import RolloutEngine, SamplingParams
+from opcd_nemo.rollout import RolloutEngine, SamplerName, SamplingParams
 from opcd_nemo.step import Phase, Run
-from opcd_nemo.teacher import FrozenTeacher
+from opcd_nemo.teacher import Teacher
 
 
 def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
-    """Load both models into this rank's shards and assemble the run. Collective over the world."""
+    """Load the models into this rank's shards and assemble the run. Collective over the world."""
     student = LanguageModel(inputs.student_config, parallel, DTYPES[config.student.dtype])
     student.load(inputs.student, config.student.keep_layers)
-    teacher = LanguageModel(inputs.teacher.config, parallel, DTYPES[config.teacher.dtype])
-    teacher.load(inputs.teacher)
+    engine = _engine(config.engine, student, inputs)
+    engines: dict[SamplerName, RolloutEngine] = {"student": engine, "teacher": engine}
+    teacher = student
+    if config.teacher.life != "live":
+        teacher = LanguageModel(inputs.teacher.config, parallel, DTYPES[config.teacher.dtype])
+        teacher.load(inputs.teacher)
+        engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase
@@ -31,11 +36,8 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         task=inputs.task,
         conversation=inputs.conversation,
         student=student,
-        teacher=FrozenTeacher(teacher, inputs.prefix_ids),
-        engines={
-            "student": _engine(config.engine, student, inputs),
-            "teacher": _engine(config.engine, teacher, inputs),
-        },
+        teacher=Teacher(teacher, inputs.prefix_ids, config.teacher),
+        engines=engines,
         optimizer=StudentOptimizer(student, config.optim, config.trainer["max_steps"]),
         sampling=SamplingParams(
             temperature=rollout.temperature,

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from opcd_nemo import durable
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
+from opcd_nemo.teacher import Teacher
 
 # gate and up under keys of their own: one key would put the padding of gate between them
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
@@ -28,12 +30,14 @@ def save(
     common: dict[str, Any],
     student: LanguageModel,
     optimizer: StudentOptimizer,
+    teacher: Teacher,
     parallel: Parallel,
 ) -> None:
     """Write student and `common` under a temporary name, then publish the folder.
 
-    The optimizer is written when `common` holds Lightning's `optimizer_states`, that is unless the
-    checkpoint callback says `save_weights_only`. Collective over the world.
+    Optimizer and a teacher that moves are written when `common` holds Lightning's
+    `optimizer_states`, that is unless the checkpoint callback says `save_weights_only`.
+    Collective over the world.
     """
     temporary = path.with_name(f".{path.name}.partial")
     if parallel.rank == 0:
@@ -43,6 +47,7 @@ def save(
     state = {"student": _weights(student)}
     if "optimizer_states" in common:
         state |= _optimizer_state(state["student"], optimizer, is_loading=False)
+        state |= _teacher_state(teacher)
     whole = {**state, "common": common, "model": asdict(student.config)}
     dist_checkpointing.save(whole, str(temporary))
     parallel.barrier()
@@ -69,7 +74,7 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
 
     Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
     """
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _step(path))]
+    found = [(step, path) for path in folder.glob("*.ckpt") if (step := step_of(path)) >= 0]
     for _, path in sorted(found, reverse=True):
         damage = find_damage(path, parallel)
         if damage is None:
@@ -81,8 +86,10 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
     return None
 
 
-def _step(path: Path) -> re.Match[str] | None:
-    return re.search(r"step=(\d+)", path.name)
+def step_of(path: Path) -> int:
+    """How many steps a checkpoint's name says; -1 when it says nothing."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
 
 
 def find_damage(path: Path, parallel: Parallel) -> str | None:
@@ -112,11 +119,14 @@ def read_common(path: Path) -> dict[str, Any]:
     return common
 
 
-def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dict[str, Any]:
-    """Fill student and optimizer from a checkpoint of any layout; returns its `common`.
+def load(
+    path: Path, student: LanguageModel, optimizer: StudentOptimizer, teacher: Teacher
+) -> dict[str, Any]:
+    """Fill student, optimizer and teacher from a checkpoint of any layout; returns its `common`.
 
     Raises:
-        ValueError: the checkpoint is of a model with another shape, or holds no optimizer.
+        ValueError: the checkpoint is of a model with another shape, or holds no optimizer, or not
+            the weights of a teacher of this life.
     """
     unsharded = dist_checkpointing.load_common_state_dict(str(path))
     saved, wanted = unsharded["model"], student.config
@@ -131,10 +141,17 @@ def load(path: Path, student: LanguageModel, optimizer: StudentOptimizer) -> dic
             "exp_manager.checkpoint_callback_params.save_weights_only=false"
         )
     state |= _optimizer_state(state["student"], optimizer, is_loading=True)
+    state |= _teacher_state(teacher)
+    if "teacher" in state and unsharded.get("teacher_life") != teacher.life:
+        raise ValueError(
+            f"{path}: holds no weights of a teacher with teacher.life={teacher.life}; "
+            f"allowed: the checkpoint's teacher.life={unsharded.get('teacher_life', 'frozen')}"
+        )
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)
     _load_optimizer(optimizer.optimizer, loaded["optimizer"])
     optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    teacher.load_state(loaded.get("teacher", {}), optimizer.scheduler.num_steps)
     common: dict[str, Any] = loaded["common"]
     return common
 
@@ -150,6 +167,19 @@ def _weights(student: LanguageModel) -> dict[str, Any]:
         elif isinstance(part, ShardedTensorFactory):
             part.build_fn = _allowing_mismatch(part.build_fn)
     return state
+
+
+def _teacher_state(teacher: Teacher) -> dict[str, Any]:
+    """The sharded weights of a teacher that the student's present ones do not give."""
+    tensors = teacher.state()
+    if not tensors:
+        return {}
+    like = _weights(teacher.model)
+    sharded = {
+        name: make_sharded_optimizer_tensor(like[name], tensor, "teacher")
+        for name, tensor in tensors.items()
+    }
+    return {"teacher": sharded, "teacher_life": teacher.life}
 
 
 def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

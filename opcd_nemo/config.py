@@ -29,10 +29,16 @@ class StudentConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """`conf/teacher/`: the frozen model that reads the context; `path: null` is the student's."""
+    """`conf/teacher/`: the model that reads the context; `path: null` is the student's.
+
+    `life` says how its weights follow the student's; the last two belong to one life each.
+    """
 
     path: str | None
     dtype: str
+    life: str
+    sync_every_n_steps: int | None
+    ema_decay: float | None
 
 
 @dataclass(kw_only=True)
@@ -160,6 +166,7 @@ _UNTYPED = {
 _CHOICES = {
     "student.dtype": ("bf16", "fp32"),
     "teacher.dtype": ("bf16", "fp32"),
+    "teacher.life": ("frozen", "hard_sync", "ema", "live"),
     "rollout.sampler": ("student", "teacher"),
     "warmup.sampler": ("student", "teacher"),
     "batching.aggregation": ("sequence_mean", "token_mean"),
@@ -197,6 +204,7 @@ def load_config(raw: DictConfig) -> TrainConfig:
     if config.warmup.steps:
         check_plug("warmup.loss", config.warmup.loss)
     _check_sizes(config)
+    _check_teacher(config)
     return config
 
 
@@ -228,6 +236,8 @@ _TYPE_WORDS: dict[Any, str] = {
     float: "a number",
     str: "a text",
     str | None: "a text, or null",
+    int | None: "a whole number, or null",
+    float | None: "a number, or null",
     list[float]: "a list of numbers",
     list[str]: "a list of texts",
     list[int] | None: "a list of whole numbers, or null",
@@ -299,6 +309,32 @@ def _check_sizes(config: TrainConfig) -> None:
         raise ValueError(
             f"batching.micro_batch_size={batching.micro_batch_size}: allowed: a divisor of "
             f"batching.global_batch_size={batching.global_batch_size}"
+        )
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    """Refuse what a life of the teacher lacks, has no use for, or contradicts."""
+    student, teacher = config.student, config.teacher
+    every, decay = teacher.sync_every_n_steps, teacher.ema_decay
+    with_life = f"with teacher.life={teacher.life}"
+    for key, value, life, good, allowed in (
+        ("sync_every_n_steps", every, "hard_sync", every and every > 0, "a whole number > 0"),
+        ("ema_decay", decay, "ema", decay and 0 < decay < 1, "a number between 0 and 1"),
+    ):
+        if teacher.life == life and not good:
+            raise ValueError(f"teacher.{key}={value}: allowed: {allowed} {with_life}")
+        if teacher.life != life and value is not None:
+            raise ValueError(f"teacher.{key}={value}: allowed: null {with_life}")
+    if teacher.life == "frozen":
+        return
+    # the weights are made of the student's: the same parameters in the same precision
+    if teacher.path is not None:
+        raise ValueError(f"teacher.path={teacher.path}: allowed: null {with_life}")
+    if student.keep_layers is not None:
+        raise ValueError(f"student.keep_layers={student.keep_layers}: allowed: null {with_life}")
+    if teacher.dtype != student.dtype:
+        raise ValueError(
+            f"teacher.dtype={teacher.dtype}: allowed: student.dtype={student.dtype} {with_life}"
         )
 
 

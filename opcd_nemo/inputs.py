@@ -146,6 +146,11 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
         ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        (
+            "evaluation.num_questions",
+            evaluation.num_questions if evaluation.every_n_steps else 0,
+            partial(task.episodes, "validation", 0),
+        ),
         ("batching.global_batch_size", batch - anchors, partial(task.episodes, "train", 0)),
         ("rollout.anchor_fraction", anchors, partial(task.anchors, 0)),
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.core import ModelPT
 from omegaconf import DictConfig
 
+from opcd_nemo import checkpoint as checkpoints
 from opcd_nemo import report
 from opcd_nemo.build import build_evaluator, build_run
 from opcd_nemo.config import load_config
@@ -22,8 +25,17 @@ from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
+from opcd_nemo.types import Split
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best score on the validation split so far, and after how many steps it was."""
+
+    step: int
+    score: float
 
 
 class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
@@ -51,6 +63,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
+        self.best: Best | None = None
+        self._best_on_disk: Best | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The counter that Lightning steps around Megatron's optimizer."""
@@ -77,17 +91,22 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
             values[f"time/{phase}_s"] = watch.wall_s[phase] - before[0].get(phase, 0.0)
         values.update(self._cpu_seconds(before[1], time.process_time() - cpu))
         self._show(values)
+        if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
+            values.update(self._validate(step + 1))
         if self.metrics is not None:
             self.metrics.log(step, values)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
         origin = run_origin(run_config(self.cfg), self.context_hash)
-        checkpoint["opcd"] = {"config": origin, "versions": report.versions()}
+        best = asdict(self.best) if self.best else None
+        checkpoint["opcd"] = {"config": origin, "versions": report.versions(), "best": best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what `on_train_start` needs."""
+        """Remember what `on_train_start` needs, and the best score until then."""
         self._callback_states = checkpoint["callbacks"]
+        best = checkpoint["opcd"].get("best")
+        self.best = self._best_on_disk = Best(**best) if best else None
 
     def on_train_start(self) -> None:
         """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`."""
@@ -95,6 +114,36 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
             state = self._callback_states.get(callback.state_key)
             if state is not None:
                 ModelCheckpoint.load_state_dict(callback, state)
+
+    def _validate(self, num_steps: int) -> dict[str, float]:
+        """The student's scores on the validation split, after so many steps. Collective."""
+        started = time.perf_counter()
+        task, retention = self.scores("student", with_context=False, split="validation")
+        if self.best is None or task.score > self.best.score:
+            self.best = Best(step=num_steps, score=task.score)
+        values = {"validation/score": task.score, "validation/retention": retention.score}
+        self.log_dict(values, prog_bar=True, batch_size=1)
+        return {**values, "time/validation_s": time.perf_counter() - started}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Save a new best where the checkpoint callback has not; remove the best before it.
+
+        The callback, which ran just before, keeps the last ones: `MegatronStrategy` refuses to
+        remove the best for it.
+        """
+        best, before, callback = self.best, self._best_on_disk, self.trainer.checkpoint_callback
+        if best is None or best == before or callback is None:
+            return
+        assert isinstance(callback, ModelCheckpoint)
+        assert callback.dirpath is not None
+        folder, held = Path(callback.dirpath), {Path(path) for path in callback.best_k_models}
+        if best.step not in map(checkpoints.step_of, held):
+            path = folder / f"step={best.step}.ckpt"
+            self.trainer.save_checkpoint(path, callback.save_weights_only)
+        self._best_on_disk = best
+        for path in set(folder.glob("*.ckpt")) - held:
+            if before is not None and checkpoints.step_of(path) == before.step:
+                self.trainer.strategy.remove_checkpoint(path)
 
     def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
         """CPU seconds of the step over all ranks, in all and by phase."""
@@ -109,11 +158,13 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
             self.log(name, value, prog_bar=True, batch_size=1)
 
-    def scores(self, who: str, *, with_context: bool) -> tuple[Evaluation, Evaluation]:
+    def scores(
+        self, who: str, *, with_context: bool, split: Split = "test"
+    ) -> tuple[Evaluation, Evaluation]:
         """Task and retention scores of `student` or `teacher`. Collective over the world."""
         engine = self.run.engines["student" if who == "student" else "teacher"]
         engine.load_weights(self.run.optimizer.scheduler.num_steps)
-        task = self.evaluator.task_score(engine, "test", with_context=with_context)
+        task = self.evaluator.task_score(engine, split, with_context=with_context)
         retention = self.evaluator.retention(engine, with_context=with_context)
         engine.release_weights()
         return task, retention

@@ -81,14 +81,16 @@ class MegatronStrategy(DDPStrategy):
         """Write a folder named `filepath`. Collective over the world."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
-        checkpoint.save(Path(filepath), plain, run.student, run.optimizer, self.parallel)
+        checkpoint.save(
+            Path(filepath), plain, run.student, run.optimizer, run.teacher, self.parallel
+        )
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Fill the student and its optimizer; returns Lightning's own part."""
+        """Fill the student, its optimizer and the teacher; returns Lightning's own part."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
-        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer)
+        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer, run.teacher)
 
     def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:
         """Nothing: `load_checkpoint` has filled the student."""
@@ -97,8 +99,10 @@ class MegatronStrategy(DDPStrategy):
         """Nothing: `load_checkpoint` has filled the optimizer."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint folder."""
-        if self.parallel.rank == 0:
+        """Delete a checkpoint folder, unless it is the best on validation."""
+        best: Any = self.model.best  # type: ignore[union-attr]  # OPCDModel
+        is_best = best is not None and checkpoint.step_of(Path(filepath)) == best.step
+        if self.parallel.rank == 0 and not is_best:
             shutil.rmtree(filepath, ignore_errors=True)
 
     def teardown(self) -> None:

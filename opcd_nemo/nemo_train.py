@@ -222,6 +222,8 @@ def _report(
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
+    if model.best is not None:
+        summary |= {"best_step": model.best.step, "best_validation": model.best.score}
     model.summary = summary
     write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
@@ -230,6 +232,8 @@ def _report(
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))
+    if model.best is not None:
+        say(f"best on validation: {model.best.score:.2f} after {model.best.step} steps")
     say(_costs(summary))
     say(f"written: {folder}")
 

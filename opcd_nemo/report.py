@@ -67,7 +67,7 @@ def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12
 
 
 def write_curves(path: Path, metrics: Path) -> None:
-    """Loss, response length and gradient norm over the steps of a metrics file."""
+    """Loss, response length, gradient norm and validation over the steps of a metrics file."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -76,6 +76,8 @@ def write_curves(path: Path, metrics: Path) -> None:
     lines = read_metrics(metrics)
     losses = sorted({name for line in lines for name in line if name.startswith("loss/")})
     panels = [losses, ["rollout/response_tokens"], ["optim/grad_norm"], ["perf/tokens_per_s"]]
+    if any("validation/score" in line for line in lines):
+        panels.append(["validation/score", "validation/retention"])
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
     for axis, names in zip(axes, panels, strict=True):
         for name in names:

@@ -22,7 +22,7 @@ from opcd_nemo.rollout import (
     collect_rollouts,
 )
 from opcd_nemo.tasks import Episode, Task
-from opcd_nemo.teacher import FrozenTeacher
+from opcd_nemo.teacher import Teacher
 from opcd_nemo.types import NonFiniteError, Rollout
 
 
@@ -42,7 +42,7 @@ class Run:
     task: Task
     conversation: Conversation
     student: LanguageModel
-    teacher: FrozenTeacher
+    teacher: Teacher
     engines: dict[SamplerName, RolloutEngine]
     optimizer: StudentOptimizer
     sampling: SamplingParams
@@ -82,6 +82,7 @@ def distill_step(run: Run, step: int) -> Stats:
     _stop_if_not_finite(stats)
     with run.watch.phase("optimizer"):
         stats.add(run.optimizer.step())
+        run.teacher.after_step(step + 1, run.student)
         run.optimizer.release_gradients()  # sampling and evaluation need the memory
         run.parallel.give_back_memory()
     return stats
@@ -100,7 +101,7 @@ def _episodes(run: Run, step: int) -> tuple[list[Episode], int]:
 def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
     engine = run.engines[sampler]
     episodes, num_anchors = _episodes(run, step)
-    engine.load_weights(step if sampler == "student" else 0)  # the teacher's never change
+    engine.load_weights(step if sampler == "student" else run.teacher.version)
     rollouts = collect_rollouts(
         engine,
         sampler,
@@ -113,8 +114,8 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
         num_anchors=num_anchors,
         prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
     )
-    if sampler == "student":
-        engine.release_weights()  # the backward pass needs the memory
+    if sampler == "student" or run.teacher.moves:
+        engine.release_weights()  # the backward pass needs the memory; packed ones would go stale
     return rollouts
 
 
@@ -138,7 +139,7 @@ def _forward_backward(
         batch = batches[index]
         return loss(
             head,
-            run.teacher.model.head(scores[index]) if scores else None,
+            run.teacher.head(scores[index]) if scores else None,
             target_ids_N=batch.target_ids_N,
             weight_N=batch.weight_N,
             parallel=run.parallel,

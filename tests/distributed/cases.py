@@ -7,7 +7,7 @@ that is tested (groups and heads by 3 alone), `even` sizes by 2 and 4.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -42,6 +42,7 @@ SHARDED = [name for name in LAYOUTS if name != "one"]
 
 Size = Literal["odd", "even"]
 LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard"]
+Life = Literal["frozen", "hard_sync", "ema", "live"]
 
 _SHAPES: dict[str, dict[str, int]] = {
     "odd-student": {},
@@ -114,6 +115,10 @@ class TrainCase:
     token_mean: bool = False
     on_policy: bool = False
     adam: Adam = FAST
+    bf16: bool = False
+    life: Life = "frozen"
+    sync_every: int | None = None
+    decay: float | None = None
 
     @property
     def student(self) -> str:
@@ -122,8 +127,8 @@ class TrainCase:
 
     @property
     def teacher(self) -> str:
-        """Name of the teacher's model."""
-        return f"{self.family}-{self.size}-teacher"
+        """Name of the teacher's model: one that moves starts as the student."""
+        return f"{self.family}-{self.size}-{'teacher' if self.life == 'frozen' else 'student'}"
 
 
 TRAIN_CASES = {
@@ -151,6 +156,21 @@ MICRO_BATCHES = {
     for family in ("llama-untied", "qwen3-tied")
     for size in (1, 2, 3, 4, 8)
 }
+DECAY = 0.7
+EMA = TrainCase(family="qwen3-tied", distributed_optimizer=True, life="ema", decay=DECAY)
+HARD_SYNC = TrainCase(family="llama-untied", life="hard_sync", sync_every=2)
+TEACHER_CASES = {
+    "ema": EMA,
+    "ema-bf16": replace(EMA, bf16=True),
+    "hard_sync": HARD_SYNC,
+    # a teacher copied from the student after every step: what a live one must be equal to
+    "copied": replace(HARD_SYNC, sync_every=1, on_policy=True),
+    "live": replace(HARD_SYNC, life="live", sync_every=None, on_policy=True),
+    "copied-tied": replace(EMA, life="hard_sync", decay=None, sync_every=1, on_policy=True),
+    "live-tied": replace(EMA, life="live", decay=None, on_policy=True),
+}
+TEACHER_STEPS = 4
+TEACHER_LAYOUTS = ["one", "tp2", "pp2", "dp2", "tp2sp"]
 _WIDE = [
     "llama-untied",
     "qwen2-untied-distributed",
@@ -216,7 +236,7 @@ CHECKPOINTS = {  # saved under the first layout, loaded under the second
     2: [("tp2", "dp2"), ("pp2", "tp2"), ("dp2", "tp2sp"), ("tp2", "pp2")],
     4: [("tp2pp2", "tp4"), ("tp4", "tp2dp2")],
 }
-CHECKPOINT_CASES = ["even", "llama-untied", "qwen3-tied-distributed"]
+CHECKPOINT_CASES = ["even", "llama-untied", "qwen3-tied-distributed", "ema", "hard_sync"]
 CHAT = "chat"  # a model with a tokenizer
 PACKAGED = [f"{name}-odd-student" for name in ("llama-untied", "qwen2-tied", "qwen3-tied")]
 FAILING = ["tp2", "pp2", "dp2", "tp2pp2"]

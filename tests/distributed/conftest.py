@@ -87,13 +87,14 @@ def run_job(
 
 @pytest.fixture(scope="session")
 def results(run_job: Callable[[str], Path]) -> Callable[[str], Any]:
-    """What a layout found, by its name (or `<source>-to-<target>` for checkpoints)."""
+    """What a layout found, by its name; `<source>-to-<target>`, `teachers-<layout>` for others."""
     loaded: dict[str, Any] = {}
 
     def load(name: str) -> Any:
         if name not in loaded:
-            source, *moved = name.split("-to-")
-            job = f"{'moves' if moved else 'world'} {cases.LAYOUTS[source].world}"
+            source, *moved = name.removeprefix("teachers-").split("-to-")
+            kind = "moves" if moved else "world" if source == name else "teachers"
+            job = f"{kind} {cases.LAYOUTS[source].world}"
             loaded[name] = torch.load(run_job(job) / f"{name}.pt", weights_only=False)
         return loaded[name]
 

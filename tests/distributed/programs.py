@@ -19,6 +19,7 @@ from tests.distributed import cases
 from tests.distributed.cases import LAYOUTS
 from tests.distributed.generation import generate_all
 from tests.distributed.shards import build, full_tensors, start
+from tests.distributed.teachers import follow, stale
 from tests.distributed.training import failures, make_loss, move_checkpoint, train
 
 
@@ -54,10 +55,11 @@ def run_world(world: int, models: Path, results: Path) -> None:
 
 def run_moves(world: int, models: Path, results: Path) -> None:
     """Move checkpoints between the layouts of a world of this size."""
+    known = cases.TRAIN_CASES | cases.TEACHER_CASES
     for source, target in cases.CHECKPOINTS[world]:
         found = {
-            case: move_checkpoint(models, results, cases.TRAIN_CASES[case], source, target)
-            for case in cases.CHECKPOINT_CASES
+            case: move_checkpoint(models, results, known[case], source, target)
+            for case in (*cases.CHECKPOINT_CASES, "ema-bf16")
         }
         found["packages"] = {
             name: move_package(models, results, name, source, target) for name in cases.PACKAGED
@@ -97,6 +99,23 @@ def move_package(models: Path, results: Path, name: str, source: str, target: st
     if package.config != origin.config or package.dtype != dtype:
         differ.append(f"{package.config}, {package.dtype}")
     return differ
+
+
+def run_teachers(world: int, models: Path, results: Path) -> None:
+    """Teachers that move, on the layouts of a world of this size."""
+    for name in cases.TEACHER_LAYOUTS:
+        if cases.LAYOUTS[name].world == world:
+            parallel = start(name)
+            found = {
+                "followed": {case: follow(parallel, models, case) for case in cases.TEACHER_CASES},
+                "stale": {
+                    case: stale(parallel, models, case) for case in ("ema", "copied", "live-tied")
+                },
+            }
+            if parallel.rank == 0:
+                torch.save(found, results / f"teachers-{name}.pt")
+            parallel.barrier()
+    _finish()
 
 
 def _finish() -> None:

@@ -33,11 +33,16 @@ def start(layout_name: str) -> Parallel:
     return init_parallel(settings, seed=0)
 
 
-def build(parallel: Parallel, path: Path, layers: Sequence[int] | None = None) -> LanguageModel:
-    """A model of a folder, in fp32."""
+def build(
+    parallel: Parallel,
+    path: Path,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """A model of a folder."""
     source = open_checkpoint(str(path))
     config = source.config if layers is None else keep_layers(source.config, layers)
-    model = LanguageModel(config, parallel, torch.float32)
+    model = LanguageModel(config, parallel, dtype)
     model.load(source, layers)
     return model
 

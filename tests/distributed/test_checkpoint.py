@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bars import check, check_tensors
-from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, PACKAGED
+from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, PACKAGED, TEACHER_CASES
 
 Results = Callable[[str], Any]
 MOVES = [f"{source}-to-{target}" for moves in CHECKPOINTS.values() for source, target in moves]
@@ -40,9 +40,13 @@ def test_the_next_step_is_equal_after_a_move(move: str, case: str, results: Resu
     assert "error" not in found, found["error"]
     expected, stats = found["stats"]
     assert stats["optim/lr"] == expected["optim/lr"]
-    for key in ("loss/reverse_kl", "optim/grad_norm"):
+    # the divergence of a teacher that moves is small, so that rounding is a larger part of it
+    moves = case in TEACHER_CASES
+    bars = {"loss/reverse_kl": 1e-5 if moves else 1e-6, "optim/grad_norm": 1e-5}
+    for key, bar in bars.items():
         error = abs(stats[key] / expected[key] - 1)
-        check(f"checkpoint: next {key}", error, 1e-6 if "loss" in key else 1e-5, f"{move} {case}")
+        kind = "checkpoint of a teacher that moves" if moves else "checkpoint"
+        check(f"{kind}: next {key}", error, bar, f"{move} {case}")
     check_tensors(
         "checkpoint: parameters after the next step", found["resumed"], found["continued"], 1e-5
     )

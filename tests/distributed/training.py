@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from opcd_nemo.optim import NonFiniteError, StudentOptimizer
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.rollout import SamplingParams
 from opcd_nemo.step import Phase, Run, distill_step
-from opcd_nemo.teacher import FrozenTeacher
+from opcd_nemo.teacher import Teacher
 from opcd_nemo.types import Prompt, Sample
 from tests.distributed import cases
 from tests.distributed.cases import TrainCase
@@ -131,7 +131,8 @@ def make_loss(kind: str, beta: float = 0.5, temperature: float = 1.0, chunk: int
 
 def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
     """Student, teacher and optimizer of a case, around fixed rollouts."""
-    student = build(parallel, models / case.student)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    student = build(parallel, models / case.student, dtype=dtype)
     settings = SimpleNamespace(
         lr=case.adam.lr,
         min_lr=0.0,
@@ -146,9 +147,16 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
     )
     optimizer = Recorder(student, settings, max_steps=cases.STEPS)
     optimizer.model = student
-    engine: Any = FixedEngine()
+    teacher = student
+    if case.life != "live":
+        teacher = build(parallel, models / case.teacher, dtype=dtype)
+    life: Any = SimpleNamespace(
+        life=case.life, sync_every_n_steps=case.sync_every, ema_decay=case.decay
+    )
+    engines: Any = dict.fromkeys(("student", "teacher"), FixedEngine())
     if case.on_policy:
-        engine = MegatronEngine(student, (2, 3, 4), max_batch_size=32, pack=True)
+        engines = {"student": _engine(student)}
+        engines["teacher"] = engines["student"] if teacher is student else _engine(teacher)
     phase = Phase(sampler="student", loss=make_loss(case.loss))
     fixed: Any = (FixedTask(), FixedConversation())
     return Run(
@@ -156,8 +164,8 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
         task=fixed[0],
         conversation=fixed[1],
         student=student,
-        teacher=FrozenTeacher(build(parallel, models / case.teacher), cases.CONTEXT),
-        engines={"student": engine},
+        teacher=Teacher(teacher, cases.CONTEXT, life),
+        engines=engines,
         optimizer=optimizer,
         sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=5),
         phase=phase,
@@ -169,6 +177,10 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
         micro_batch_size=case.micro_batch_size,
         aggregation="token_mean" if case.token_mean else "sequence_mean",
     )
+
+
+def _engine(model: LanguageModel) -> MegatronEngine:
+    return MegatronEngine(model, (2, 3, 4), max_batch_size=32, pack=True)
 
 
 def train(parallel: Parallel, models: Path, case: TrainCase, steps: int) -> dict[str, Any]:
@@ -191,6 +203,15 @@ def train(parallel: Parallel, models: Path, case: TrainCase, steps: int) -> dict
             for p in teacher.parameters()
         ),
     }
+
+
+def teacher_state(run: Run) -> Tensors:
+    """Full tensors of what a checkpoint holds of the teacher, if anything."""
+    held = run.teacher.state()
+    if not held:
+        return {}
+    by_parameter = {p: held[name] for name, p in run.teacher.model.module.named_parameters()}
+    return full_tensors(run.teacher.model, lambda p: by_parameter[p])[0]
 
 
 def _worst_padding(run: Run) -> dict[str, float]:
@@ -216,27 +237,43 @@ def move_checkpoint(
     run = build_run(parallel, models, case)
     for step in range(2):
         distill_step(run, step)
-    checkpoint.save(
-        path, {"optimizer_states": [], "epoch": 7}, run.student, run.optimizer, parallel
-    )
+    plain = {"optimizer_states": [], "epoch": 7}
+    checkpoint.save(path, plain, run.student, run.optimizer, run.teacher, parallel)
     saved, _ = full_tensors(run.student, lambda p: p.data)
+    saved_teacher = teacher_state(run)
     expected = distill_step(run, 2).means()
     continued, _ = full_tensors(run.student, lambda p: p.data)
 
-    run = build_run(start(target), models, case)
-    common = checkpoint.load(path, run.student, run.optimizer)
+    parallel = start(target)
+    run = build_run(parallel, models, case)
+    common = checkpoint.load(path, run.student, run.optimizer, run.teacher)
+    loaded_teacher = teacher_state(run), full_tensors(run.teacher.model, lambda p: p.data)[0]
     loaded, _ = full_tensors(run.student, lambda p: p.data)
+    refused = _refusal_of_another_life(parallel, models, case, path) if case.life == "ema" else ""
     stats = distill_step(run, 2).means()
     resumed, unequal = full_tensors(run.student, lambda p: p.data)
     return {
         "saved": saved,
         "loaded": loaded,
+        "saved_teacher": saved_teacher,
+        "loaded_teacher": loaded_teacher,
         "continued": continued,
         "resumed": resumed,
         "stats": (expected, stats),
         "epoch": common["epoch"],
         "unequal": unequal,
+        "refused": refused,
     }
+
+
+def _refusal_of_another_life(parallel: Parallel, models: Path, case: TrainCase, path: Path) -> str:
+    """What a run says whose teacher is another than the checkpoint's."""
+    other = build_run(parallel, models, replace(case, life="hard_sync", decay=None, sync_every=1))
+    try:
+        checkpoint.load(path, other.student, other.optimizer, other.teacher)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def failures(parallel: Parallel, models: Path) -> dict[str, list[dict[str, Any]]]:

@@ -63,7 +63,12 @@ def _run_rank(job: str, world: int, models: Path, results: Path) -> None:
     from tests.distributed import programs
 
     try:
-        {"world": programs.run_world, "moves": programs.run_moves}[job](world, models, results)
+        jobs = {
+            "world": programs.run_world,
+            "moves": programs.run_moves,
+            "teachers": programs.run_teachers,
+        }
+        jobs[job](world, models, results)
     except BaseException:  # reported by the parent
         error = results / f"error-{job}-{world}-{os.environ['RANK']}.txt"
         error.write_text(traceback.format_exc())

@@ -11,7 +11,7 @@ import torch
 from opcd_nemo.losses import DivergenceLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.tasks import Episode
-from opcd_nemo.tasks.system_prompt import StyleTask
+from opcd_nemo.tasks.system_prompt import QuestionEpisode, StyleTask
 from opcd_nemo.types import Split
 
 LAST_RANK = os.environ.get("RANK") == "1"
@@ -40,6 +40,28 @@ class ExitingTask(StyleTask):
         if LAST_RANK and split == "train" and step == 1:
             os._exit(7)
         return super().episodes(split, step, n)
+
+
+class PeakedTask(StyleTask):
+    """Of two validation questions both are right after three steps, fewer before and after."""
+
+    step = 0
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        if split == "train":
+            self.step = step
+        if split != "validation":
+            return super().episodes(split, step, n)
+        num_right = max(0, 2 - abs(self.step - 2))
+        return [
+            QuestionEpisode(
+                uid=f"{split}/{place}",
+                question="What is a violin?",
+                verifier=lambda _, right=place < num_right: right,
+                teacher_sees_context=True,
+            )
+            for place in range(n)
+        ]
 
 
 class NanLoss(DivergenceLoss):

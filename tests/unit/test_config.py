@@ -142,6 +142,26 @@ def composed() -> DictConfig:
             id="no-questions",
         ),
         pytest.param(
+            "teacher.life=slow",
+            "teacher.life=slow: allowed: frozen, hard_sync, ema, live",
+            id="no-such-life",
+        ),
+        pytest.param(
+            "teacher.ema_decay=0.9",
+            "teacher.ema_decay=0.9: allowed: null with teacher.life=frozen",
+            id="decay-of-a-frozen-teacher",
+        ),
+        pytest.param(
+            "teacher.life=ema",
+            "teacher.ema_decay=None: allowed: a number between 0 and 1 with teacher.life=ema",
+            id="ema-without-decay",
+        ),
+        pytest.param(
+            "teacher.sync_every_n_steps=1.5",
+            "teacher.sync_every_n_steps=1.5: allowed: a whole number, or null",
+            id="fraction-of-steps",
+        ),
+        pytest.param(
             "task._target_=nope.Task",
             "task._target_=nope.Task: allowed: an importable class (No module named 'nope')",
             id="no-such-class",
@@ -159,6 +179,48 @@ def test_refuses_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ValueError, match="allowed") as caught:
         load_config(compose("train", [override]))
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("life", "override", "expected"),
+    [
+        ("ema", "teacher.ema_decay=1", "teacher.ema_decay=1.0: allowed: a number between 0 and 1"),
+        ("ema", "teacher.ema_decay=0", "teacher.ema_decay=0.0: allowed: a number between 0 and 1"),
+        ("ema", "teacher.ema_decay=nan", "teacher.ema_decay=nan: allowed: a number between 0 and"),
+        ("ema", "teacher.sync_every_n_steps=2", "teacher.sync_every_n_steps=2: allowed: null with"),
+        ("hard_sync", "teacher.ema_decay=0.0", "teacher.ema_decay=0.0: allowed: null with teacher"),
+        (
+            "hard_sync",
+            "teacher.sync_every_n_steps=0",
+            "teacher.sync_every_n_steps=0: allowed: a whole number > 0 with teacher.life=hard_sync",
+        ),
+        (
+            "hard_sync",
+            "teacher.sync_every_n_steps=null",
+            "teacher.sync_every_n_steps=None: allowed: a whole number > 0",
+        ),
+        ("live", "teacher.sync_every_n_steps=2", "teacher.sync_every_n_steps=2: allowed: null"),
+    ],
+)
+def test_a_life_of_the_teacher_takes_its_own_keys(life: str, override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match="allowed") as caught:
+        load_config(compose("train", [f"teacher={life}", override]))
+    message = str(caught.value)
+    assert message.startswith(expected)
+    assert message.endswith(f"with teacher.life={life}")
+
+
+@pytest.mark.parametrize("life", ["hard_sync", "ema", "live"])
+def test_a_teacher_that_moves_has_the_students_parameters(life: str) -> None:
+    for override, value in (
+        ("teacher.path=other", "null"),
+        ("student.keep_layers=[0]", "null"),
+        ("teacher.dtype=fp32", "student.dtype=bf16"),
+    ):
+        with pytest.raises(ValueError, match="allowed") as caught:
+            load_config(compose("train", [f"teacher={life}", override]))
+        assert str(caught.value) == f"{override}: allowed: {value} with teacher.life={life}"
+    assert load_config(compose("train", [f"teacher={life}"])).teacher.life == life
 
 
 def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:

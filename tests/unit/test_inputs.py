@@ -202,3 +202,11 @@ def test_output_folder_not_writable(model: Path, tmp_path: Path) -> None:
     assert refused(model, folder) == (
         f"exp_manager.exp_dir={folder}: Not a directory; allowed: a writable folder"
     )
+
+
+def test_validation_needs_as_many_questions_as_the_test(model: Path, tmp_path: Path) -> None:
+    questions = "evaluation.num_questions=100"  # the test split has 200, the validation split 64
+    opened(model, tmp_path, questions)
+    assert refused(model, tmp_path, questions, "evaluation.every_n_steps=1") == (
+        "evaluation.num_questions=100: validation: n=100 prompts asked for; allowed: 1 to 64"
+    )
