@@ -109,7 +109,6 @@ class EvaluationConfig:
     num_retention: int
     max_new_tokens: int
     retention_max_new_tokens: int
-    batch_size: int
     every_n_steps: int
 
 
@@ -148,7 +147,7 @@ _POSITIVE = (
     "optim.lr optim.eps optim.clip_grad parallel.num_ranks parallel.tensor_model_parallel_size "
     "parallel.pipeline_model_parallel_size parallel.threads_per_rank parallel.timeout_s "
     "evaluation.num_questions evaluation.num_retention evaluation.max_new_tokens "
-    "evaluation.retention_max_new_tokens evaluation.batch_size trainer.max_steps"
+    "evaluation.retention_max_new_tokens trainer.max_steps"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.anchor_fraction warmup.steps optim.min_lr "

@@ -63,7 +63,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
     ) -> Any:
         """The model of a package on the layout of `trainer`, or of the configuration without one.
 
-        The teacher is again what it was: the base model, unless the override names another.
+        A frozen teacher is again the base model; one that follows the student starts as it.
 
         Args:
             calling_cls: a class of OPCDModel's.
@@ -92,8 +92,8 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
         if not issubclass(calling_cls, _get_allowed_target_class(name)):
             raise ValueError(f"target={name}; allowed: {calling_cls.__name__} or a base of it")
         with open_dict(config):
-            if config.teacher.path is None:
-                config.teacher.path = config.student.path
+            if config.teacher.path is None and config.teacher.life == "frozen":
+                config.teacher.path = config.student.path  # one that moves starts as the student
             config.student.path = str(self.model_extracted_dir or restore_path)
             config.student.keep_layers = None
         trainer = trainer or _default_trainer(config)

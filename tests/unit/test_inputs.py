@@ -95,7 +95,8 @@ def test_missing_folder(model: Path, tmp_path: Path, side: str) -> None:
     message = refused(model, tmp_path, f"{side}.path={gone}")
     assert message == (
         f"{side}.path={gone}: model path {str(gone)!r} is not there; allowed: a Hugging Face "
-        "folder, a .gguf file, or the word smollm2-135m-instruct"
+        "folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, or the word "
+        "smollm2-135m-instruct"
     )
 
 
