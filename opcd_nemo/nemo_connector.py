@@ -96,6 +96,8 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
                 config.teacher.path = config.student.path  # one that moves starts as the student
             config.student.path = str(self.model_extracted_dir or restore_path)
             config.student.keep_layers = None
+            if override_config_path is None:
+                config.exp_manager.exp_dir = "runs"  # a stranger does not say where to write
         trainer = trainer or _default_trainer(config)
         parallel = trainer.strategy.parallel  # type: ignore[attr-defined]  # MegatronStrategy
         with open_dict(config):
@@ -122,6 +124,8 @@ def _stored_config(path: Path) -> DictConfig:
         raise ValueError(f"{path}: {NEMO_CONFIG}: {error}; allowed: a configuration") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: {NEMO_CONFIG} is not a mapping; allowed: a configuration")
+    if "${" in text:  # packages are written resolved; a resolver could read this machine
+        raise ValueError(f"{path}: {NEMO_CONFIG} has an interpolation; allowed: plain values")
     for key, target in _targets(OmegaConf.to_container(config, resolve=False)):
         if not str(target).startswith(OWN_TARGETS):
             raise ValueError(

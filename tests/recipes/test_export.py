@@ -111,6 +111,7 @@ def test_nemo_restores_it_on_another_layout_and_saves_it_again(
         ("task._target_", "os.system", "allowed: names that start with opcd_nemo."),
         ("trainer.callbacks", [{"_target_": "subprocess.call"}], "opcd_nemo."),
         ("target", "subprocess.Popen", "opcd_nemo."),
+        ("name", "${oc.env:HOME}", "interpolation"),
     ],
 )
 def test_an_injected_target_is_refused(
