@@ -41,13 +41,22 @@ class StepCounter(torch.optim.Optimizer):
 class MegatronStrategy(DDPStrategy):
     """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
 
-    def __init__(self, parallel: Parallel) -> None:
-        """Take the groups; Lightning must neither start nor wrap anything."""
+    def __init__(self, parallel: Parallel, *, async_save: bool) -> None:
+        """Take the groups; Lightning must neither start nor wrap anything.
+
+        Args:
+            parallel: the groups.
+            async_save: write checkpoints while training goes on.
+        """
         super().__init__(
             accelerator=None,
             cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
         )
         self.parallel = parallel
+        self.async_save = async_save
+        self.saves = SaveTimes()
+        self._save: checkpoint.Save | None = None
+        self._to_remove: list[Path] = []
 
     def setup_distributed(self) -> None:
         """Tell NeMo about the groups that exist."""
@@ -78,10 +87,43 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder named `filepath`. Collective over the world."""
+        """Write a folder named `filepath`, or begin to. Collective over the world."""
+        started = time.monotonic()
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
-        checkpoint.save(Path(filepath), plain, run.student, run.optimizer, self.parallel)
+        if self.is_writing and self.parallel.rank == 0:
+            _log.warning("a save waits for the one before; save less often, or to a faster disk")
+        self.finish_save()
+        self._save = checkpoint.start_save(
+            Path(filepath),
+            plain,
+            run.student,
+            run.optimizer,
+            self.parallel,
+            background=self.async_save,
+        )
+        if not self.async_save:
+            self.finish_save()
+        self.saves.blocked_s += time.monotonic() - started
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a checkpoint in the background."""
+        return self._save is not None and self._save.shards.is_running
+
+    def finish_save(self) -> None:
+        """Wait for the save in flight, publish it, then remove what it replaces.
+
+        Collective over the world.
+        """
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        checkpoint.publish(save, self.parallel)
+        self.saves.written.append((save.shards.started_s, save.shards.ended_s))
+        for path in self._to_remove:
+            self._remove(path)
+        self._to_remove.clear()
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -97,9 +139,15 @@ class MegatronStrategy(DDPStrategy):
         """Nothing: `load_checkpoint` has filled the optimizer."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint folder."""
+        """Delete a checkpoint folder, but none before the save in flight is published."""
+        if self._save is None:
+            self._remove(Path(filepath))
+        else:
+            self._to_remove.append(Path(filepath))
+
+    def _remove(self, path: Path) -> None:
         if self.parallel.rank == 0:
-            shutil.rmtree(filepath, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
     def teardown(self) -> None:
         """Keep the groups: evaluation follows training."""
