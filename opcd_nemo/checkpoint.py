@@ -17,15 +17,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
 
 from opcd_nemo import durable
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.optimizer_shards import whole_parameters
 from opcd_nemo.parallel import Parallel
-from opcd_nemo.shard_writer import ShardWriter, Written, plan
+from opcd_nemo.shard_writer import Index, ShardWriter, Written, plan, write_index
 from opcd_nemo.types import SaveError
 
 # gate and up under keys of their own: one key would put the padding of gate between them
@@ -39,7 +37,7 @@ class Save:
     path: Path
     temporary: Path
     shards: ShardWriter
-    metadata: Metadata
+    index: Index
 
 
 def save(
@@ -78,7 +76,7 @@ def start_save(
         parallel: every rank writes one file.
         background: write a copy in a thread while training goes on; else `publish` writes.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = durable.partial(path)
     if parallel.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -89,12 +87,12 @@ def start_save(
     _spread(state["student"], parallel)
     whole = {**state, "common": common, "model": asdict(student.config)}
     sharded, unsharded = save_preprocess(whole, validate_access_integrity=True)
-    pieces, metadata = plan(sharded, parallel)
+    pieces, index = plan(sharded, parallel)
     files = {"common.pt": _as_bytes(unsharded)} if parallel.rank == 0 else {}
     shards = ShardWriter(temporary, f"__{parallel.rank}_0.distcp", pieces, files)
     if background:
         shards.start()
-    return Save(path=path, temporary=temporary, shards=shards, metadata=metadata)
+    return Save(path=path, temporary=temporary, shards=shards, index=index)
 
 
 def publish(save: Save, parallel: Parallel) -> None:
@@ -116,8 +114,7 @@ def publish(save: Save, parallel: Parallel) -> None:
 
 
 def _publish(save: Save, parts: Sequence[Written]) -> None:
-    results = [list(part.results) for part in parts]
-    FileSystemWriter(save.temporary).finish(save.metadata, results)
+    write_index(save.temporary, save.index, parts)
     save_config(CheckpointingConfig("torch_dist", 1), str(save.temporary))
     entries = {name: entry for part in parts for name, entry in part.entries.items()}
     for name in durable.files_in(save.temporary):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils.app_state import AppState
 
 from opcd_nemo import checkpoint
+from opcd_nemo.metrics import Stopwatch
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
+
+_log = logging.getLogger(__name__)
 
 # reading these of Lightning's would unpickle classes; the configuration is stored as plain values
 _NOT_PLAIN = ("hyper_parameters", "hparams_name", "hparams_type")
@@ -53,8 +58,8 @@ class MegatronStrategy(DDPStrategy):
             cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
         )
         self.parallel = parallel
-        self.async_save = async_save
-        self.saves = SaveTimes()
+        self._async_save = async_save
+        self._watch = Stopwatch()
         self._save: checkpoint.Save | None = None
         self._to_remove: list[Path] = []
 
@@ -88,23 +93,22 @@ class MegatronStrategy(DDPStrategy):
         self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         """Write a folder named `filepath`, or begin to. Collective over the world."""
-        started = time.monotonic()
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
         if self.is_writing and self.parallel.rank == 0:
             _log.warning("a save waits for the one before; save less often, or to a faster disk")
         self.finish_save()
-        self._save = checkpoint.start_save(
-            Path(filepath),
-            plain,
-            run.student,
-            run.optimizer,
-            self.parallel,
-            background=self.async_save,
-        )
-        if not self.async_save:
+        with self._watch.phase("save"):
+            self._save = checkpoint.start_save(
+                Path(filepath),
+                plain,
+                run.student,
+                run.optimizer,
+                self.parallel,
+                background=self._async_save,
+            )
+        if not self._async_save:
             self.finish_save()
-        self.saves.blocked_s += time.monotonic() - started
 
     @property
     def is_writing(self) -> bool:
@@ -119,11 +123,24 @@ class MegatronStrategy(DDPStrategy):
         if self._save is None:
             return
         save, self._save = self._save, None
-        checkpoint.publish(save, self.parallel)
-        self.saves.written.append((save.shards.started_s, save.shards.ended_s))
-        for path in self._to_remove:
-            self._remove(path)
-        self._to_remove.clear()
+        with self._watch.phase("save"):
+            checkpoint.publish(save, self.parallel)
+            for path in self._to_remove:
+                self._remove(path)
+            self._to_remove.clear()
+
+    def save_times(self, step_started_s: float) -> dict[str, float]:
+        """What saves cost the step that began at this `time.monotonic()`.
+
+        Returns:
+            `time/save_s`: for how long training stood still since the last call. `time/saving_s`:
+            for how many seconds of the step files were written beside it.
+        """
+        values = {"time/save_s": self._watch.wall_s.pop("save", 0.0), "time/saving_s": 0.0}
+        if self._save is not None:
+            start, end = self._save.shards.started_s, self._save.shards.ended_s or time.monotonic()
+            values["time/saving_s"] = max(0.0, end - max(start, step_started_s))
+        return values
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

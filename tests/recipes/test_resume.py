@@ -66,7 +66,7 @@ def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_on
 ) -> None:
     whole, parts = folders
     checkpoints = parts / "run" / "checkpoints"
-    shard = checkpoints / "step=2.ckpt" / "__0_1.distcp"
+    shard = checkpoints / "step=2.ckpt" / "__0_0.distcp"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
