@@ -169,6 +169,8 @@ def _continue_from(
         return None
     if parallel.rank == 0:
         clean(folder / "checkpoints")
+        for marker in (folder / "checkpoints").glob("*-unfinished"):  # NeMo's, of a killed run
+            marker.unlink()
     path = checkpoint.newest(folder / "checkpoints", parallel, say)
     metrics, step = folder / "metrics.jsonl", 0
     if path is not None:
