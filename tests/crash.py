@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ TIMED = ("time/", "cpu/", "perf/")
 class Job:
     """One folder's command."""
 
-    def __init__(self, model: Path, folder: Path, layout: str) -> None:
+    def __init__(
+        self, model: Path, folder: Path, layout: str, overrides: Sequence[str] = ()
+    ) -> None:
         self.run = folder / "run"
         places = (f"student.path={model}", f"exp_manager.exp_dir={folder}", f"parallel={layout}")
-        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places]
-        folder.mkdir()
+        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places, *overrides]
+        folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
 
     def start(self) -> subprocess.Popen[bytes]:

@@ -36,7 +36,9 @@ def test_a_background_writer_keeps_what_the_tensors_were(tmp_path: Path) -> None
     assert written.error is None
     assert all(map(torch.equal, read(tmp_path, written), before))
     assert (tmp_path / "plain").read_bytes() == b"plain"
-    assert written.entries == {name: durable.measure(tmp_path / name) for name in ("plain", "shard")}
+    assert written.entries == {
+        name: durable.measure(tmp_path / name) for name in ("plain", "shard")
+    }
 
 
 def test_views_are_written_without_their_storage(tmp_path: Path) -> None:
