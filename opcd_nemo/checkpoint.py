@@ -75,12 +75,15 @@ def start_save(
         optimizer: its state.
         parallel: every rank writes one file.
         background: write a copy in a thread while training goes on; else `publish` writes.
+
+    Raises:
+        SaveError: on every rank, when the folder cannot be made.
     """
     temporary = durable.partial(path)
+    error = None
     if parallel.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    parallel.barrier()
+        error = _try(lambda: _make_empty(temporary))
+    _raise_from_rank_0(error, path, parallel)
     state = {"student": _weights(student)}
     if "optimizer_states" in common:
         state |= _optimizer_to_save(state["student"], optimizer, parallel)
@@ -105,12 +108,27 @@ def publish(save: Save, parallel: Parallel) -> None:
     parts = parallel.gather_objects(written)
     error = next((part.error for part in parts if part.error), None)
     if error is None and parallel.rank == 0:
-        try:
-            _publish(save, parts)
-        except OSError as failure:
-            error = f"{failure.filename}: {failure.strerror} (errno {failure.errno})"
+        error = _try(lambda: _publish(save, parts))
+    _raise_from_rank_0(error, save.path, parallel)
+
+
+def _try(write: Callable[[], None]) -> str | None:
+    """The error of a disk, in a line."""
+    try:
+        write()
+    except OSError as error:
+        return durable.describe(error)
+    return None
+
+
+def _raise_from_rank_0(error: str | None, path: Path, parallel: Parallel) -> None:
     if error := parallel.gather_objects(error)[0]:
-        raise SaveError(f"checkpoint {save.path.name} is not saved: {error}")
+        raise SaveError(f"checkpoint {path.name} is not saved: {error}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _publish(save: Save, parts: Sequence[Written]) -> None:

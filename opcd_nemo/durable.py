@@ -82,6 +82,11 @@ def clean(folder: Path) -> None:
             path.rename(final)
 
 
+def describe(error: OSError) -> str:
+    """What could not be written, in a line."""
+    return f"{error.filename}: {error.strerror} (errno {error.errno})"
+
+
 def set_aside(path: Path, ending: str = "") -> None:
     """Rename `path` to the first free one of `<path><ending>`, `<path><ending>.1`, ..."""
     target, number = path.with_name(f"{path.name}{ending}"), 0

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from opcd_nemo.durable import Entry
+from opcd_nemo.durable import Entry, describe
 from opcd_nemo.parallel import Parallel
 
 _LOWEST_PRIORITY = 19
@@ -120,7 +120,7 @@ class ShardWriter:
                     results.append(self._write(file, *self._pieces.pop(0)))
             entries[self._name] = file.entry()
         except OSError as failure:
-            error = f"{failure.filename}: {failure.strerror} (errno {failure.errno})"
+            error = describe(failure)
         except Exception as failure:  # the main thread reports it, on every rank
             error = f"{self._folder / self._name}: {failure!r}"
         self._pieces.clear()
