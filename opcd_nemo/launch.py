@@ -62,8 +62,6 @@ def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
         code = _run_rank(load_main, config_name) if is_rank else _launch(config_name)
     except Exception as error:  # the interpreter must not end on its own, see below
         code = _report_error(error, config_name)
-    for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
