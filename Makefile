@@ -56,9 +56,10 @@ bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_logits.py --device cuda --rows 2048 --columns 151936
 	$(BIN)/python kernels/bench/bench_linear.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
-crash-test: $(DEV) ## kill runs at 20 random moments; each must continue to the same bits (10 min)
+crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; change layouts (15 min)
 	$(BIN)/python -m tests.crash
 	$(BIN)/python -m tests.crash --kills 3 --layout tp2 --one-rank
+	$(BIN)/python -m tests.layouts
 
 golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
 	$(BIN)/python -m tests.golden.curves

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from opcd_nemo import durable
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.optim import StudentOptimizer
+from opcd_nemo.optimizer_shards import whole_parameters
 from opcd_nemo.parallel import Parallel
+from opcd_nemo.shard_writer import Index, ShardWriter, Written, plan, write_index
 from opcd_nemo.teacher import Teacher
+from opcd_nemo.types import SaveError
 
 # gate and up under keys of their own: one key would put the padding of gate between them
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """A checkpoint on its way to its name."""
+
+    path: Path
+    temporary: Path
+    shards: ShardWriter
+    index: Index
 
 
 def save(
@@ -35,38 +52,141 @@ def save(
 ) -> None:
     """Write student and `common` under a temporary name, then publish the folder.
 
+    Collective over the world; see `start_save`.
+    """
+    started = start_save(path, common, student, optimizer, teacher, parallel, background=False)
+    publish(started, parallel)
+
+
+def start_save(
+    path: Path,
+    common: dict[str, Any],
+    student: LanguageModel,
+    optimizer: StudentOptimizer,
+    teacher: Teacher,
+    parallel: Parallel,
+    *,
+    background: bool,
+) -> Save:
+    """Begin to write a checkpoint; `publish` gives it its name.
+
     Optimizer and a teacher that moves are written when `common` holds Lightning's
     `optimizer_states`, that is unless the checkpoint callback says `save_weights_only`.
     Collective over the world.
+
+    Args:
+        path: the folder that `publish` makes.
+        common: what is not sharded.
+        student: its weights.
+        optimizer: its state.
+        teacher: its state.
+        parallel: every rank writes one file.
+        background: write a copy in a thread while training goes on; else `publish` writes.
+
+    Raises:
+        SaveError: on every rank, when the folder cannot be made.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = durable.partial(path)
+    error = None
     if parallel.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    parallel.barrier()
+        error = _try(lambda: _make_empty(temporary))
+    _raise_from_rank_0(error, path, parallel)
     state = {"student": _weights(student)}
     if "optimizer_states" in common:
-        state |= _optimizer_state(state["student"], optimizer, is_loading=False)
+        state |= _optimizer_to_save(state["student"], optimizer, parallel)
         state |= _teacher_state(teacher)
+    _spread(state["student"], parallel)
     whole = {**state, "common": common, "model": asdict(student.config)}
-    dist_checkpointing.save(whole, str(temporary))
-    parallel.barrier()
-    names = durable.files_in(temporary)[parallel.rank :: parallel.world_size]
-    entries: dict[str, durable.Entry] = {}
-    for part in parallel.gather_objects(
-        {name: durable.measure(temporary / name, sync=True) for name in names}
-    ):
-        entries |= part
-    if parallel.rank == 0:
-        durable.publish(temporary, path, entries)
-    parallel.barrier()
+    shards, index = _prepare(temporary, whole, parallel)
+    if background:
+        shards.start()
+    return Save(path=path, temporary=temporary, shards=shards, index=index)
+
+
+def _prepare(folder: Path, whole: dict[str, Any], parallel: Parallel) -> tuple[ShardWriter, Index]:
+    """This rank's file of a state, not yet written, and the index of all. Collective."""
+    sharded, unsharded = save_preprocess(whole, validate_access_integrity=True)
+    pieces, index = plan(sharded, parallel)
+    files = {"common.pt": _as_bytes(unsharded)} if parallel.rank == 0 else {}
+    return ShardWriter(folder, f"__{parallel.rank}_0.distcp", pieces, files), index
+
+
+def publish(save: Save, parallel: Parallel) -> None:
+    """Wait for every rank's files, then give the folder its name. Collective over the world.
+
+    Raises:
+        SaveError: on every rank, when one could not write; nothing is published.
+    """
+    written = save.shards.finish()
+    parts = parallel.gather_objects(written)
+    error = next((part.error for part in parts if part.error), None)
+    if error is None and parallel.rank == 0:
+        error = _try(lambda: _publish(save, parts))
+    _raise_from_rank_0(error, save.path, parallel)
+
+
+def _try(write: Callable[[], None]) -> str | None:
+    """The error of a disk, in a line."""
+    try:
+        write()
+    except OSError as error:
+        return durable.describe(error)
+    return None
+
+
+def _raise_from_rank_0(error: str | None, path: Path, parallel: Parallel) -> None:
+    if error := parallel.gather_objects(error)[0]:
+        raise SaveError(f"checkpoint {path.name} is not saved: {error}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(save: Save, parts: Sequence[Written]) -> None:
+    _write_index(save.temporary, save.index, parts)
+    entries = {name: entry for part in parts for name, entry in part.entries.items()}
+    for name in durable.files_in(save.temporary):
+        if name not in entries:
+            entries[name] = durable.measure(save.temporary / name, sync=True)
+    durable.publish(save.temporary, save.path, entries)
+
+
+def _write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:
+    write_index(folder, index, parts)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _as_bytes(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _spread(weights: dict[str, Any], parallel: Parallel) -> None:
+    """Let the data-parallel ranks, which hold the same weights, take turns in writing them."""
+    for place, part in enumerate(weights.values()):
+        if hasattr(part, "replica_id"):
+            *others, dp_rank = part.replica_id
+            part.replica_id = (*others, (dp_rank + place) % parallel.dp)
 
 
 def save_weights(folder: Path, student: LanguageModel) -> None:
-    """Write the student alone into an empty folder. Collective over the world."""
-    dist_checkpointing.save(
-        {"student": _weights(student), "model": asdict(student.config)}, str(folder)
-    )
+    """Write the student alone into an empty folder. Collective over the world.
+
+    Raises:
+        SaveError: on every rank, when one could not write.
+    """
+    parallel, weights = student.parallel, _weights(student)
+    _spread(weights, parallel)
+    whole = {"student": weights, "model": asdict(student.config)}
+    shards, index = _prepare(folder, whole, parallel)
+    parts = parallel.gather_objects(shards.finish())
+    error = next((part.error for part in parts if part.error), None)
+    if error is None and parallel.rank == 0:
+        error = _try(lambda: _write_index(folder, index, parts))
+    _raise_from_rank_0(error, folder, parallel)
 
 
 def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
@@ -140,7 +260,7 @@ def load(
             f"{path}: holds weights only; allowed: a checkpoint of "
             "exp_manager.checkpoint_callback_params.save_weights_only=false"
         )
-    state |= _optimizer_state(state["student"], optimizer, is_loading=True)
+    state |= _optimizer_to_load(state["student"], optimizer)
     state |= _teacher_state(teacher)
     if "teacher" in state and unsharded.get("teacher_life") != teacher.life:
         raise ValueError(
@@ -192,9 +312,24 @@ def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[An
     return build_allowing
 
 
-def _optimizer_state(
-    weights: dict[str, Any], optimizer: StudentOptimizer, *, is_loading: bool
+def _optimizer_to_save(
+    weights: dict[str, Any], optimizer: StudentOptimizer, parallel: Parallel
 ) -> dict[str, Any]:
+    (part,) = optimizer.optimizer.chained_optimizers
+    state = {"scheduler": optimizer.scheduler.state_dict()}
+    if not isinstance(part, DistributedOptimizer):
+        return {**state, "optimizer": part.sharded_state_dict(weights, metadata=dict(_METADATA))}
+    return {
+        **state,
+        "optimizer": {
+            **part.state_dict(),
+            "param_state": whole_parameters(part, weights, parallel),
+            "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"],
+        },
+    }
+
+
+def _optimizer_to_load(weights: dict[str, Any], optimizer: StudentOptimizer) -> dict[str, Any]:
     # Megatron 0.16.1 leaves out the padding between buckets, but not from the parameters' offsets
     for buffer in optimizer.ddp.buffers:
         buffer.numel_unpadded = buffer.numel
@@ -202,7 +337,7 @@ def _optimizer_state(
             bucket.numel_unpadded = bucket.grad_data.numel()
     return {
         "optimizer": optimizer.optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=dict(_METADATA)
+            weights, is_loading=True, metadata=dict(_METADATA)
         ),
         "scheduler": optimizer.scheduler.state_dict(),
     }

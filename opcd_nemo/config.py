@@ -161,6 +161,7 @@ _UNTYPED = {
     "trainer.max_steps": int,
     "exp_manager.exp_dir": str,
     "exp_manager.resume_if_exists": bool,
+    "exp_manager.checkpoint_callback_params.async_save": bool,
 }
 _CHOICES = {
     "student.dtype": ("bf16", "fp32"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 MANIFEST = "manifest.json"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 _READ_BYTES = 1 << 22
 
 
@@ -60,13 +61,35 @@ def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     """Give a finished folder its manifest and its final name; what had the name is replaced."""
     write_manifest(temporary, entries)
     _sync_folder(temporary)
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def partial(final: Path) -> Path:
+    """Where a folder is written before it is published."""
+    return final.with_name(f".{final.name}{_PARTIAL}")
+
+
+def clean(folder: Path) -> None:
+    """Remove what a crash left in a folder of published folders; no published one is lost."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path)
+    for path in folder.glob(f".*{_REPLACED}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(path)
+        else:  # the crash came between the two renames
+            path.rename(final)
+
+
+def describe(error: OSError) -> str:
+    """What could not be written, in a line."""
+    return f"{error.filename}: {error.strerror} (errno {error.errno})"
 
 
 def set_aside(path: Path, ending: str = "") -> None:

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
-from opcd_nemo.types import NonFiniteError, StoppedBySignal
+from opcd_nemo.types import NonFiniteError, SaveError, StoppedBySignal
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -80,8 +80,6 @@ def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
         code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
         code = _report_error(error, config_name)
-    for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
@@ -101,7 +99,7 @@ def _report_error(error: Exception, config_name: str) -> int:
             sys.stderr.write(f"{error}\n")
         return EXIT_STOPPED
     line = _one_line(error, config_name)
-    if line is None and not isinstance(error, NonFiniteError):
+    if line is None and not isinstance(error, NonFiniteError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
     spoken_for = LAUNCHER_PID_ENV in os.environ and "RANK" in os.environ  # the launcher prints it

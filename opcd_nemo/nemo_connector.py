@@ -19,7 +19,7 @@ from opcd_nemo.config import ParallelConfig
 from opcd_nemo.export import nemo_config
 from opcd_nemo.model_files import NEMO_CONFIG, resolve_model_path
 from opcd_nemo.model_folder import open_package
-from opcd_nemo.nemo_strategy import MegatronStrategy
+from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.package import write_package
 from opcd_nemo.parallel import Parallel, init_parallel
 from opcd_nemo.provenance import Provenance, base_licence, describe_context
@@ -147,14 +147,8 @@ def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _default_trainer(config: DictConfig) -> pl.Trainer:
     parallel = init_parallel(ParallelConfig(**config.parallel), config.seed)
-    trainer = pl.Trainer(
-        accelerator=parallel.device.type,
-        devices=1,
-        strategy=MegatronStrategy(parallel),
-        logger=False,
-        enable_checkpointing=False,
-        max_steps=config.trainer.max_steps,
-    )
+    settings = trainer_settings(MegatronStrategy(parallel, async_save=False))
+    trainer = pl.Trainer(**settings, max_steps=config.trainer.max_steps)
     trainer.strategy.setup_environment()
     return trainer
 

@@ -78,6 +78,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One distillation step."""
         started, cpu = time.perf_counter(), time.process_time()
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
         step = self.trainer.global_step  # the loader counts from 0 in a continued run
         watch = self.run.watch
         before = (dict(watch.wall_s), dict(watch.cpu_s))
@@ -87,6 +89,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         response_tokens = stats.sums["rollout/response_tokens"][0]
         values["perf/tokens_per_s"] = response_tokens / seconds
         values["time/step_s"] = seconds
+        values |= strategy.save_times(time.monotonic() - seconds)
         for phase in watch.wall_s:
             values[f"time/{phase}_s"] = watch.wall_s[phase] - before[0].get(phase, 0.0)
         values.update(self._cpu_seconds(before[1], time.process_time() - cpu))

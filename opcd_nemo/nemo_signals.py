@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run at the next step boundary, with a checkpoint to continue from."""
+"""What the ranks agree on between two steps: to publish a checkpoint, to stop on a signal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from opcd_nemo.parallel import Parallel
+from opcd_nemo.nemo_strategy import MegatronStrategy
 from opcd_nemo.types import StoppedBySignal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopOnSignal(pl.Callback):
-    """Holds the signals while steps run; one rank's signal stops all."""
+class StepBoundary(pl.Callback):
+    """SIGTERM or SIGUSR1 on one rank stops all after the step, with a checkpoint."""
 
-    def __init__(self, parallel: Parallel, checkpoints: Path) -> None:
+    def __init__(self, strategy: MegatronStrategy, checkpoints: Path) -> None:
         """Save to `checkpoints`, under the name of the step."""
-        self._parallel, self._checkpoints = parallel, checkpoints
+        self._strategy, self._checkpoints = strategy, checkpoints
         self._received = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -38,12 +38,16 @@ class StopOnSignal(pl.Callback):
         self._received = number
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Save and stop when any rank has received a signal. Collective over the world."""
-        received = torch.tensor(self._received, device=self._parallel.device)
-        number = int(self._parallel.max_over_world(received))
+        """Publish what every rank has written; stop when one has a signal. Collective."""
+        strategy = self._strategy
+        state = torch.tensor([strategy.is_writing, self._received], device=strategy.parallel.device)
+        is_writing, number = strategy.parallel.max_over_world(state).tolist()
+        if not is_writing:
+            strategy.finish_save()
         if number:
             path = self._checkpoints / f"step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
+            strategy.finish_save()
             raise StoppedBySignal(
                 f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; "
                 f"saved {path}; continue with exp_manager.resume_if_exists=true"

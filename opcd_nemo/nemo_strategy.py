@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils.app_state import AppState
 
 from opcd_nemo import checkpoint
+from opcd_nemo.metrics import Stopwatch
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
+
+_log = logging.getLogger(__name__)
 
 # reading these of Lightning's would unpickle classes; the configuration is stored as plain values
 _NOT_PLAIN = ("hyper_parameters", "hparams_name", "hparams_type")
@@ -41,13 +47,22 @@ class StepCounter(torch.optim.Optimizer):
 class MegatronStrategy(DDPStrategy):
     """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
 
-    def __init__(self, parallel: Parallel) -> None:
-        """Take the groups; Lightning must neither start nor wrap anything."""
+    def __init__(self, parallel: Parallel, *, async_save: bool) -> None:
+        """Take the groups; Lightning must neither start nor wrap anything.
+
+        Args:
+            parallel: the groups.
+            async_save: write checkpoints while training goes on.
+        """
         super().__init__(
             accelerator=None,
             cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
         )
         self.parallel = parallel
+        self._async_save = async_save
+        self._watch = Stopwatch()
+        self._save: checkpoint.Save | None = None
+        self._to_remove: list[Path] = []
 
     def setup_distributed(self) -> None:
         """Tell NeMo about the groups that exist."""
@@ -78,12 +93,56 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder named `filepath`. Collective over the world."""
+        """Write a folder named `filepath`, or begin to. Collective over the world."""
         run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
-        checkpoint.save(
-            Path(filepath), plain, run.student, run.optimizer, run.teacher, self.parallel
-        )
+        if self.is_writing and self.parallel.rank == 0:
+            _log.warning("a save waits for the one before; save less often, or to a faster disk")
+        self.finish_save()
+        with self._watch.phase("save"):
+            self._save = checkpoint.start_save(
+                Path(filepath),
+                plain,
+                run.student,
+                run.optimizer,
+                run.teacher,
+                self.parallel,
+                background=self._async_save,
+            )
+        if not self._async_save:
+            self.finish_save()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a checkpoint in the background."""
+        return self._save is not None and self._save.shards.is_running
+
+    def finish_save(self) -> None:
+        """Wait for the save in flight, publish it, then remove what it replaces.
+
+        Collective over the world.
+        """
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        with self._watch.phase("save"):
+            checkpoint.publish(save, self.parallel)
+            for path in self._to_remove:
+                self._remove(path)
+            self._to_remove.clear()
+
+    def save_times(self, step_started_s: float) -> dict[str, float]:
+        """What saves cost the step that began at this `time.monotonic()`.
+
+        Returns:
+            `time/save_s`: for how long training stood still since the last call. `time/saving_s`:
+            for how many seconds of the step files were written beside it.
+        """
+        values = {"time/save_s": self._watch.wall_s.pop("save", 0.0), "time/saving_s": 0.0}
+        if self._save is not None:
+            start, end = self._save.shards.started_s, self._save.shards.ended_s or time.monotonic()
+            values["time/saving_s"] = max(0.0, end - max(start, step_started_s))
+        return values
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -99,11 +158,39 @@ class MegatronStrategy(DDPStrategy):
         """Nothing: `load_checkpoint` has filled the optimizer."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint folder, unless it is the best on validation."""
+        """Delete a checkpoint folder, but none before the save in flight is published.
+
+        The best on validation stays.
+        """
         best: Any = self.model.best  # type: ignore[union-attr]  # OPCDModel
-        is_best = best is not None and checkpoint.step_of(Path(filepath)) == best.step
-        if self.parallel.rank == 0 and not is_best:
-            shutil.rmtree(filepath, ignore_errors=True)
+        if best is not None and checkpoint.step_of(Path(filepath)) == best.step:
+            return
+        if self._save is None:
+            self._remove(Path(filepath))
+        else:
+            self._to_remove.append(Path(filepath))
+
+    def _remove(self, path: Path) -> None:
+        if self.parallel.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
 
     def teardown(self) -> None:
         """Keep the groups: evaluation follows training."""
+
+
+def trainer_settings(strategy: MegatronStrategy) -> dict[str, Any]:
+    """What every Lightning trainer on these groups has in common."""
+    parallel = strategy.parallel
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return {
+        "accelerator": parallel.device.type,
+        "devices": local_ranks,
+        "num_nodes": parallel.world_size // local_ranks,
+        "strategy": strategy,
+        "max_epochs": 1,
+        "logger": False,  # exp_manager brings logger and checkpoints
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }

@@ -16,16 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import lock_folder, set_aside
+from opcd_nemo.durable import clean, lock_folder, set_aside
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
 from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
-from opcd_nemo.nemo_signals import StopOnSignal
-from opcd_nemo.nemo_strategy import MegatronStrategy
+from opcd_nemo.nemo_signals import StepBoundary
+from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
 from opcd_nemo.resume import check_unchanged, run_origin
+from opcd_nemo.types import NonFiniteError
 
 Say = Callable[[str], None]
 
@@ -40,6 +41,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     Raises:
         ValueError: a key is wrong, before a model loads.
         NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
+        SaveError: a checkpoint could not be written; those before it are intact.
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
     """
     started = time.perf_counter()
@@ -50,17 +52,25 @@ def train(raw: DictConfig, say: Say) -> Path:
     quiet = say if rank == 0 else _silent
     quiet(_first_line(parallel))
     folder = Path(config.exp_manager["exp_dir"]) / config.name
-    trainer = _trainer(config, parallel, StopOnSignal(parallel, folder / "checkpoints"))
+    strategy = MegatronStrategy(
+        parallel, async_save=config.exp_manager["checkpoint_callback_params"]["async_save"]
+    )
+    trainer = _trainer(config, strategy, StepBoundary(strategy, folder / "checkpoints"))
     _lock = _lock_folder(folder, parallel)  # held until this function ends
     _set_aside_old_run(folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     exp_manager(trainer, _exp_manager_config(raw, folder))
-    trainer.strategy.setup_environment()
+    strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
     with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
         model.metrics = metrics
-        trainer.fit(model, ckpt_path=continued)
+        try:
+            trainer.fit(model, ckpt_path=continued)
+        except NonFiniteError:  # met by every rank, which can still publish together
+            strategy.finish_save()
+            raise
+        strategy.finish_save()
     after = model.scores("student", with_context=False)
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
@@ -89,22 +99,9 @@ def _first_line(parallel: Parallel) -> str:
     )
 
 
-def _trainer(config: TrainConfig, parallel: Parallel, stop: pl.Callback) -> pl.Trainer:
+def _trainer(config: TrainConfig, strategy: MegatronStrategy, boundary: pl.Callback) -> pl.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fixed: dict[str, Any] = {
-        "accelerator": parallel.device.type,
-        "devices": local_ranks,
-        "num_nodes": parallel.world_size // local_ranks,
-        "strategy": MegatronStrategy(parallel),
-        "callbacks": [stop],
-        "max_epochs": 1,
-        "logger": False,  # exp_manager brings logger and checkpoints
-        "enable_checkpointing": False,
-        "use_distributed_sampler": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
+    fixed = {**trainer_settings(strategy), "callbacks": [boundary]}
     names = inspect.signature(pl.Trainer).parameters
     _check_names("trainer", config.trainer, [name for name in names if name not in fixed])
     return pl.Trainer(**fixed, **config.trainer)
@@ -125,6 +122,7 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
     settings["explicit_log_dir"] = str(folder / "nemo")
     settings["checkpoint_callback_params"]["save_nemo_on_train_end"] = False  # see `train`
     settings["checkpoint_callback_params"]["dirpath"] = str(folder / "checkpoints")
+    settings["checkpoint_callback_params"]["async_save"] = False  # NeMo's own; ours: the strategy
     created: DictConfig = OmegaConf.create(settings)
     return created
 
@@ -161,6 +159,10 @@ def _continue_from(
     """
     if not config.exp_manager["resume_if_exists"]:
         return None
+    if parallel.rank == 0:
+        clean(folder / "checkpoints")
+        for marker in (folder / "checkpoints").glob("*-unfinished"):  # NeMo's, of a killed run
+            marker.unlink()
     path = checkpoint.newest(folder / "checkpoints", parallel, say)
     metrics, step = folder / "metrics.jsonl", 0
     if path is not None:

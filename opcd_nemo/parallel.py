@@ -115,9 +115,15 @@ class Parallel:
 
     def send_to_stage(self, tensor: torch.Tensor, stage: int) -> None:
         """Start sending to the rank of `stage` with the same tp and dp rank; see `flush`."""
+        self._send(tensor, dist.get_global_rank(self.pp_group, stage))
+
+    def send_over_dp(self, tensor: torch.Tensor, dp_rank: int) -> None:
+        """Start sending to a data-parallel rank with the same tp and pp rank; see `flush`."""
+        self._send(tensor, dist.get_global_rank(self.dp_group, dp_rank))
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> None:
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, dist.get_global_rank(self.pp_group, stage))
-        self.in_flight.append((work, tensor))
+        self.in_flight.append((dist.isend(tensor, rank), tensor))
         while len(self.in_flight) > 8:
             self.in_flight.popleft()[0].wait()
 
@@ -129,6 +135,11 @@ class Parallel:
     def receive_from_stage(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
         """Fill `buffer` from the rank of `stage` with the same tp and dp rank."""
         dist.recv(buffer, dist.get_global_rank(self.pp_group, stage))
+        return buffer
+
+    def receive_over_dp(self, buffer: torch.Tensor, dp_rank: int) -> torch.Tensor:
+        """Fill `buffer` from a data-parallel rank with the same tp and pp rank."""
+        dist.recv(buffer, dist.get_global_rank(self.dp_group, dp_rank))
         return buffer
 
     def gather_objects(self, value: object) -> list[Any]:

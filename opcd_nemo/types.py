@@ -89,3 +89,7 @@ class StoppedBySignal(Exception):
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; nothing was updated."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are intact."""

@@ -3,8 +3,9 @@
     python -m tests.crash [--kills 20] [--layout dp2] [--seed 0] [--one-rank]
 
 Every run saves after each fourth step. A kill takes the launcher and all ranks at once (SIGKILL),
-or one rank only; then the same command runs again, up to its end. Weights and every metric of every
-step must be those of the run that nobody killed. Exit status 1 lists what differs.
+or one rank only, in a step, or (every second one) while a checkpoint is written; then the same
+command runs again, up to its end. Weights and every metric of every step must be those of the run
+that nobody killed. Exit status 1 lists what differs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from opcd_nemo.metrics import read_metrics
 from tests.recipes.conftest import ROOT, SMOKE
 from tests.tiny import write_chat_model
 
-STEPS = 16
+STEPS, SAVED_EVERY, SAVE_S = 16, 4, 0.1
 SETTINGS = (
-    f"exp_manager=resumable exp_manager.checkpoint_callback_params.every_n_train_steps=4 "
+    f"exp_manager=resumable "
+    f"exp_manager.checkpoint_callback_params.every_n_train_steps={SAVED_EVERY} "
     f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.max_new_tokens=32 name=run"
 ).split()
 TIMED = ("time/", "cpu/", "perf/")
@@ -39,11 +42,13 @@ TIMED = ("time/", "cpu/", "perf/")
 class Job:
     """One folder's command."""
 
-    def __init__(self, model: Path, folder: Path, layout: str) -> None:
+    def __init__(
+        self, model: Path, folder: Path, layout: str, overrides: Sequence[str] = ()
+    ) -> None:
         self.run = folder / "run"
         places = (f"student.path={model}", f"exp_manager.exp_dir={folder}", f"parallel={layout}")
-        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places]
-        folder.mkdir()
+        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places, *overrides]
+        folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -54,29 +59,42 @@ class Job:
                 self._command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def finish(self) -> float:
-        """Run the command to its end; the seconds from the first step to the last."""
-        process = self.start()
-        self.wait_for_training(process)
-        started = time.monotonic()
-        if process.wait():
+    def finish(self) -> None:
+        """Run the command to its end."""
+        if self.start().wait():
             raise RuntimeError(self.log.read_text())
-        return time.monotonic() - started
 
     def wait_for_training(self, process: subprocess.Popen[bytes]) -> None:
         """Return when the first scores are printed, just before the first step."""
         seen = self.log.read_text().count("in-context gap") if self.log.exists() else 0
-        while self.log.read_text().count("in-context gap") == seen:
+        self._wait(process, lambda: self.log.read_text().count("in-context gap") > seen)
+
+    def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
+        """Return when so many steps are done."""
+        self._wait(process, lambda: self._steps() >= step)
+
+    def wait_for_save(self, process: subprocess.Popen[bytes], step: int) -> None:
+        """Return when the checkpoint of this step is begun."""
+        self.wait_for_step(process, step)
+        partial = self.run / "checkpoints" / f".step={step}.ckpt.partial"
+        whole = self.run / "checkpoints" / f"step={step}.ckpt"
+        self._wait(process, lambda: partial.exists() or whole.exists())
+
+    def _wait(self, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+        while not condition():
             if process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
-            time.sleep(0.01)
+            time.sleep(0.002)
+
+    def _steps(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def moment(self) -> str:
         """What the run was doing, from what lies on the disk."""
         if any((self.run / "checkpoints").glob(".*.partial")):
             return "save"
-        metrics = self.run / "metrics.jsonl"
-        steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        steps = self._steps()
         return "end" if steps == STEPS else f"step {steps}"
 
 
@@ -115,13 +133,19 @@ def main() -> int:
         folder = Path(name)
         model = write_chat_model(folder / "model")
         whole = Job(model, folder / "whole", options.layout)
-        seconds = whole.finish()
+        whole.finish()
+        lines = read_metrics(whole.run / "metrics.jsonl")
+        step_s = sum(line["time/step_s"] for line in lines) / STEPS
         for number in range(options.kills):
             job = Job(model, folder / f"killed-{number}", options.layout)
             process = job.start()
-            job.wait_for_training(process)
-            time.sleep(draw.uniform(0, seconds))
-            took = kill(process, options.one_rank) if process.poll() is None else 0.0
+            if number % 2:
+                job.wait_for_save(process, draw.randrange(SAVED_EVERY, STEPS, SAVED_EVERY))
+                time.sleep(draw.uniform(0, SAVE_S))
+            else:
+                job.wait_for_step(process, draw.randrange(STEPS))
+                time.sleep(draw.uniform(0, step_s))
+            took = kill(process, options.one_rank)
             moment = job.moment()
             moments[moment.split()[0]] += 1
             job.finish()

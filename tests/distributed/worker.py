@@ -1,13 +1,11 @@
 """Runs the programs of one world size on demand: imports once, forks one process a rank.
 
 Started by the tests as `python -m tests.distributed.worker MODELS RESULTS`; each line read is a
-job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback. The top of this
-file stays light: megatron-core's checkpoint writer starts a process that imports it again.
+job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -73,8 +71,6 @@ def _run_rank(job: str, world: int, models: Path, results: Path) -> None:
         error = results / f"error-{job}-{world}-{os.environ['RANK']}.txt"
         error.write_text(traceback.format_exc())
         os._exit(1)
-    for child in multiprocessing.active_children():
-        child.kill()  # the checkpoint writer's manager outlives `os._exit`
     os._exit(0)  # gloo's own teardown can abort
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.durable import lock_folder
+from opcd_nemo.durable import find_damage, lock_folder, read_manifest
 from opcd_nemo.metrics import read_metrics
 from tests.crash import Job, outcome
-from tests.recipes.conftest import Train
+from tests.recipes.conftest import Train, run_python
 
 RESUMABLE = [
     "exp_manager=resumable",
@@ -61,12 +61,43 @@ def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path,
     assert "pid" in refused.stderr
 
 
+def test_a_full_disk_is_named_and_the_checkpoints_before_stay(
+    smoke: list[str], folders: tuple[Path, Path]
+) -> None:
+    checkpoints = folders[1] / "run" / "checkpoints"
+    arguments = [*smoke, *RESUMABLE, "parallel=dp2", f"exp_manager.exp_dir={folders[1]}"]
+    failed = run_python(
+        "-c",
+        "import resource, os, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+        "recipes/train.py",
+        *arguments,
+        "trainer.max_steps=4",
+    )
+    assert failed.returncode == 1
+    shard = rf"{re.escape(str(checkpoints))}/\.step=3\.ckpt\.partial/__\d_0\.distcp"
+    line = failed.stderr.splitlines()[-1]
+    expected = (
+        rf"error: rank \d failed first: SaveError: checkpoint step=3.ckpt is not saved: {shard}"
+    )
+    assert re.fullmatch(rf"{expected}: File too large \(errno 27\)", line), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert [path.name for path in sorted(checkpoints.glob("*.ckpt"))] == [
+        "step=1.ckpt",
+        "step=2.ckpt",
+    ]
+    for path in checkpoints.glob("*.ckpt"):
+        entries = read_manifest(path)
+        assert find_damage(path, entries, list(entries)) is None
+
+
 def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_one(
     resume: Run, folders: tuple[Path, Path]
 ) -> None:
     whole, parts = folders
     checkpoints = parts / "run" / "checkpoints"
-    shard = checkpoints / "step=2.ckpt" / "__0_1.distcp"
+    shard = checkpoints / "step=2.ckpt" / "__0_0.distcp"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -74,6 +105,7 @@ def test_damage_is_named_and_the_run_continued_before_it_is_the_uninterrupted_on
     assert done.returncode == 0, done.stderr
     assert f"checkpoint set aside: {shard}: its SHA-256 is not the manifest's" in done.stdout
     assert f"continuing from {checkpoints / 'step=1.ckpt'}" in done.stdout
+    assert not list(checkpoints.glob(".*.partial")), "of the run that found the disk full"
     assert outcome(parts / "run") == outcome(whole / "run")
     kept = sorted(path.name for path in checkpoints.glob("*.ckpt"))
     # the last three, and the one continued from, which Lightning never removes

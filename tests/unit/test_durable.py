@@ -75,6 +75,18 @@ def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
+def test_cleaning_removes_what_a_crash_left_and_no_published_folder(folder: Path) -> None:
+    partial = durable.partial(folder)
+    partial.mkdir()
+    folder.rename(folder.with_name(".one.replaced"))  # the crash came between two renames
+    durable.clean(folder.parent)
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    assert damage_of(folder) is None
+    folder.with_name(".one.replaced").mkdir()
+    durable.clean(folder.parent)
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
 def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
     for _ in range(2):
         durable.set_aside(folder, ".damaged")
