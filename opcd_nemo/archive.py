@@ -1,4 +1,4 @@
-"""Files of a folder or of an uncompressed tar (`.nemo`), read in place: nothing is unpacked.
+"""Files of a folder or of an uncompressed tar (`.nemo`), read in place.
 
 A tar may come from anywhere. Its headers are checked as a whole before any member is read.
 """
@@ -66,6 +66,10 @@ class FolderFiles:
         return _read(self._folder / name, start, count, self.where)
 
 
+class Refused(ValueError):
+    """A tar is not what it should be."""
+
+
 class TarFiles:
     """The regular files of an uncompressed tar."""
 
@@ -84,26 +88,29 @@ class TarFiles:
             with tarfile.open(path, "r:") as tar:
                 for number, member in enumerate(tar):
                     if number == _MAX_MEMBERS:
-                        raise ValueError(f"{path}: allowed: at most {_MAX_MEMBERS} members")
+                        raise Refused(f"{path}: allowed: at most {_MAX_MEMBERS} members")
                     self._add(member, end)
-        except (tarfile.TarError, EOFError, OSError, ArithmeticError) as error:
-            raise ValueError(f"{path}: {error}; allowed: a whole uncompressed tar") from error
+        except Refused:
+            raise
+        except Exception as error:  # headers of a hostile tar make tarfile raise anything
+            first = str(error).splitlines()[0] if str(error) else repr(error)
+            raise Refused(f"{path}: {first}; allowed: a whole uncompressed tar") from error
         if not self._members:
-            raise ValueError(f"{path}: holds no files; allowed: a whole uncompressed tar")
+            raise Refused(f"{path}: holds no files; allowed: a whole uncompressed tar")
 
     def _add(self, member: tarfile.TarInfo, end: int) -> None:
         name = _plain_name(member.name)
         about = f"{self.where}: member {member.name!r}"
         if name is None:
-            raise ValueError(f"{about} leads outside; allowed: relative paths without '..'")
+            raise Refused(f"{about} leads outside; allowed: relative paths without '..'")
         if member.isdir():
             return
         if not member.isreg() or member.issparse():
-            raise ValueError(f"{about} is not a plain file; allowed: files and folders")
+            raise Refused(f"{about} is not a plain file; allowed: files and folders")
         if member.size < 0 or member.offset_data + member.size > end:
-            raise ValueError(f"{about} claims {member.size} bytes; allowed: what the file holds")
+            raise Refused(f"{about} claims {member.size} bytes; allowed: what the file holds")
         if name in self._members:
-            raise ValueError(f"{about} is there twice; allowed: one of each name")
+            raise Refused(f"{about} is there twice; allowed: one of each name")
         self._members[name] = member.offset_data, member.size
 
     def sizes(self) -> dict[str, int]:
@@ -114,7 +121,7 @@ class TarFiles:
         """`count` bytes of a file from `start`."""
         first, size = self._members[name]
         if start < 0 or count < 0 or start + count > size:
-            raise ValueError(f"{self.where}: {name} ends before {start + count} bytes")
+            raise Refused(f"{self.where}: {name} ends before {start + count} bytes")
         return _read(self._path, first + start, count, self.where)
 
 
@@ -130,7 +137,7 @@ def _read(path: Path, start: int, count: int, where: str) -> bytes:
         file.seek(start)
         data = file.read(count)
     if len(data) != count:
-        raise ValueError(f"{where}: {path.name} ends before {start + count} bytes")
+        raise Refused(f"{where}: {path.name} ends before {start + count} bytes")
     return data
 
 

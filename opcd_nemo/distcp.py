@@ -1,19 +1,22 @@
 """Tensors of a torch_dist checkpoint, read one at a time, in place, without a process group.
 
-The index of such a checkpoint is a pickle. Only the classes of an index are let through; the pieces
-of the tensors and the plain part are read by torch's `weights_only` loader.
+The index of such a checkpoint is a pickle. It is read with stand-ins for the few classes that an
+index has: nothing of torch is called or changed. The pieces of the tensors and the plain part are
+read by torch's `weights_only` loader.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from opcd_nemo.archive import Files, read_whole
 
@@ -21,7 +24,6 @@ INDEX, PLAIN = ".metadata", "common.pt"
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _INDEX_CLASSES = {
-    "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
     f"{_CHECKPOINT}.metadata": {
@@ -42,14 +44,52 @@ _INDEX_CLASSES = {
         "WriteItemType",
     },
 }
+_MAX_CHUNKS = 4096  # of one tensor
+
+
+class _StandIn:
+    """An object of the index: its fields, and nothing that runs."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if name in _INDEX_CLASSES.get(module, ()):
+            return type(name, (_StandIn,), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Where a rectangle of a tensor is: in the tensor, and in the files."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+    def meets(self, other: _Piece) -> bool:
+        return all(
+            a < b + n and b < a + m
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[_Piece, ...]
 
 
 class DistributedTensors:
@@ -65,13 +105,7 @@ class DistributedTensors:
         self.where = f"{files.where}: {folder}"
         raw = read_whole(files, f"{folder}{INDEX}")
         try:
-            index = _IndexUnpickler(io.BytesIO(raw)).load()
-            self._tensors: dict[str, TensorStorageMetadata] = {
-                name: one
-                for name, one in index.state_dict_metadata.items()
-                if isinstance(one, TensorStorageMetadata)
-            }
-            self._places: dict[MetadataIndex, Any] = dict(index.storage_data)
+            self._tensors = _entries(_IndexUnpickler(io.BytesIO(raw)).load())
         except Exception as error:  # a hostile pickle may raise anything
             raise ValueError(
                 f"{self.where}{INDEX}: refused ({error}); allowed: the index of a checkpoint"
@@ -83,11 +117,11 @@ class DistributedTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        return tuple(self._tensors[name].size)
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Its type."""
-        return self._tensors[name].properties.dtype
+        return self._tensors[name].dtype
 
     def tensor(self, name: str) -> Tensor:
         """Put a tensor together from the pieces that the ranks wrote.
@@ -95,54 +129,93 @@ class DistributedTensors:
         Raises:
             ValueError: a piece is missing, damaged or of another shape.
         """
-        about = self._tensors[name]
-        self._check_claim(name)
-        out = torch.empty(about.size, dtype=about.properties.dtype)
-        covered = 0
-        for chunk in about.chunks:
-            piece = self._piece(name, tuple(chunk.offsets))
-            wanted = (tuple(chunk.sizes), about.properties.dtype)
-            if (tuple(piece.shape), piece.dtype) != wanted:
-                raise ValueError(
-                    f"{self.where}{name}: a piece is {tuple(piece.shape)} {piece.dtype}; "
-                    f"allowed: {wanted[0]} {wanted[1]}"
-                )
+        entry = self._tensors[name]
+        self._check_pieces(name, entry)
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        for piece in entry.pieces:
             place = out
-            for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
                 place = place.narrow(dim, start, size)
-            place.copy_(piece)
-            covered += prod(chunk.sizes)
-        if covered != out.numel():
-            raise ValueError(f"{self.where}{name}: {covered} of {out.numel()} values are there")
+            place.copy_(self._read(name, piece, entry.dtype))
         return out
 
-    def _check_claim(self, name: str) -> None:
-        """Refuse a size that the stored pieces cannot have, before memory is taken for it."""
-        about = self._tensors[name]
-        places = (
-            self._places.get(MetadataIndex(name, torch.Size(chunk.offsets)))
-            for chunk in about.chunks
+    def _check_pieces(self, name: str, entry: _Entry) -> None:
+        """Before memory is taken: the pieces are there, and are the tensor, each value once."""
+        there = self._files.sizes()
+        fits = all(
+            prod(piece.sizes) * entry.dtype.itemsize <= piece.length
+            and piece.start + piece.length <= there.get(f"{self._folder}{piece.file}", -1)
+            for piece in entry.pieces
         )
-        stored = sum(place.length for place in places if place is not None)
-        claimed = prod(about.size) * about.properties.dtype.itemsize
-        if claimed > stored:
-            raise ValueError(f"{self.where}{name}: claims {claimed} bytes; {stored} are there")
-
-    def _piece(self, name: str, offset: tuple[int, ...]) -> Tensor:
-        try:
-            place = self._places[MetadataIndex(name, torch.Size(offset))]
-            data = self._files.read(
-                f"{self._folder}{place.relative_path}", place.offset, place.length
+        whole = sum(prod(piece.sizes) for piece in entry.pieces) == prod(entry.shape)
+        apart = not any(one.meets(other) for one, other in combinations(entry.pieces, 2))
+        if not (fits and whole and apart):
+            raise ValueError(
+                f"{self.where}{name}: its pieces are not the whole tensor, each value once, in "
+                "files that are there; allowed: a whole checkpoint"
             )
-            piece = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def _read(self, name: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
+        try:
+            data = self._files.read(f"{self._folder}{piece.file}", piece.start, piece.length)
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch and pickle raise many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
                 f"{self.where}{name}: cannot be read ({first}); allowed: a whole checkpoint"
             ) from error
-        if not isinstance(piece, Tensor):
-            raise ValueError(f"{self.where}{name}: is a {type(piece).__name__}; allowed: a tensor")
-        return piece
+        is_tensor = isinstance(tensor, Tensor)
+        if not is_tensor or (tuple(tensor.shape), tensor.dtype) != (piece.sizes, dtype):
+            raise ValueError(
+                f"{self.where}{name}: a piece is not {piece.sizes} {dtype}; "
+                "allowed: what the index says"
+            )
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def _entries(index: Any) -> dict[str, _Entry]:
+    """The tensors of an index of stand-ins; anything odd raises."""
+    places = {}
+    for key, place in index.storage_data.items():
+        offset = getattr(key, "offset", None)  # bytes have none
+        if offset is not None:
+            places[key.fqn, _numbers(offset)] = place
+    return {
+        str(name): _entry(str(name), one, places)
+        for name, one in index.state_dict_metadata.items()
+        if hasattr(one, "chunks")
+    }
+
+
+def _entry(name: str, one: Any, places: dict[Any, Any]) -> _Entry:
+    shape, dtype = _numbers(one.size), one.properties.state[0]
+    if not isinstance(dtype, torch.dtype) or len(one.chunks) > _MAX_CHUNKS:
+        raise ValueError(f"{name} is no tensor")
+    pieces = []
+    for chunk in one.chunks:
+        offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        ends = [start + size for start, size in zip(offsets, sizes, strict=True)]
+        if any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError(f"a piece of {name} reaches beyond it")
+        place = places[name, offsets]
+        start, length = _numbers((place.offset, place.length))
+        pieces.append(
+            _Piece(
+                offsets=offsets,
+                sizes=sizes,
+                file=str(place.relative_path),
+                start=start,
+                length=length,
+            )
+        )
+    return _Entry(shape=shape, dtype=dtype, pieces=tuple(pieces))
+
+
+def _numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{values} are no sizes")
+    return tuple(values)
 
 
 def read_plain(files: Files, folder: str = "") -> dict[str, Any]:

@@ -12,14 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from opcd_nemo.archive import read_whole
 from opcd_nemo.config import ParallelConfig
 from opcd_nemo.hf import open_checkpoint, write_hf_folder
-from opcd_nemo.language_model import LanguageModel, choose_dtype
+from opcd_nemo.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.model_files import NEMO_CONFIG, model_kind, resolve_model_path, write_json
-from opcd_nemo.model_folder import checkpoint_origin, open_package
+from opcd_nemo.model_folder import open_package, read_checkpoint
 from opcd_nemo.package import write_package
 from opcd_nemo.parallel import init_parallel
 from opcd_nemo.provenance import read_provenance
-from opcd_nemo.tokenizer import write_tokenizer
+from opcd_nemo.stored_config import check_stored, parse_stored
+from opcd_nemo.tokenizer import ChatTokenizer, write_tokenizer
 
+_PLUGS = ("task", "context", "engine", "loss")  # the user's own, perhaps; restoring refuses those
 FORMATS = ("hf", "nemo", "mcore")
 
 
@@ -39,6 +41,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
     source, target = str(settings["from"]), _target(settings)
     checkpoint = open_checkpoint(source)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
+    ChatTokenizer.from_path(source)  # refuses now what could not be written later
     provenance = read_provenance(source)
     if settings.format == "hf":
 
@@ -56,6 +59,8 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
             write_others=write_others,
         )
         return target
+    if dtype not in DTYPES.values():
+        raise ValueError(f"from={source}: is stored in {dtype}; allowed: dtype=bf16 or dtype=fp32")
     parallel = init_parallel(ParallelConfig(**settings.parallel), seed=0)
     student = LanguageModel(checkpoint.config, parallel, dtype)
     student.load(checkpoint)
@@ -74,13 +79,16 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
     found = resolve_model_path(source)
     kind = model_kind(found)
     if kind == "nemo":
-        return read_whole(open_package(found), NEMO_CONFIG).decode()
+        text = read_whole(open_package(found), NEMO_CONFIG)
+        parse_stored(text, f"{found}: {NEMO_CONFIG}")
+        return text.decode()
     if kind == "checkpoint":
-        origin = checkpoint_origin(found)
-        return OmegaConf.to_yaml(OmegaConf.create(nemo_config(origin)))
-    config: Any = OmegaConf.to_container(default_config(), resolve=True)
-    config["student"]["path"] = source
-    return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
+        config = read_checkpoint(found).config
+        check_stored({key: one for key, one in config.items() if key not in _PLUGS}, str(found))
+        return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
+    made: Any = OmegaConf.to_container(default_config(), resolve=True)
+    made["student"]["path"] = source
+    return OmegaConf.to_yaml(OmegaConf.create(nemo_config(made)))
 
 
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +112,8 @@ def _target(settings: DictConfig) -> Path:
             f"to={path}: allowed with format={settings.format}: "
             f"{'a name' if settings.format == 'nemo' else 'a folder, not'} ending in .nemo"
         )
+    if Path(settings["from"]).absolute() in path.absolute().parents:
+        raise ValueError(f"to={path}: allowed: a place outside {settings['from']}")
     if path.exists():
         raise ValueError(f"to={path}: is already there; allowed: a new path")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,10 @@ class GgufFile:
         """Shape of one tensor, rows first."""
         return self._tensors[hf_name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What `tensor` gives, whatever the file's quantisation."""
+        return torch.float32
+
     def tensor(self, hf_name: str) -> Tensor:
         """Read one tensor in fp32, its rows in Hugging Face order."""
         from gguf import GGMLQuantizationType

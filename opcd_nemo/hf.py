@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,9 +36,9 @@ from opcd_nemo.model_files import model_kind, read_json, resolve_model_path, wri
 from opcd_nemo.model_folder import (
     HF,
     WEIGHTS,
-    checkpoint_model,
     open_package,
     open_training_checkpoint,
+    read_checkpoint,
     read_record,
 )
 from opcd_nemo.sharding import (
@@ -64,6 +65,7 @@ __all__ = [
     "write_hf_folder",
 ]
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_FILE_BYTES = 5_000_000_000
 
 
@@ -71,6 +73,8 @@ class _Weights(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -109,6 +113,12 @@ class _SafetensorsFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        word = self._file_of[name].get_slice(name).get_dtype()
+        if word not in _DTYPES:
+            raise ValueError(f"tensor {name!r} is {word}; allowed: {', '.join(_DTYPES)}")
+        return _DTYPES[word]
+
     def tensor(self, name: str) -> Tensor:
         tensor = self._file_of[name].get_tensor(name)
         assert isinstance(tensor, Tensor)
@@ -119,7 +129,7 @@ class Checkpoint:
     """A model on disk; tensors are read one at a time, under their Hugging Face names.
 
     Attributes:
-        path: The folder or `.gguf` file.
+        path: The file or folder.
         config: Shape of the model.
     """
 
@@ -163,8 +173,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the final norm, and so in all checkpoints of today the weights, are stored in."""
-        return self.tensor("model.norm.weight").dtype
+        """The type that holds what all tensors are stored in."""
+        return reduce(torch.promote_types, map(self._weights.dtype, self.names()))
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors by name; each is read when it is asked for."""
@@ -208,7 +218,7 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 
 def _stored_config(found: Path) -> ModelConfig:
-    values = checkpoint_model(found)
+    values = read_checkpoint(found).model
     scaling = values.get("rope_scaling")
     try:
         return ModelConfig(

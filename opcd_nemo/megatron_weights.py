@@ -28,6 +28,11 @@ class MegatronWeights:
             ValueError: a tensor is missing, unexpected, or too small for the model.
         """
         self._tensors, self._config = tensors, config
+        if config.num_layers > len(tensors.names()):
+            raise ValueError(
+                f"{tensors.where} holds {len(tensors.names())} tensors; allowed: those of "
+                f"{config.num_layers} layers"
+            )
         self._source: dict[str, tuple[str, int | None]] = {}
         there = set(tensors.names())
         used: set[str] = set()
@@ -68,11 +73,6 @@ class MegatronWeights:
                     "and padding"
                 )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
-        return self._tensors.dtype("decoder.final_layernorm.weight")
-
     def names(self) -> tuple[str, ...]:
         """Hugging Face names."""
         return tuple(self._source)
@@ -80,6 +80,10 @@ class MegatronWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without padding."""
         return tensor_shapes(self._config)[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._tensors.dtype(self._stored(self._source[name][0])[0])
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; the others of the same Megatron parameter are kept for the next call.

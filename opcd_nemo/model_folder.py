@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from opcd_nemo import durable
 from opcd_nemo.archive import Files, FolderFiles, open_files, read_whole
 from opcd_nemo.distcp import read_plain
 from opcd_nemo.durable import MANIFEST
-from opcd_nemo.model_files import NEMO_CONFIG, parse_json
+from opcd_nemo.model_files import NEMO_CONFIG, model_kind, parse_json, resolve_model_path
 
 HF, WEIGHTS = "hf/", "model_weights/"
 CONTEXT, EVALUATION, LICENCE = "context.json", "evaluation.json", "licence.json"
 _BLOCK = 1 << 22
+_MAX_HOPS = 16
 _ALLOWED = re.compile(
     rf"{NEMO_CONFIG}|{CONTEXT}|{EVALUATION}|{LICENCE}|{MANIFEST}"
     rf"|{HF}[\w.-]+\.(json|jinja|txt|model|md)"
@@ -61,6 +62,8 @@ class CheckedFiles:
         Raises:
             ValueError: the file is not as the manifest says.
         """
+        if name not in self._sizes:
+            raise ValueError(f"{self.where}: has no {name}; allowed: what its manifest says")
         entry = self._unchecked.get(name)
         if entry is not None:
             self._check(name, entry)
@@ -117,23 +120,55 @@ def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def checkpoint_model(path: Path) -> dict[str, Any]:
-    """The fields of the student's `ModelConfig` in a training checkpoint."""
-    return _part(path, read_plain(open_training_checkpoint(path)), "model")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCheckpoint:
+    """What a checkpoint of train.py says beside its tensors.
+
+    `model`: fields of the student's `ModelConfig`; `config`: of the run, with its context hash;
+    `context`: as `provenance.describe_context` gives it.
+    """
+
+    step: int
+    model: dict[str, Any]
+    config: dict[str, Any]
+    context: dict[str, Any]
 
 
-def checkpoint_origin(path: Path) -> dict[str, Any]:
-    """The configuration that a training checkpoint's run had, with its `context_hash`."""
-    return _part(path, checkpoint_state(path).get("opcd"), "config")
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Read a checkpoint's plain part.
 
-
-def checkpoint_state(path: Path) -> dict[str, Any]:
-    """The trainer's part of a training checkpoint."""
-    return _part(path, read_plain(open_training_checkpoint(path)), "common")
-
-
-def _part(path: Path, values: object, key: str) -> dict[str, Any]:
-    found = values.get(key) if isinstance(values, Mapping) else None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: says nothing of its {key}; allowed: a checkpoint of train.py")
+    Raises:
+        ValueError: it is damaged, or not one of train.py.
+    """
+    plain = read_plain(open_training_checkpoint(path))
+    try:
+        state, model = plain["common"], plain["model"]
+        found = TrainingCheckpoint(
+            step=int(state["global_step"]),
+            model=dict(model),
+            config=dict(state["opcd"]["config"]),
+            context=dict(state["opcd"]["context"]),
+        )
+        str(found.config["student"]["path"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: its {error} is missing; allowed: a checkpoint of this version's train.py"
+        ) from error
     return found
+
+
+def base_path(path: str) -> str:
+    """Where the tokenizer of a model is: follows training checkpoints to what they started from.
+
+    Raises:
+        ValueError: something on the way is not there, or the way does not end.
+    """
+    for _ in range(_MAX_HOPS):
+        found = resolve_model_path(path)
+        if model_kind(found) != "checkpoint":
+            return path
+        path = str(read_checkpoint(found).config["student"]["path"])
+    raise ValueError(
+        f"{path}: student.path leads from checkpoint to checkpoint without an end; "
+        "allowed: one that starts from a model"
+    )

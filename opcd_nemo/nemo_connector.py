@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from nemo.core.classes.common import (  # pinned: NeMo offers no public way to name a third party
     ALLOWED_TARGET_PREFIXES,
     _get_allowed_target_class,
@@ -14,15 +14,16 @@ from nemo.core.classes.common import (  # pinned: NeMo offers no public way to n
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opcd_nemo.archive import read_whole
-from opcd_nemo.config import ParallelConfig
+from opcd_nemo.archive import Files, read_whole
+from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.export import nemo_config
 from opcd_nemo.model_files import NEMO_CONFIG, resolve_model_path
-from opcd_nemo.model_folder import open_package
+from opcd_nemo.model_folder import EVALUATION, open_package, read_record
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.package import write_package
 from opcd_nemo.parallel import Parallel, init_parallel
 from opcd_nemo.provenance import Provenance, base_licence, describe_context
+from opcd_nemo.stored_config import parse_stored
 
 OWN_TARGETS = "opcd_nemo."
 if OWN_TARGETS not in ALLOWED_TARGET_PREFIXES:
@@ -36,8 +37,15 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
     """The student as a reshardable package, written by all ranks, read in place by each."""
 
     def save_to(self, model: Any, save_path: str) -> None:
-        """Write the model's student and what is known of it. Collective over the world."""
+        """Write the model's student and what is known of it. Collective over the world.
+
+        Raises:
+            ValueError: another ending than `.nemo`.
+            SaveError: on every rank, when the file cannot be written.
+        """
         config: Any = OmegaConf.to_container(model.cfg, resolve=True)
+        if Path(save_path).suffix != ".nemo":
+            raise ValueError(f"save_path={save_path}: allowed: a name ending in .nemo")
         write_package(
             Path(save_path),
             model.run.student,
@@ -54,7 +62,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
         self,
         calling_cls: type[Any],
         restore_path: str,
-        override_config_path: DictConfig | str | None = None,
+        override_config_path: DictConfig | str | Path | None = None,
         map_location: Any = None,
         strict: bool = True,
         return_config: bool = False,
@@ -69,7 +77,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             calling_cls: a class of OPCDModel's.
             restore_path: a `.nemo`, or a folder that one was unpacked to.
             override_config_path: a whole configuration (or its file) in place of the stored one.
-            map_location: the device comes from the layout: None.
+            map_location: None, or the device of the layout.
             strict: True: every tensor of the model, and no other.
             return_config: return the configuration and build nothing.
             trainer: one with a MegatronStrategy.
@@ -79,34 +87,46 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             ValueError: a damaged or hostile package, or a setting that does not fit.
             UnsafeTargetError: the configuration names a class outside NeMo's allow-list.
         """
-        if not strict or map_location is not None:
-            raise ValueError(
-                f"strict={strict}, map_location={map_location}; allowed: True and None"
-            )
-        config = _stored_config(Path(self.model_extracted_dir or restore_path))
+        if not strict:
+            raise ValueError("strict=False: allowed: True")
+        path = str(self.model_extracted_dir or restore_path)
+        files = open_package(resolve_model_path(path))
+        config = _stored_config(files)
         if override_config_path is not None:
             config = _given_config(override_config_path)
         if return_config:
             return config
+        load_config(run_config(config))  # says what is wrong with an override
         name = config.get("target", f"{OWN_TARGETS}nemo_model.OPCDModel")
         if not issubclass(calling_cls, _get_allowed_target_class(name)):
             raise ValueError(f"target={name}; allowed: {calling_cls.__name__} or a base of it")
+        if trainer is not None and not isinstance(trainer.strategy, MegatronStrategy):
+            raise ValueError(
+                f"trainer with {type(trainer.strategy).__name__}; allowed: one with a "
+                "MegatronStrategy, or None"
+            )
         with open_dict(config):
             if config.teacher.path is None and config.teacher.life == "frozen":
                 config.teacher.path = config.student.path  # one that moves starts as the student
-            config.student.path = str(self.model_extracted_dir or restore_path)
-            config.student.keep_layers = None
+            config.student.path, config.student.keep_layers = path, None
             if override_config_path is None:
                 config.exp_manager.exp_dir = "runs"  # a stranger does not say where to write
         trainer = trainer or _default_trainer(config)
-        parallel = trainer.strategy.parallel  # type: ignore[attr-defined]  # MegatronStrategy
+        strategy = trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        device = strategy.parallel.device
+        if map_location is not None and torch.device(map_location).type != device.type:
+            raise ValueError(f"map_location={map_location}: allowed: the layout's, {device}")
         with open_dict(config):
-            config.parallel = {**config.parallel, **_layout(parallel)}
-        return calling_cls(config, trainer)
+            config.parallel = {**config.parallel, **_layout(strategy.parallel)}
+        model = calling_cls(config, trainer)
+        if EVALUATION in files.sizes():
+            model.summary = read_record(files, EVALUATION)  # until a step changes the weights
+        return model
 
 
-def _given_config(given: DictConfig | str) -> DictConfig:
-    config = OmegaConf.load(given) if isinstance(given, str) else given.copy()
+def _given_config(given: DictConfig | str | Path) -> DictConfig:
+    config = given.copy() if isinstance(given, DictConfig) else OmegaConf.load(given)
     assert isinstance(config, DictConfig)
     return config
 
@@ -116,33 +136,10 @@ def run_config(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key not in _NEMO_KEYS])
 
 
-def _stored_config(path: Path) -> DictConfig:
-    text = read_whole(open_package(resolve_model_path(str(path))), NEMO_CONFIG).decode()
-    try:
-        config = OmegaConf.create(text)
-    except Exception as error:  # yaml and OmegaConf raise many kinds
-        raise ValueError(f"{path}: {NEMO_CONFIG}: {error}; allowed: a configuration") from error
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path}: {NEMO_CONFIG} is not a mapping; allowed: a configuration")
-    if "${" in text:  # packages are written resolved; a resolver could read this machine
-        raise ValueError(f"{path}: {NEMO_CONFIG} has an interpolation; allowed: plain values")
-    for key, target in _targets(OmegaConf.to_container(config, resolve=False)):
-        if not str(target).startswith(OWN_TARGETS):
-            raise ValueError(
-                f"{path}: {key}={target}; allowed: names that start with {OWN_TARGETS} "
-                "(a plug of your own: pass it with override_config_path)"
-            )
+def _stored_config(files: Files) -> DictConfig:
+    stored = parse_stored(read_whole(files, NEMO_CONFIG), f"{files.where}: {NEMO_CONFIG}")
+    config: DictConfig = OmegaConf.create(stored)
     return config
-
-
-def _targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every class that a configuration names, wherever it is."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        if key in ("_target_", "target", "cls"):
-            yield f"{prefix}{key}", value
-        if isinstance(value, dict | list):
-            yield from _targets(value, f"{prefix}{key}.")
 
 
 def _default_trainer(config: DictConfig) -> pl.Trainer:

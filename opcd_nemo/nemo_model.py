@@ -23,6 +23,7 @@ from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
+from opcd_nemo.provenance import describe_context
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
 from opcd_nemo.types import Split
@@ -59,7 +60,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
-        self.summary: dict[str, Any] | None = None  # of the run, once it is evaluated
+        self._context = describe_context(config.context)
+        self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
@@ -78,6 +80,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     def training_step(self, batch: int, batch_idx: int) -> None:
         """One distillation step."""
         started, cpu = time.perf_counter(), time.process_time()
+        self.summary = None
         strategy = self.trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
         step = self.trainer.global_step  # the loader counts from 0 in a continued run
@@ -104,6 +107,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         origin = run_origin(run_config(self.cfg), self.context_hash)
         best = asdict(self.best) if self.best else None
         checkpoint["opcd"] = {"config": origin, "versions": report.versions(), "best": best}
+        checkpoint["opcd"]["context"] = self._context
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what `on_train_start` needs, and the best score until then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from opcd_nemo import checkpoint, durable
@@ -11,8 +12,10 @@ from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.model_config import hf_config
 from opcd_nemo.model_files import NEMO_CONFIG, write_json
 from opcd_nemo.model_folder import HF, WEIGHTS
+from opcd_nemo.parallel import Parallel
 from opcd_nemo.provenance import Provenance
 from opcd_nemo.tokenizer import write_tokenizer
+from opcd_nemo.types import SaveError
 
 
 def write_package(
@@ -31,10 +34,14 @@ def write_package(
         config_yaml: the text of `model_config.yaml`.
         tokenizer_path: the model whose tokenizer the student has.
         provenance: what goes with the weights.
+
+    Raises:
+        SaveError: on every rank, when it cannot be written; nothing is left behind.
     """
     parallel = student.parallel
     folder = path.with_name(f".{path.name}.partial")
-    if parallel.rank == 0:
+
+    def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / HF).mkdir(parents=True)
         (folder / WEIGHTS).mkdir()
@@ -43,19 +50,35 @@ def write_package(
         write_tokenizer(tokenizer_path, folder / HF)
         for name, values in provenance.files().items():
             write_json(folder / name, values)
-    parallel.barrier()
-    checkpoint.save_weights(folder / WEIGHTS, student)
-    parallel.barrier()
-    if parallel.rank == 0:
+
+    def publish() -> None:
         names = durable.files_in(folder)
         entries = {name: durable.measure(folder / name, sync=True) for name in names}
         if path.suffix == ".nemo":
             durable.write_manifest(folder, entries)
             write_tar(path, folder, _small_first([*names, durable.MANIFEST]))
-            shutil.rmtree(folder)
         else:
             durable.publish(folder, path, entries)
-    parallel.barrier()
+
+    try:
+        _on_rank_0(parallel, path, prepare)
+        checkpoint.save_weights(folder / WEIGHTS, student)
+        _on_rank_0(parallel, path, publish)
+    finally:
+        if parallel.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_rank_0(parallel: Parallel, path: Path, write: Callable[[], None]) -> None:
+    """Let rank 0 write; when it cannot, every rank raises. Collective over the world."""
+    error = None
+    if parallel.rank == 0:
+        try:
+            write()
+        except (OSError, ValueError) as failure:
+            error = durable.describe(failure) if isinstance(failure, OSError) else str(failure)
+    if error := parallel.gather_objects(error)[0]:
+        raise SaveError(f"{path} is not written: {error}")
 
 
 def _small_first(names: list[str]) -> list[str]:

@@ -15,9 +15,9 @@ from opcd_nemo.model_folder import (
     CONTEXT,
     EVALUATION,
     LICENCE,
-    checkpoint_origin,
-    checkpoint_state,
+    base_path,
     open_package,
+    read_checkpoint,
     read_record,
 )
 
@@ -64,11 +64,11 @@ def read_provenance(path: str) -> Provenance:
             licence=records[LICENCE] or _not_stated(path),
         )
     if kind == "checkpoint":
-        origin = checkpoint_origin(found)
+        checkpoint = read_checkpoint(found)
         return Provenance(
-            context=describe_context(origin["context"]),
-            evaluation=_run_summary(found),
-            licence=base_licence(origin["student"]["path"]),
+            context=checkpoint.context,
+            evaluation=_run_summary(found, checkpoint.step),
+            licence=base_licence(path),
         )
     return Provenance(context=None, evaluation=None, licence=base_licence(path))
 
@@ -108,14 +108,15 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
 
 
 def base_licence(path: str) -> dict[str, Any]:
-    """What the base model's own files say of its licence; the texts of its licence files."""
-    try:
-        found = resolve_model_path(path)
-    except ValueError:  # trained elsewhere: its base is not on this machine
-        return _not_stated(path)
+    """What the base model's own files say of its licence; the texts of its licence files.
+
+    Raises:
+        ValueError: the base model is not there.
+    """
+    found = resolve_model_path(base_path(path))
     kind = model_kind(found)
-    if kind in ("checkpoint", "nemo"):
-        return read_provenance(path).licence
+    if kind == "nemo":
+        return read_provenance(str(found)).licence
     if kind == "gguf":
         stated, texts = GgufFile(found).metadata.get("general.license"), {}
     else:
@@ -142,10 +143,8 @@ def _front_matter(readme: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _run_summary(checkpoint: Path) -> dict[str, Any] | None:
+def _run_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
     """The summary of the checkpoint's run, when it is about this step's weights."""
     file = checkpoint.parent.parent / SUMMARY
-    if not file.is_file():
-        return None
-    summary = read_json(file)
-    return summary if summary.get("steps") == checkpoint_state(checkpoint)["global_step"] else None
+    summary = read_json(file) if file.is_file() else {}
+    return summary if summary.get("steps") == step else None

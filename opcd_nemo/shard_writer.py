@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -59,7 +60,9 @@ class Written:
 
 def write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:
     """Add the file that tells readers where the pieces of every rank lie."""
-    FileSystemWriter(folder).finish(index, [list(part.results) for part in parts])
+    index.storage_data = {one.index: one.storage_data for part in parts for one in part.results}
+    with (folder / ".metadata").open("wb") as file:
+        pickle.dump(index, file)
 
 
 class ShardWriter:

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer
 from opcd_nemo.gguf_file import GgufFile
 from opcd_nemo.model_config import end_tokens
 from opcd_nemo.model_files import model_kind, read_json, resolve_model_path, write_json
-from opcd_nemo.model_folder import checkpoint_origin, open_package, unpack_hf
+from opcd_nemo.model_folder import base_path, open_package, unpack_hf
 from opcd_nemo.types import Message
 from opcd_nemo.vocabulary import (
     FastVocabulary,
@@ -95,12 +95,10 @@ class ChatTokenizer:
         Raises:
             ValueError: No tokenizer or no chat template there, or of a kind not supported.
         """
-        found = resolve_model_path(path)
+        found = resolve_model_path(base_path(path))
         kind = model_kind(found)
         if kind == "gguf":
             return _from_gguf(found)
-        if kind == "checkpoint":
-            return cls.from_path(checkpoint_origin(found)["student"]["path"])
         if kind == "nemo":
             with unpack_hf(open_package(found)) as folder:
                 return _from_folder(Path(folder))
@@ -122,10 +120,8 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"{self._where}: chat template refuses messages: {error.message}"
-            ) from error
+        except Exception as error:  # a template can fail as any program
+            raise ValueError(f"{self._where}: chat template refuses messages: {error}") from error
         return self.encode(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -151,11 +147,9 @@ def write_tokenizer(path: str, folder: Path) -> None:
     Raises:
         ValueError: as of `ChatTokenizer.from_path`.
     """
-    found = resolve_model_path(path)
+    found = resolve_model_path(base_path(path))
     kind = model_kind(found)
-    if kind == "checkpoint":
-        write_tokenizer(checkpoint_origin(found)["student"]["path"], folder)
-    elif kind == "gguf":
+    if kind == "gguf":
         _write_gguf_tokenizer(found, folder)
     elif kind == "nemo":
         with unpack_hf(open_package(found)) as unpacked:
@@ -182,6 +176,11 @@ def _write_gguf_tokenizer(path: Path, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings)
+    ids = {
+        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos", "bos"), ("pad", "padding"))
+    }
+    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     template = str(file.metadata["tokenizer.chat_template"])
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 

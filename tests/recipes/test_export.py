@@ -108,9 +108,9 @@ def test_nemo_restores_it_on_another_layout_and_saves_it_again(
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("task._target_", "os.system", "allowed: names that start with opcd_nemo."),
-        ("trainer.callbacks", [{"_target_": "subprocess.call"}], "opcd_nemo."),
-        ("target", "subprocess.Popen", "opcd_nemo."),
+        ("task._target_", "os.system", "of opcd_nemo"),
+        ("trainer.callbacks", [{"_target_": "subprocess.call"}], "of opcd_nemo"),
+        ("target", "subprocess.Popen", "of opcd_nemo"),
         ("name", "${oc.env:HOME}", "interpolation"),
     ],
 )

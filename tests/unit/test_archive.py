@@ -17,7 +17,8 @@ from opcd_nemo.archive import FolderFiles, TarFiles, open_files, read_whole, wri
 from opcd_nemo.distcp import DistributedTensors, read_plain
 from opcd_nemo.hf import open_checkpoint
 from opcd_nemo.model_files import NEMO_CONFIG
-from opcd_nemo.model_folder import open_package
+from opcd_nemo.model_folder import CheckedFiles, open_package
+from opcd_nemo.stored_config import parse_stored
 from tests.tiny import refusal
 
 Member = tuple[tarfile.TarInfo, bytes]
@@ -124,3 +125,101 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
     durable.write_manifest(tmp_path, {name: durable.measure(tmp_path / name) for name in names})
     assert "plain values" in refusal(open_checkpoint, tmp_path)
     assert not ran.exists()
+
+
+Chunk = tuple[int, int, str]  # first row, rows, file
+
+
+def write_rows(folder: Path, rows: int, *chunks: Chunk) -> DistributedTensors:
+    """A checkpoint of one tensor `x` [rows, 2] whose index says what `chunks` say."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    about, places = [], {}
+    for first, count, name in chunks:
+        data = io.BytesIO()
+        torch.save(torch.arange(first, first + count)[:, None].expand(count, 2).clone(), data)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.getvalue())
+        offsets = torch.Size([first, 0])
+        about.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([count, 2])))
+        length = len(data.getvalue())
+        places[MetadataIndex("x", offsets)] = _StorageInfo(name, 0, length)
+    one = TensorStorageMetadata(
+        properties=TensorProperties(dtype=torch.int64), size=torch.Size([rows, 2]), chunks=about
+    )
+    index = Metadata(state_dict_metadata={"x": one}, storage_data=places)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    files = [name for name in durable.files_in(folder) if ".." not in name]
+    durable.write_manifest(folder, {name: durable.measure(folder / name) for name in files})
+    return DistributedTensors(CheckedFiles(FolderFiles(folder)))
+
+
+def test_pieces_of_a_tensor_are_put_together(tmp_path: Path) -> None:
+    tensors = write_rows(tmp_path, 5, (3, 2, "b"), (0, 3, "a"))
+    assert tensors.tensor("x").tolist() == [[row, row] for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    "chunks", [[(0, 2, "a"), (0, 2, "b")], [(0, 3, "a"), (2, 2, "b")], [(0, 3, "a")]]
+)
+def test_pieces_that_overlap_or_leave_gaps_are_refused(chunks: list[Chunk], tmp_path: Path) -> None:
+    tensors = write_rows(tmp_path, 4, *chunks)
+    with pytest.raises(ValueError, match="each value once"):
+        tensors.tensor("x")
+
+
+def test_a_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    tensors = write_rows(inside, 2, (0, 2, "../secret"))
+    with pytest.raises(ValueError, match="in files that are there"):
+        tensors.tensor("x")
+
+
+def test_an_index_changes_no_class(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    harmful = (
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n"
+        b"N}\x8c\x08__init__ctorch\nSize\ns\x86b."
+    )
+    (tmp_path / ".metadata").write_bytes(harmful)
+    refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
+    assert Metadata({}).state_dict_metadata == {}
+
+
+def test_a_tar_of_nested_headers_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type = tarfile.XHDTYPE
+    (tmp_path / "a.nemo").write_bytes(header.tobuf() * 3000)
+    refusal(lambda p: TarFiles(Path(p)), tmp_path / "a.nemo")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("context: ${oc.env:HOME}", "interpolation"),
+        ("a: [{b: '${oc.decode:1}'}]", "interpolation"),
+        ("context: {_target_: os.system}", "_target_=os.system"),
+        ("a: {b: [{_target_: opcd_nemo.config.build_plug}]}", "build_plug"),
+        ("target: opcd_nemo.launch.run_recipe", "run_recipe"),
+        ("[1, 2]", "no mapping"),
+        ("a: [", "YAML"),
+        ("!!python/object/apply:os.system [ls]", "YAML"),
+    ],
+)
+def test_a_strangers_configuration_is_refused(text: str, word: str) -> None:
+    assert word in refusal(lambda p: parse_stored(text.encode(), str(p)), "config")
+
+
+def test_a_configuration_of_this_package_is_read() -> None:
+    text = b"target: opcd_nemo.nemo_model.OPCDModel\ntask: {_target_: opcd_nemo.tasks.a.B}"
+    assert parse_stored(text, "x")["task"] == {"_target_": "opcd_nemo.tasks.a.B"}

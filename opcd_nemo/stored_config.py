@@ -1,0 +1,59 @@
+"""A configuration out of a file from anywhere: plain values, and classes of this package alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+_MAX_BYTES = 1 << 20
+_MODEL = "opcd_nemo.nemo_model.OPCDModel"
+_PLUGS = re.compile(r"opcd_nemo\.(context|losses|(tasks|engines)\.\w+)\.\w+")
+
+
+def parse_stored(text: bytes, where: str) -> dict[str, Any]:
+    """Read YAML that was written here.
+
+    Raises:
+        ValueError: another kind of file, or one that `check_stored` refuses.
+    """
+    try:
+        if len(text) > _MAX_BYTES or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
+            raise ValueError(f"more than {_MAX_BYTES} bytes, or aliases")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{where}: {first}; allowed: a configuration in YAML") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: is no mapping; allowed: a configuration in YAML")
+    check_stored(config, where)
+    return config
+
+
+def check_stored(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what could run or read something when the configuration is used.
+
+    Raises:
+        ValueError: an interpolation (files are written resolved), or a class of another package.
+    """
+    for key, value in _leaves(config):
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{where}: {key} has an interpolation; allowed: plain values")
+        if key.split(".")[-1] in ("_target_", "target", "cls") and not (
+            value == _MODEL or _PLUGS.fullmatch(str(value))
+        ):
+            raise ValueError(
+                f"{where}: {key}={value}; allowed: a task, context, engine or loss of opcd_nemo "
+                "(one of your own: pass it with override_config_path)"
+            )
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, Mapping | list):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
