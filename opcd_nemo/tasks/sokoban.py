@@ -14,7 +14,7 @@ from opcd_nemo.tasks.boards import (
     draw,
     in_one_line,
 )
-from opcd_nemo.tasks.draws import shuffled
+from opcd_nemo.tasks.draws import digest, shuffled
 
 LETTERS = {
     "player": "P",
@@ -78,8 +78,8 @@ class Sokoban:
         return "target" if on_target else "floor"
 
 
-def _add(cell: Cell, step: Cell) -> Cell:
-    return cell[0] + step[0], cell[1] + step[1]
+def _add(cell: Cell, step: Cell, times: int = 1) -> Cell:
+    return cell[0] + times * step[0], cell[1] + times * step[1]
 
 
 def sokoban_maps(
@@ -96,7 +96,7 @@ def sokoban_maps(
 
     Args:
         size: of the square room, with the wall around.
-        num_boxes: and as many targets.
+        num_boxes: and as many targets; at least one box stands off its target.
         num_walls: wall cells inside the room.
         min_moves: of a shortest solution, at least.
         rounds: of a shortest solution, at most.
@@ -118,23 +118,53 @@ def sokoban_maps(
         raise ValueError(f"task.rounds={rounds}; allowed: 1 or more")
     if not 1 <= min_moves <= rounds:
         raise ValueError(f"task.min_moves={min_moves}; allowed: 1 to task.rounds={rounds}")
-    rooms = _drawn(size, num_boxes, num_walls, map_seed, num_maps * DRAWS_PER_MAP)
+    rooms = _drawn(size, num_boxes, num_walls, rounds, map_seed, num_maps * DRAWS_PER_MAP)
     return choose_maps(rooms, min_moves=min_moves, rounds=rounds, num_maps=num_maps, complete=False)
 
 
 def _drawn(
-    size: int, num_boxes: int, num_walls: int, map_seed: int, num_draws: int
+    size: int, num_boxes: int, num_walls: int, rounds: int, map_seed: int, num_draws: int
 ) -> Iterator[Sokoban]:
+    """Rooms that are played backwards from their end: few placements drawn evenly are solvable."""
     cells = [(row, column) for row in range(size) for column in range(size)]
     inside = [cell for cell in cells if min(cell) > 0 and max(cell) < size - 1]
     around = frozenset(cells) - frozenset(inside)
-    ends = [num_walls, num_walls + num_boxes, num_walls + 2 * num_boxes]
     for attempt in range(num_draws):
         order = shuffled(inside, str, map_seed, attempt)
-        yield Sokoban(
+        targets = order[num_walls : num_walls + num_boxes]
+        room: Sokoban | None = Sokoban(
             size=size,
-            walls=around | frozenset(order[: ends[0]]),
-            boxes=frozenset(order[ends[0] : ends[1]]),
-            targets=frozenset(order[ends[1] : ends[2]]),
-            player=order[ends[2]],
+            walls=around | frozenset(order[:num_walls]),
+            boxes=frozenset(targets),
+            targets=frozenset(targets),
+            player=targets[0],
         )
+        for move in range(3 * rounds):  # some are blocked or undone
+            chance = digest(map_seed, attempt, move)
+            step = list(STEPS.values())[chance[0] % len(STEPS)]
+            if room is not None:
+                room = _last_push(room, step) if move == 0 else _before(room, step, chance[1] % 4)
+        if room is not None:
+            yield room
+
+
+def _last_push(room: Sokoban, step: Cell) -> Sokoban | None:
+    """Return the solved room before a push onto the first target; None when it had no place."""
+    box = room.player
+    behind, start = _add(box, step, -1), _add(box, step, -2)
+    if {behind, start} & (room.walls | room.boxes):
+        return None
+    return replace(room, player=start, boxes=room.boxes - {box} | {behind})
+
+
+def _before(room: Sokoban, step: Cell, chance: int) -> Sokoban:
+    """Return the room before a step or, mostly, a push; the same room when there was none."""
+    start, ahead = _add(room.player, step, -1), _add(room.player, step)
+    if start in room.walls or start in room.boxes:
+        return room
+    pulled = chance > 0 and ahead in room.boxes
+    return replace(
+        room,
+        player=start,
+        boxes=room.boxes - {ahead} | {room.player} if pulled else room.boxes,
+    )
