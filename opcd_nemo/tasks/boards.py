@@ -59,6 +59,16 @@ def in_one_line(drawing: str) -> str:
     return drawing.replace(" ", "").replace("\n", "-")
 
 
+def images(name: str) -> set[str]:
+    """Return the names of a board's rotations and reflections, its own among them."""
+    rows = name.split("-")
+    found = set()
+    for _ in range(4):
+        found |= {"-".join(rows), "-".join(row[::-1] for row in rows)}
+        rows = ["".join(column) for column in zip(*rows[::-1], strict=True)]
+    return found
+
+
 def solve(board: Board, max_moves: int) -> tuple[Direction, ...] | None:
     """Return a shortest solution, by breadth-first search; None when none is short enough."""
     layer: dict[Board, tuple[Direction, ...]] = {board: ()}

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, system_prompt
-from opcd_nemo.tasks.boards import Board, MapPool, draw
+from opcd_nemo.tasks.boards import Board, MapPool, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
@@ -151,7 +151,11 @@ class GameTask:
         return system_prompt.anchors(self._seed, step, n)
 
     def report(self) -> dict[str, Any]:
-        """Return what the setting holds: maps, splits, their overlap, a random player's wins."""
+        """Return what the setting holds: maps, splits, their overlap, a random player's wins.
+
+        `maps_test_mirrored` counts test maps that are a rotated or reflected training map: other
+        maps with other moves, yet not wholly new.
+        """
         names = {split: {board.name for board in maps} for split, maps in self.maps.items()}
         uses = Counter(name for split in names.values() for name in split)
         start = {"rounds_left": self._rules.rounds, "invalid_moves": 0}
@@ -166,6 +170,9 @@ class GameTask:
             "maps": len(uses),
             **{f"maps_{split}": len(found) for split, found in names.items()},
             "maps_overlap": sum(count > 1 for count in uses.values()),
+            "maps_test_mirrored": sum(
+                not names["train"].isdisjoint(images(n)) for n in names["test"]
+            ),
             "random_win_rate": sum(every) / len(every),
             **{f"random_win_rate_{split}": sum(r) / len(r) for split, r in rates.items()},
         }

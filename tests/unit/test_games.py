@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from opcd_nemo.config import build_plug, check_plug
 from opcd_nemo.context import Context
 from opcd_nemo.launch import compose
-from opcd_nemo.tasks.boards import STEPS, Board, Direction, draw, solve
+from opcd_nemo.tasks.boards import STEPS, Board, Direction, draw, images, solve
 from opcd_nemo.tasks.frozen_lake import FrozenLake, frozen_lake_maps
 from opcd_nemo.tasks.games import GameEpisode, GameTask
 from opcd_nemo.tasks.rules import Play, Rules, make_rules, random_win_rate
@@ -190,6 +190,27 @@ def test_the_splits_share_no_map_and_hold_them_all(
     assert report["maps"] == len(drawings)
     assert report["maps_overlap"] == 0
     assert report["maps_test"] == settings["num_test"]
+
+
+def test_a_board_has_eight_images_and_their_solutions_are_as_long() -> None:
+    board = room("#####", "#PX_#", "#__O#", "#___#", "#####")
+    names = images(board.name)
+    assert len(names) == 8
+    assert all(images(name) == names for name in names)
+    lengths = {len(solve(room(*name.split("-")), 9) or ()) for name in names}
+    assert lengths == {len(solve(board, 9) or ())}
+    assert images("P.-.G") >= {"P.-.G", "G.-.P"}
+    assert len(images("P.-.G")) == 4
+
+
+def test_test_maps_that_mirror_a_training_map_are_counted() -> None:
+    task = build()
+    train = {board.name for board in task.maps["train"]}
+    twins = [
+        "-".join(map("".join, zip(*board.name.split("-"), strict=True))) in train
+        for board in task.maps["test"]
+    ]
+    assert task.report()["maps_test_mirrored"] == sum(twins) == 4
 
 
 def test_an_overlap_would_be_reported() -> None:
