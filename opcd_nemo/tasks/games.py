@@ -94,10 +94,10 @@ def _turn(text: str, context: Context) -> Turn:
 class GameTask:
     """Games on maps that the splits do not share.
 
-    A map's split depends on the map alone, not on a seed: the seed only shuffles the training maps
-    and the anchors. Retention asks for capitals. With `repeat_maps` a batch may be larger than its
-    split: training then goes on through the next epoch, the other splits start again; a map that
-    comes again in a batch has a number after its uid.
+    The splits depend on the maps of the setting and on no seed: the seed only shuffles the training
+    maps and the anchors. Retention asks for capitals. With `repeat_maps` a batch may be larger than
+    its split: training then goes on through the next epoch, the other splits start again; a map
+    that comes again in a batch has a number after its uid.
     """
 
     def __init__(
