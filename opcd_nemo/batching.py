@@ -141,7 +141,7 @@ def make_distill_batches(
     """This rank's micro-batches. Collective over dp, through `sum_over_ranks`.
 
     Args:
-        rollouts: this rank's rollouts, an equal share of the global batch.
+        rollouts: this rank's rollouts; ranks may have different numbers of them (games).
         micro_batch_size: sequences a micro-batch.
         aggregation: how tokens are weighed.
         sum_over_ranks: sums a tensor over the data-parallel ranks.

@@ -13,7 +13,7 @@ from opcd_nemo.types import Split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One evaluated episode."""
+    """One evaluated episode; `text` holds the answers of all its turns."""
 
     uid: str
     text: str
@@ -86,12 +86,12 @@ class Evaluator:
             first_index=0,
             prefix_ids=self._prefix_ids if with_context else (),
         )
-        texts = {
-            rollout.uid: self._conversation.tokenizer.decode(rollout.response_ids)
-            for rollout in rollouts
-        }
+        texts: dict[str, list[str]] = {}
+        for rollout in rollouts:
+            text = self._conversation.tokenizer.decode(rollout.response_ids)
+            texts.setdefault(rollout.uid, []).append(text)
         answers = [
-            Answer(uid=episode.uid, text=texts[episode.uid], score=episode.score())
+            Answer(uid=episode.uid, text="\n\n".join(texts[episode.uid]), score=episode.score())
             for episode in mine
         ]
         return Evaluation(answers=tuple(self._parallel.gather_over_dp(answers)))

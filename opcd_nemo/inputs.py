@@ -140,7 +140,7 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
 
 
 def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
-    """Render what is known now; later prompts are checked when they are rendered."""
+    """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
@@ -170,7 +170,7 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
                     "allowed: a task that is not empty, and at most as many as it has"
                 )
         for episode in episodes:
-            student, teacher = conversation.prompts(episode)
+            student, teacher = conversation.longest_prompts(episode)
             with _about("task._target_", config.task["_target_"]):
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):

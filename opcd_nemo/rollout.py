@@ -15,7 +15,7 @@ import torch
 from opcd_nemo.context import ContextSource
 from opcd_nemo.tasks import Episode
 from opcd_nemo.tokenizer import ChatTokenizer
-from opcd_nemo.types import Prompt, Rollout, Sample
+from opcd_nemo.types import Prompt, Rollout, Sample, Turn
 
 SamplerName = Literal["student", "teacher"]
 
@@ -114,7 +114,13 @@ class Conversation:
 
         Without context the teacher reads what the student reads.
         """
-        turn = episode.turn(self.source.context(episode.uid, 0))
+        return self._render(episode.turn(self.source.context(episode.uid, 0)), with_context)
+
+    def longest_prompts(self, episode: Episode) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """As `prompts`, of the longest turn that the episode may come to."""
+        return self._render(episode.longest_turn(self.source.context(episode.uid, 0)), True)
+
+    def _render(self, turn: Turn, with_context: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         student = self.tokenizer.render(turn.student_messages)
         return student, self.tokenizer.render(turn.teacher_messages) if with_context else student
 

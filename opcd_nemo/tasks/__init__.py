@@ -32,6 +32,10 @@ class Episode(Protocol):
         """Return what student and teacher are asked now."""
         ...
 
+    def longest_turn(self, context: Context) -> Turn:
+        """Return a turn as long as any that this episode may come to ask."""
+        ...
+
     def reply(self, text: str) -> None:
         """Take the answer to the current turn."""
         ...
@@ -45,7 +49,7 @@ class Task(Protocol):
     """A source of episodes; every method is pure in its arguments and the task's seed."""
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
-        """Return `n` new episodes of different prompts.
+        """Return `n` new episodes of different prompts; their uids differ.
 
         Training prompts follow an order shuffled anew each epoch, and no prompt comes twice in an
         epoch. The other splits ignore `step` and give their first `n`, always in the same order.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from opcd_nemo.tasks import Context, Episode
+from opcd_nemo.tasks.draws import digest, draw, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS, NOUNS, TEMPLATES
 from opcd_nemo.tasks.verifiers import VERIFIERS, Verifier, mentions
 from opcd_nemo.types import Message, Split, Turn
@@ -47,6 +48,10 @@ class QuestionEpisode:
         seen = context.messages(self._question) if self._teacher_sees_context else bare
         return Turn(student_messages=bare, teacher_messages=seen)
 
+    def longest_turn(self, context: Context) -> Turn:
+        """Return the only turn."""
+        return self.turn(context)
+
     def reply(self, text: str) -> None:
         """Take the answer."""
         assert not self.done, self.uid
@@ -73,16 +78,14 @@ class StyleTask:
         self._verifier = VERIFIERS[verifier]
         self._seed = seed
         self._prompts = _prompts_by_split()
-        self._anchors = [
-            _Prompt(uid=f"anchor/{index}", question=question)
-            for index, question in enumerate(ANCHORS)
-        ]
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         """Return `n` new episodes of different prompts, as `Task.episodes` says."""
         prompts = self._prompts[split]
-        _require_enough(split, n, len(prompts))
-        drawn = self._draw(prompts, step, n) if split == "train" else prompts[:n]
+        require_enough(split, n, len(prompts))
+        drawn = prompts[:n]
+        if split == "train":
+            drawn = draw(prompts, attrgetter("uid"), seed=self._seed, step=step, n=n)
         return [
             QuestionEpisode(
                 uid=prompt.uid,
@@ -95,40 +98,43 @@ class StyleTask:
 
     def retention(self, n: int) -> list[Episode]:
         """Return the first `n` questions for a capital."""
-        _require_enough("retention", n, len(CAPITALS))
-        return [
-            QuestionEpisode(
-                uid=f"retention/{country}",
-                question=f"What is the capital of {country}?",
-                verifier=partial(mentions, capital),
-                teacher_sees_context=True,
-            )
-            for country, capital in list(CAPITALS.items())[:n]
-        ]
+        return capitals(n)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` general prompts that the teacher, too, sees without context."""
-        _require_enough("anchors", n, len(self._anchors))
-        return [
-            QuestionEpisode(
-                uid=prompt.uid,
-                question=prompt.question,
-                verifier=None,
-                teacher_sees_context=False,
-            )
-            for prompt in self._draw(self._anchors, step, n)
-        ]
+        return anchors(self._seed, step, n)
 
-    def _draw(self, prompts: Sequence[_Prompt], step: int, n: int) -> list[_Prompt]:
-        """Return batch `step` of size `n`; what is left of an epoch below `n` is not drawn."""
-        assert step >= 0, step
-        epoch, batch = divmod(step, len(prompts) // n)
-        shuffled = sorted(prompts, key=lambda prompt: _digest(self._seed, epoch, prompt.uid))
-        return shuffled[batch * n : (batch + 1) * n]
+
+def capitals(n: int) -> list[Episode]:
+    """Return the first `n` questions for a capital: a `Task.retention`."""
+    require_enough("retention", n, len(CAPITALS))
+    return [
+        QuestionEpisode(
+            uid=f"retention/{country}",
+            question=f"What is the capital of {country}?",
+            verifier=partial(mentions, capital),
+            teacher_sees_context=True,
+        )
+        for country, capital in list(CAPITALS.items())[:n]
+    ]
+
+
+def anchors(seed: int, step: int, n: int) -> list[Episode]:
+    """Return `n` everyday prompts whose teacher sees no context: a `Task.anchors`."""
+    require_enough("anchors", n, len(ANCHORS))
+    prompts = [
+        _Prompt(uid=f"anchor/{index}", question=question) for index, question in enumerate(ANCHORS)
+    ]
+    return [
+        QuestionEpisode(
+            uid=prompt.uid, question=prompt.question, verifier=None, teacher_sees_context=False
+        )
+        for prompt in draw(prompts, attrgetter("uid"), seed=seed, step=step, n=n)
+    ]
 
 
 def _prompts_by_split() -> dict[Split, list[_Prompt]]:
-    nouns = sorted(NOUNS, key=_digest)
+    nouns = sorted(NOUNS, key=digest)
     num_held_out = NUM_TEST_NOUNS + NUM_VALIDATION_NOUNS
     return {
         "train": _prompts("train", nouns[num_held_out:]),
@@ -148,13 +154,3 @@ def _prompts(split: Split, nouns: Sequence[str]) -> list[_Prompt]:
             question = template.format(f"{article} {noun}")
             prompts.append(_Prompt(uid=f"{split}/{name}/{noun}", question=question))
     return prompts
-
-
-def _require_enough(name: str, n: int, num_prompts: int) -> None:
-    if not 1 <= n <= num_prompts:
-        raise ValueError(f"{name}: n={n} prompts asked for; allowed: 1 to {num_prompts}")
-
-
-def _digest(*key: object) -> bytes:
-    """Order by hash: a shuffle that no library version changes."""
-    return hashlib.sha256("/".join(map(str, key)).encode()).digest()

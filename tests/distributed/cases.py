@@ -114,6 +114,7 @@ class TrainCase:
     micro_batch_size: int = 4
     token_mean: bool = False
     on_policy: bool = False
+    games: bool = False  # episodes of `TURNS`, else of one turn
     adam: Adam = FAST
     bf16: bool = False
     life: Life = "frozen"
@@ -149,6 +150,7 @@ TRAIN_CASES = {
     "forward_kl": TrainCase(family="qwen3-untied", loss="forward_kl"),
     "jsd": TrainCase(family="llama-tied", loss="jsd", distributed_optimizer=True),
     "hard": TrainCase(family="qwen2-untied", loss="hard", token_mean=True),
+    "games": TrainCase(family="qwen3-untied", games=True, distributed_optimizer=True, overlap=True),
     "on-policy": TrainCase(family="llama-tied", on_policy=True, distributed_optimizer=True),
 }
 MICRO_BATCHES = {
@@ -177,6 +179,7 @@ _WIDE = [
     "qwen3-tied-distributed",
     "even-default",
     "jsd",
+    "games",
 ]
 
 
@@ -191,6 +194,7 @@ BETAS = (0.9, 0.999)
 
 CONTEXT, OTHER_CONTEXT = (5, 9, 13, 17, 21, 8, 3), (5, 9, 2)
 NUM_PROMPTS, NUM_ANCHORS = 8, 2
+TURNS = (1, 2, 1, 1, 5, 3, 1, 2)  # ranks get different numbers of samples
 _LEAD = (4, 6, 11)
 
 
@@ -202,6 +206,14 @@ def training_pairs(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return tuple(draw.randrange(3, 64) for _ in range(draw.randint(low, high)))
 
     return [((*_LEAD, *tokens(1, 8)), tokens(1, 6)) for _ in range(NUM_PROMPTS)]
+
+
+def training_turn(step: int, place: int, turn: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and response of a turn: later prompts begin with all that was said before."""
+    prompt, response = training_pairs(step)[place]
+    for later in range(1, turn + 1):
+        prompt, response = (*prompt, *response), training_pairs(step + 1000 * later)[place][1]
+    return prompt, response
 
 
 def teacher_context(prompt: tuple[int, ...]) -> tuple[int, ...]:

@@ -69,10 +69,15 @@ def _step_loss(
     case: TrainCase,
     step: int,
 ) -> torch.Tensor:
-    pairs = cases.training_pairs(step)
+    places = [
+        (place, turn)
+        for place, turns in enumerate(cases.TURNS)
+        for turn in range(turns if case.games else 1)
+    ]
+    pairs = [cases.training_turn(step, place, turn) for place, turn in places]
     num_tokens = sum(len(response) for _, response in pairs)
     total = torch.zeros((), dtype=torch.float64)
-    for place, (prompt, response) in enumerate(pairs):
+    for (place, _), (prompt, response) in zip(places, pairs, strict=True):
         is_anchor = place >= cases.NUM_PROMPTS - cases.NUM_ANCHORS
         context = () if is_anchor else cases.teacher_context(prompt)
         s = _response_logits(student, prompt, response)

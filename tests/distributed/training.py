@@ -54,31 +54,51 @@ class Recorder(StudentOptimizer):
 
 @dataclass
 class FixedEpisode:
-    """One prompt, answered once."""
+    """The turns of one place in a step."""
 
-    uid: str
-    prompt: tuple[int, ...]
-    done: bool = False
+    step: int
+    place: int
+    turns: int
+    turn: int = 0
+
+    @property
+    def uid(self) -> str:
+        """The place."""
+        return f"{self.step}/{self.place}"
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Of this turn."""
+        return cases.training_turn(self.step, self.place, self.turn)[0]
+
+    @property
+    def done(self) -> bool:
+        """After the last turn."""
+        return self.turn == self.turns
 
     def reply(self, _: str) -> None:
-        """End the episode."""
-        self.done = True
+        """Go on to the next turn."""
+        self.turn += 1
 
 
+@dataclass
 class FixedTask:
-    """The prompts of `cases.training_pairs`."""
+    """The prompts of `cases.training_turn`."""
+
+    games: bool
 
     def episodes(self, _: str, step: int, n: int) -> list[FixedEpisode]:
         """The first n."""
-        return [
-            FixedEpisode(f"{step}/{place}", prompt)
-            for place, (prompt, _) in enumerate(cases.training_pairs(step)[:n])
-        ]
+        return self._at(step, range(n))
 
     def anchors(self, step: int, n: int) -> list[FixedEpisode]:
         """The last n."""
-        pairs = cases.training_pairs(step)
-        return [FixedEpisode(f"{step}/{-place}", pairs[-place][0]) for place in range(n, 0, -1)]
+        return self._at(step, range(cases.NUM_PROMPTS - n, cases.NUM_PROMPTS))
+
+    def _at(self, step: int, places: range) -> list[FixedEpisode]:
+        return [
+            FixedEpisode(step, place, cases.TURNS[place] if self.games else 1) for place in places
+        ]
 
 
 class FixedConversation:
@@ -99,7 +119,7 @@ class FixedConversation:
 
 @dataclass
 class FixedEngine:
-    """Answers with the responses of `cases.training_pairs`."""
+    """Answers with the responses of `cases.training_turn`."""
 
     weights_version: int = 0
 
@@ -112,9 +132,12 @@ class FixedEngine:
 
     def generate(self, prompts: Sequence[Prompt], *_: object, step: int, **__: object) -> Any:
         """The response of each prompt's place."""
-        pairs = cases.training_pairs(step)
-        assert all(pairs[prompt.index][0] == prompt.token_ids for prompt in prompts)
-        answers = [pairs[prompt.index][1] for prompt in prompts]
+        answers = []
+        for prompt in prompts:
+            turn, place = divmod(prompt.index, 1_000_000)
+            expected, answer = cases.training_turn(step, place, turn)
+            assert expected == prompt.token_ids
+            answers.append(answer)
         return [
             Sample(response_ids=ids, logprobs=(0.0,) * len(ids), finish_reason="length")
             for ids in answers
@@ -158,7 +181,7 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
         engines = {"student": _engine(student)}
         engines["teacher"] = engines["student"] if teacher is student else _engine(teacher)
     phase = Phase(sampler="student", loss=make_loss(case.loss))
-    fixed: Any = (FixedTask(), FixedConversation())
+    fixed: Any = (FixedTask(case.games), FixedConversation())
     return Run(
         parallel=parallel,
         task=fixed[0],
