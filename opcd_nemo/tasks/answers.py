@@ -1,0 +1,75 @@
+"""Where a reply gives its answer: the rules are those of the prompts that ask for it."""
+
+from __future__ import annotations
+
+import re
+
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
+_LINE = re.compile(r"\banswer\b[*_ ]*:[ \t*_]*([^\s*_][^\n]*)", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\s*\{")
+
+
+def spoken(reply: str) -> str:
+    """Return what follows the thinking; nothing when the thinking does not end."""
+    after = reply.rpartition("</think>")[2]
+    return "" if "<think>" in after else after
+
+
+def tagged(reply: str) -> str | None:
+    """Return what the last `<answer>...</answer>` after the thinking holds, or None."""
+    spans = _TAG.findall(spoken(reply))
+    return spans[-1].strip() or None if spans else None
+
+
+def final(reply: str) -> str | None:
+    r"""Return the last marked answer after the thinking, or None.
+
+    Marks are `\boxed{...}`, `#### ...`, `Answer: ...` and `<answer>...</answer>`; one that is cut
+    short, or holds nothing, is none. A box inside another mark is the answer.
+    """
+    text = spoken(reply)
+    found = [
+        (match.start(1), match[1])
+        for mark in (_TAG, _HASHES, _LINE)
+        for match in mark.finditer(text)
+        if _BOX.search(match[1]) is None  # a box is found by itself, or it is cut short
+    ]
+    found += boxes(text)
+    marked = [(start, plain) for start, answer in found if (plain := _plain(answer))]
+    return max(marked)[1] if marked else None
+
+
+def boxes(text: str) -> list[tuple[int, str]]:
+    r"""Return (place, content) of every closed, outermost-first `\boxed{...}`."""
+    found = []
+    for match in _BOX.finditer(text):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            escaped = text[end - 1] == "\\"
+            depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                found.append((match.end(), text[match.end() : end]))
+                break
+    return found
+
+
+def after_hashes(text: str) -> str | None:
+    """Return what follows the last `####`, or None."""
+    return (text.rpartition("####")[2].strip() or None) if "####" in text else None
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{...}` that is closed, or None."""
+    found = boxes(text)
+    return (found[-1][1].strip() or None) if found else None
+
+
+def _plain(answer: str) -> str:
+    """Drop the marks of emphasis and mathematics around an answer, and a final stop."""
+    text = answer.strip().strip("*_ ").removesuffix(".").strip("*_ ")
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) * 2 - 1:
+            text = text.removeprefix(opening).removesuffix(closing).strip()
+            break
+    return text
