@@ -55,7 +55,7 @@ def file_problems(
         answer_column: Likewise.
         answer_form: Where a row's answer stands: the whole text, after `####`, in the last box.
         question: What is asked, with `{problem}` in it once.
-        time_limit_s: For one comparison; an answer that needs more is wrong.
+        time_limit_s: CPU-seconds for one comparison; an answer that needs more is wrong.
         seed: Of the order in which training problems come.
 
     Raises:
@@ -109,7 +109,7 @@ def generated_problems(
         validation: How many to choose by.
         test: How many to report.
         question: What is asked, with `{problem}` in it once.
-        time_limit_s: For one answer; one that needs more is wrong.
+        time_limit_s: CPU-seconds for one answer; one that needs more is wrong.
         seed: Of the order in which training problems come.
 
     Raises:

@@ -35,7 +35,7 @@ class TimedVerifier:
     def __init__(self, kind: Kind, *, limit_s: float) -> None:
         """Raises: ValueError when the limit is not above 0 or the verifier is not installed."""
         if isinstance(limit_s, bool) or not isinstance(limit_s, int | float) or not limit_s > 0:
-            raise ValueError(f"task.time_limit_s={limit_s}; allowed: a number of seconds > 0")
+            raise ValueError(f"task.time_limit_s={limit_s}; allowed: a number of CPU-seconds > 0")
         module, package, install = _PACKAGES[kind]
         if importlib.util.find_spec(module) is None:
             raise ValueError(
@@ -58,10 +58,10 @@ class TimedVerifier:
             except BaseException:  # an interrupt: the next request must not read this result
                 self._end()
                 raise
-        late = code == -signal.SIGALRM
+        late = -code in (signal.SIGPROF, signal.SIGALRM)
         logger.warning(
             "a verifier %s; the answer is not accepted: %.200r",
-            f"took more than {self._limit_s} s" if late else f"died (exit code {code})",
+            f"took more than {self._limit_s} CPU-seconds" if late else f"died (exit code {code})",
             request[-1],
         )
         return None

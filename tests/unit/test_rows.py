@@ -54,7 +54,10 @@ def test_a_row_knows_its_line(tmp_path: Path) -> None:
         f"k={csv}, line 2",
         f"k={csv}, line 5",
     ]
-    assert [row.where for row in read_rows("k", table)] == [f"k={table}, row 1", f"k={table}, row 2"]
+    assert [row.where for row in read_rows("k", table)] == [
+        f"k={table}, row 1",
+        f"k={table}, row 2",
+    ]
 
 
 @pytest.mark.parametrize(
