@@ -22,8 +22,8 @@ def tagged(reply: str) -> str | None:
     return spans[-1].strip() or None if spans else None
 
 
-def final(reply: str) -> str | None:
-    r"""Return the last marked answer after the thinking, or None.
+def marked(reply: str) -> str | None:
+    r"""Return the last marked answer after the thinking as it is written, or None.
 
     Marks are `\boxed{...}`, `#### ...`, `Answer: ...` and `<answer>...</answer>`; one that is cut
     short, or holds nothing, is none. A box inside another mark is the answer.
@@ -36,8 +36,8 @@ def final(reply: str) -> str | None:
         if _BOX.search(match[1]) is None  # a box is found by itself, or it is cut short
     ]
     found += boxes(text)
-    marked = [(start, plain) for start, answer in found if (plain := _plain(answer))]
-    return max(marked)[1] if marked else None
+    filled = [(start, answer.strip()) for start, answer in found if plain(answer)]
+    return max(filled)[1] if filled else None
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
@@ -65,8 +65,8 @@ def last_box(text: str) -> str | None:
     return (found[-1][1].strip() or None) if found else None
 
 
-def _plain(answer: str) -> str:
-    """Drop the marks of emphasis and mathematics around an answer, and a final stop."""
+def plain(answer: str) -> str:
+    """Return an answer without marks of emphasis or mathematics around it, and no final stop."""
     text = answer.strip().strip("*_ ").removesuffix(".").strip("*_ ")
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) * 2 - 1:

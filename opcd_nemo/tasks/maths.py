@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from opcd_nemo.tasks.answers import after_hashes, final, last_box
+from opcd_nemo.tasks.answers import after_hashes, last_box, marked, plain
 from opcd_nemo.tasks.questions import Judge, Question, QuestionTask
 from opcd_nemo.tasks.rows import Row
 from opcd_nemo.tasks.splits import Problem, identity, questions, read_splits
@@ -131,9 +131,10 @@ def generated_problems(
 
 def _same_value(gold: str, equal: TimedVerifier) -> Judge:
     def judge(reply: str) -> float | None:
-        answer = final(reply)
-        if answer is None:
+        written = marked(reply)
+        if written is None:
             return None
+        answer = plain(written)
         return float(answer == gold or bool(equal(gold, answer)))
 
     return judge
@@ -189,28 +190,32 @@ class _Generator:
         about = f"task.dataset={self._name}: item {index}"
         if not isinstance(gold, str) or not gold.strip():
             raise ValueError(f"{about} has the answer {gold!r}; allowed: data sets with answers")
-        verified = self._verify(self._name, self._pickled, index, gold.strip())
+        verified = self._verify(self._name, self._pickled, index, gold)
         if verified is None or verified[0] != item["question"]:
             raise ValueError(
                 f"{about} is not the same in every process, or its verifier fails; allowed: data "
                 "sets that depend on their seed alone"
             )
-        junk = self._verify(self._name, self._pickled, index, "?")
-        if verified[1] != 1 or (junk is not None and junk[1] == 1):
+        judge = self._judge(index)
+        right, junk = (judge(f"<answer>{text}</answer>") for text in (gold, "?"))
+        if (right, junk) != (1.0, 0.0):
             raise ValueError(
-                f"{about}: its verifier gives {verified[1]} to the right answer and "
-                f"{junk and junk[1]} to '?'; allowed: data sets with 1 for the right answer alone"
+                f"{about}: its verifier gives {right} to the right answer and {junk} to '?'; "
+                "allowed: data sets with 1 for right answers alone"
             )
 
     def _judge(self, index: int) -> Judge:
         name, pickled, verify = self._name, self._pickled, self._verify
 
-        def judge(reply: str) -> float | None:
-            answer = final(reply)
-            if answer is None:
-                return None
+        def right(answer: str) -> bool:
             verified = verify(name, pickled, index, answer)
-            return float(verified is not None and verified[1] == 1)
+            return verified is not None and bool(verified[1] == 1)
+
+        def judge(reply: str) -> float | None:
+            written = marked(reply)
+            if written is None:
+                return None
+            return float(any(right(answer) for answer in dict.fromkeys((written, plain(written)))))
 
         return judge
 

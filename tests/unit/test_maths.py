@@ -17,7 +17,7 @@ import pytest
 
 from opcd_nemo.context import Context
 from opcd_nemo.tasks import Episode
-from opcd_nemo.tasks.answers import final, tagged
+from opcd_nemo.tasks.answers import marked, plain, tagged
 from opcd_nemo.tasks.maths import file_problems, generated_problems
 from opcd_nemo.tasks.questions import QuestionEpisode, QuestionTask
 from opcd_nemo.tasks.templates import fill, require_slots
@@ -195,7 +195,7 @@ def test_a_reply_without_an_answer_is_told_apart_from_a_wrong_one(
     rows = [{"question": f"Problem {n}", "answer": "#### 42"} for n in range(20)]
     episode = everything(task(write(tmp_path / "a.jsonl", rows)), "train")[0]
     episode.reply(reply)
-    assert final(reply) is None
+    assert marked(reply) is None
     assert (episode.score(), episode.answered) == (0.0, False)
 
 
@@ -217,7 +217,9 @@ def test_a_reply_without_an_answer_is_told_apart_from_a_wrong_one(
     ],
 )
 def test_the_last_marked_answer_counts(reply: str, answer: str) -> None:
-    assert final(reply) == answer
+    written = marked(reply)
+    assert written is not None
+    assert plain(written) == answer
 
 
 def test_a_tag_is_the_last_closed_one_after_the_thinking() -> None:
@@ -354,6 +356,7 @@ def test_generated_splits_share_no_question_and_a_longer_one_keeps_the_shorter()
         ("chain_sum", {"max_terms": 2}),
         ("gsm_symbolic", {}),
         ("countdown", {}),
+        ("fraction_simplification", {}),  # the dollar signs are part of its answers
     ],
 )
 def test_every_generated_answer_is_accepted_and_another_problems_is_not(
@@ -391,7 +394,7 @@ def test_every_generated_answer_is_accepted_and_another_problems_is_not(
         ({"dataset": "rush_hour", "arguments": {}}, r"^task\.dataset=rush_hour: item 0 has the an"),
         ({"dataset": "graph_color", "arguments": {}}, r"^task\.dataset=graph_color: item 0"),
         ({"dataset": "game_of_life_halting", "arguments": {}}, r"item \d+: its verifier gives 1\.0"
-         r" to the right answer and 1\.0 to '\?'; allowed: data sets with 1 for the right answer"),
+         r" to the right answer and 1\.0 to '\?'; allowed: data sets with 1 for right answers"),
         ({"dataset": "composite", "arguments": {}}, r"^task\.arguments={}: Must specify at least"),
     ],
 )  # fmt: skip
