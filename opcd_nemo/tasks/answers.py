@@ -8,6 +8,7 @@ _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNO
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _LINE = re.compile(r"\banswer\b[*_ ]*:[ \t*_]*([^\s*_][^\n]*)", re.IGNORECASE)
 _BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def spoken(reply: str) -> str:
@@ -41,16 +42,16 @@ def marked(reply: str) -> str | None:
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
-    r"""Return (place, content) of every closed, outermost-first `\boxed{...}`."""
+    r"""Return (place, content) of every `\boxed{...}` that is closed, in one pass."""
     found = []
-    for match in _BOX.finditer(text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            escaped = text[end - 1] == "\\"
-            depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                found.append((match.end(), text[match.end() : end]))
-                break
+    opened: list[int | None] = []  # where a box begins; None: another brace
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(None)
+        elif match[0].endswith("{") and match[0].startswith("\\boxed"):
+            opened.append(match.end())
+        elif match[0] == "}" and opened and (begin := opened.pop()) is not None:
+            found.append((begin, text[begin : match.start()]))
     return found
 
 
@@ -62,7 +63,7 @@ def after_hashes(text: str) -> str | None:
 def last_box(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` that is closed, or None."""
     found = boxes(text)
-    return (found[-1][1].strip() or None) if found else None
+    return (max(found)[1].strip() or None) if found else None
 
 
 def plain(answer: str) -> str:

@@ -205,6 +205,8 @@ def test_a_reply_without_an_answer_is_told_apart_from_a_wrong_one(
         (r"\boxed{1} \boxed{2}", "2"),
         (r"\boxed{a_{1} + \{2\}}", r"a_{1} + \{2\}"),
         (r"#### \boxed{3}", "3"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\{ { \boxed {\frac{3}{4}} }", r"\frac{3}{4}"),
         (r"Answer: \(4\)", "4"),
         ("Answer: 5.\nBye", "5"),
         ("**Final Answer**: 6", "6"),
@@ -220,6 +222,14 @@ def test_the_last_marked_answer_counts(reply: str, answer: str) -> None:
     written = marked(reply)
     assert written is not None
     assert plain(written) == answer
+
+
+@pytest.mark.parametrize("loop", [r"\boxed{", "<answer>", "#### ", "Answer: ", "{", "</answer>"])
+def test_a_reply_that_repeats_itself_is_read_in_no_time(loop: str) -> None:
+    begun = time.process_time()
+    assert marked(loop * (200_000 // len(loop)) + "<think>") is None
+    marked(loop * (200_000 // len(loop)))
+    assert time.process_time() - begun < 2
 
 
 def test_a_tag_is_the_last_closed_one_after_the_thinking() -> None:
