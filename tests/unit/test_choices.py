@@ -316,3 +316,10 @@ def test_a_system_prompt_asks_for_the_tag_that_is_scored(name: str) -> None:
     system, question = build_plug(plug).context("uid", 0).messages("Q")
     assert "<answer>" in system["content"]
     assert question == {"role": "user", "content": "Q"}
+
+
+def test_the_generated_task_needs_no_file() -> None:
+    task = from_conf("reasoning_gym", "task.train=8", "task.validation=2", "task.test=4")
+    first, *_ = everything(task, "test")
+    first.reply(asked(first))
+    assert first.score() == 0.0, "an echo is not right"
