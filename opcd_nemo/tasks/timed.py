@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import pickle
 import signal
@@ -34,7 +35,7 @@ class TimedVerifier:
 
     def __init__(self, kind: Kind, *, limit_s: float) -> None:
         """Raises: ValueError when the limit is not above 0 or the verifier is not installed."""
-        if isinstance(limit_s, bool) or not isinstance(limit_s, int | float) or not limit_s > 0:
+        if not 0 < limit_s < math.inf:
             raise ValueError(f"task.time_limit_s={limit_s}; allowed: a number of CPU-seconds > 0")
         module, package, install = _PACKAGES[kind]
         if importlib.util.find_spec(module) is None:
