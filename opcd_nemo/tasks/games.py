@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.tasks import Context, Episode, system_prompt
+from opcd_nemo.tasks import Context, Episode, questions
 from opcd_nemo.tasks.boards import Board, MapPool, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
@@ -144,11 +144,11 @@ class GameTask:
 
     def retention(self, n: int) -> list[Episode]:
         """Return the first `n` questions for a capital."""
-        return system_prompt.capitals(n)
+        return questions.capitals(n)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` everyday prompts that the teacher, too, sees without context."""
-        return system_prompt.anchors(self._seed, step, n)
+        return questions.anchors(self._seed, step, n)
 
     def report(self) -> dict[str, Any]:
         """Return what the setting holds: maps, splits, their overlap, a random player's wins.

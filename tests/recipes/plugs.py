@@ -11,7 +11,8 @@ import torch
 from opcd_nemo.losses import DivergenceLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.tasks import Episode
-from opcd_nemo.tasks.system_prompt import QuestionEpisode, StyleTask
+from opcd_nemo.tasks.questions import Question, QuestionEpisode
+from opcd_nemo.tasks.system_prompt import StyleTask
 from opcd_nemo.types import Split
 
 LAST_RANK = os.environ.get("RANK") == "1"
@@ -55,9 +56,11 @@ class PeakedTask(StyleTask):
         num_right = max(0, 2 - abs(self.step - 2))
         return [
             QuestionEpisode(
-                uid=f"{split}/{place}",
-                question="What is a violin?",
-                verifier=lambda _, right=place < num_right: right,
+                Question(
+                    uid=f"{split}/{place}",
+                    text="What is a violin?",
+                    judge=lambda _, right=place < num_right: float(right),
+                ),
                 teacher_sees_context=True,
             )
             for place in range(n)

@@ -1,0 +1,209 @@
+"""Questions with a few allowed answers, of which one stands in `<answer>...</answer>`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from opcd_nemo.tasks.answers import tagged
+from opcd_nemo.tasks.questions import QuestionTask
+from opcd_nemo.tasks.rows import Row
+from opcd_nemo.tasks.splits import Problem, identity, questions, read_splits
+from opcd_nemo.tasks.templates import fill, require_slots
+
+LETTERS = "ABCDEFGHIJ"
+_LETTERED = re.compile(rf"\(?([{LETTERS}])(?:\)?[.:]?|[).:]\s*(\S.*))", re.DOTALL | re.IGNORECASE)
+_SOURCE_KEYS = ("train", "validation", "test", "text_column", "label_column", "labels", "question")
+
+
+def multiple_choice(
+    *,
+    train: str,
+    validation: float | str,
+    test: float | str,
+    question_column: str,
+    option_columns: Sequence[str],
+    answer_column: str,
+    first_option: int,
+    question: str,
+    seed: int,
+) -> QuestionTask:
+    """Read questions with options and the number of the right one.
+
+    Two rows are the same problem when question and options are, in whatever order the options
+    come: a training row cannot give away a test row by another letter.
+
+    Args:
+        train: The JSONL, CSV or parquet file to learn from.
+        validation: A file, or a share of `train` taken by a hash of the problem.
+        test: Likewise.
+        question_column: Dotted for what is inside.
+        option_columns: One column an option, in the order of their letters.
+        answer_column: The right option's number.
+        first_option: The number of the first option: 0 or 1.
+        question: What is asked, with `{question}` and `{options}` in it once each.
+        seed: Of the order in which training questions come.
+
+    Raises:
+        ValueError: one line with the key, the file, the line and what is allowed.
+    """
+    require_slots("task.question", question, ("question", "options"))
+    if first_option not in (0, 1):
+        raise ValueError(f"task.first_option={first_option}; allowed: 0 or 1")
+    if not isinstance(option_columns, Sequence) or not 2 <= len(option_columns) <= len(LETTERS):
+        raise ValueError(
+            f"task.option_columns={option_columns}; allowed: a list of 2 to {len(LETTERS)} columns"
+        )
+
+    def problem(row: Row) -> Problem:
+        asked = row.text("task.question_column", question_column)
+        options = tuple(row.text("task.option_columns", column) for column in option_columns)
+        plain = [identity(option) for option in options]
+        if len(set(plain)) != len(plain):
+            raise ValueError(f"{row.where}: two options are alike; allowed: different options")
+        number = _number(row, answer_column, first_option, len(options))
+        listed = "\n".join(f"{LETTERS[place]}. {text}" for place, text in enumerate(options))
+        return Problem(
+            where=row.where,
+            source="choice",
+            identity=identity(asked, *sorted(plain)),
+            answer=plain[number],
+            question=fill(question, {"question": asked, "options": listed}),
+            judge=partial(_judge_option, options, number),
+        )
+
+    splits = read_splits("task", train, validation, test, problem)
+    return QuestionTask(questions("task", [splits]), seed=seed)
+
+
+def labelled_texts(*, sources: Mapping[str, Mapping[str, Any]], seed: int) -> QuestionTask:
+    """Read texts with a label, from one source or several, each with its columns and question.
+
+    Args:
+        sources: Name -> `train`, `validation`, `test` as in `multiple_choice`; `text_column`,
+            `label_column`; `labels`, which maps what the column holds to the allowed answers, or
+            is a number: from there on the answer is yes, below it no; `question`, with `{text}`
+            in it once.
+        seed: Of the order in which training texts come.
+
+    Raises:
+        ValueError: one line with the key, the file, the line and what is allowed.
+    """
+    if not isinstance(sources, Mapping) or not sources:
+        raise ValueError(f"task.sources={sources}; allowed: one source or more, by name")
+    read = []
+    for name, source in sources.items():
+        key = f"task.sources.{name}"
+        _check_source(key, source)
+        problem = partial(_labelled, key, str(name), source)
+        read.append(
+            read_splits(key, source["train"], source["validation"], source["test"], problem)
+        )
+    return QuestionTask(questions("task.sources", read), seed=seed)
+
+
+def _number(row: Row, column: str, first: int, count: int) -> int:
+    written = row.text("task.answer_column", column)
+    number = float(written) if re.fullmatch(r"-?\d+(\.0*)?", written) else None
+    if number is None or not first <= number < first + count:
+        raise ValueError(
+            f"{row.where}: column {column!r} holds {written}; allowed: {first} to "
+            f"{first + count - 1}, as task.first_option={first}"
+        )
+    return int(number) - first
+
+
+def _judge_option(options: Sequence[str], right: int, reply: str) -> float | None:
+    """Take the option's letter, its text, or both when they agree, in the last answer tag."""
+    span = tagged(reply)
+    chosen = None if span is None else _option(options, span)
+    return None if chosen is None else float(chosen == right)
+
+
+def _option(options: Sequence[str], span: str) -> int | None:
+    plain = [identity(option) for option in options]
+    if identity(span) in plain:
+        return plain.index(identity(span))
+    match = _LETTERED.fullmatch(span)
+    if match is None or (place := LETTERS.index(match[1].upper())) >= len(options):
+        return None
+    named = identity(match[2]) if match[2] else plain[place]
+    return None if named in plain and named != plain[place] else place
+
+
+def _check_source(key: str, source: object) -> None:
+    if not isinstance(source, Mapping) or set(source) != set(_SOURCE_KEYS):
+        shown = sorted(source) if isinstance(source, Mapping) else source
+        raise ValueError(f"{key} has {shown}; allowed: the keys {', '.join(_SOURCE_KEYS)}")
+    require_slots(f"{key}.question", source["question"], ("text",))
+    for column in ("text_column", "label_column"):
+        if not isinstance(source[column], str):
+            raise ValueError(f"{key}.{column}={source[column]}; allowed: a column's name")
+    labels = source["labels"]
+    if isinstance(labels, int | float) and not isinstance(labels, bool):
+        return
+    answers = list(labels.values()) if isinstance(labels, Mapping) else []
+    if not all(isinstance(answer, str) and identity(answer) for answer in answers) or (
+        len(set(map(identity, map(str, answers)))) < 2
+    ):
+        raise ValueError(
+            f"{key}.labels={labels}; allowed: a number, or a mapping of a label to its answer, "
+            'with two answers or more (quote "yes" and "no", which YAML takes for true and false)'
+        )
+
+
+def _labelled(key: str, name: str, source: Mapping[str, Any], row: Row) -> Problem:
+    text = row.text(f"{key}.text_column", source["text_column"])
+    label = _label(row, f"{key}.label_column", source["label_column"])
+    answers = _answers(source["labels"])
+    answer = _answer(row, source, label)
+    return Problem(
+        where=row.where,
+        source=name,
+        identity=identity(text),
+        answer=answer,
+        question=fill(source["question"], {"text": text}),
+        judge=partial(_judge_label, answers, identity(answer)),
+    )
+
+
+def _label(row: Row, key: str, column: str) -> str:
+    value = row.value(key, column)
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = row.text(key, column)
+    return text.removesuffix(".0") if isinstance(value, float) else text
+
+
+def _answers(labels: Any) -> frozenset[str]:
+    if isinstance(labels, Mapping):
+        return frozenset(identity(answer) for answer in labels.values())
+    return frozenset({"yes", "no"})
+
+
+def _answer(row: Row, source: Mapping[str, Any], label: str) -> str:
+    labels, column = source["labels"], source["label_column"]
+    if isinstance(labels, Mapping):
+        by_text = {str(given).strip(): str(answer) for given, answer in labels.items()}
+        if label in by_text:
+            return by_text[label]
+        allowed = ", ".join(by_text)
+    else:
+        try:
+            number = float(label)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return "yes" if number >= labels else "no"
+        allowed = "a number"
+    raise ValueError(f"{row.where}: column {column!r} holds {label!r}; allowed: {allowed}")
+
+
+def _judge_label(answers: frozenset[str], right: str, reply: str) -> float | None:
+    """Take the last answer tag when it holds one of the answers and no more than a final stop."""
+    span = tagged(reply)
+    given = None if span is None else identity(span.removesuffix("."))
+    return float(given == right) if given in answers else None

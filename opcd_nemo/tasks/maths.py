@@ -1,0 +1,237 @@
+"""Problems with a checked final answer: from files, or from generators that need no download."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from opcd_nemo.tasks.answers import after_hashes, last_box, marked, plain
+from opcd_nemo.tasks.questions import Judge, Question, QuestionTask
+from opcd_nemo.tasks.rows import Row
+from opcd_nemo.tasks.splits import Problem, identity, questions, read_splits
+from opcd_nemo.tasks.templates import fill, require_slots
+from opcd_nemo.tasks.timed import TimedVerifier
+from opcd_nemo.types import Split
+
+AnswerForm = Literal["plain", "hashes", "boxed"]
+_IN_FILE: dict[str, Callable[[str], str | None]] = {
+    "plain": str.strip,
+    "hashes": after_hashes,
+    "boxed": last_box,
+}
+_MARKS = {
+    "plain": "a text",
+    "hashes": "a text with #### before the answer",
+    "boxed": r"a text with the answer in \boxed{}",
+}
+
+# Every split draws its items from seeds of its own, for every run alike.
+_FIRST_SEED: dict[Split, int] = {"test": 1, "validation": 100_000_001, "train": 200_000_001}
+MAX_GENERATED = 1_000_000
+
+
+def file_problems(
+    *,
+    train: str,
+    validation: float | str,
+    test: float | str,
+    problem_column: str,
+    answer_column: str,
+    answer_form: AnswerForm,
+    question: str,
+    time_limit_s: float,
+    seed: int,
+) -> QuestionTask:
+    """Read problems from JSONL, CSV or parquet files; math-verify compares final answers.
+
+    Args:
+        train: The file to learn from.
+        validation: A file, or a share of `train` taken by a hash of the problem.
+        test: Likewise.
+        problem_column: Dotted for what is inside, such as `prompt.0.content`.
+        answer_column: Likewise.
+        answer_form: Where a row's answer stands: the whole text, after `####`, in the last box.
+        question: What is asked, with `{problem}` in it once.
+        time_limit_s: CPU-seconds for one comparison; an answer that needs more is wrong.
+        seed: Of the order in which training problems come.
+
+    Raises:
+        ValueError: one line with the key, the file, the line and what is allowed.
+    """
+    require_slots("task.question", question, ("problem",))
+    equal = TimedVerifier("maths", limit_s=time_limit_s)
+
+    def problem(row: Row) -> Problem:
+        text = row.text("task.problem_column", problem_column)
+        written = row.text("task.answer_column", answer_column)
+        gold = _IN_FILE[answer_form](written)
+        if gold is None:
+            raise ValueError(
+                f"{row.where}: column {answer_column!r} has no answer in the form of "
+                f"task.answer_form={answer_form}; allowed: {_MARKS[answer_form]}"
+            )
+        return Problem(
+            where=row.where,
+            source="maths",
+            identity=identity(text),
+            answer=gold,
+            question=fill(question, {"problem": text}),
+            judge=_same_value(gold, equal),
+        )
+
+    splits = read_splits("task", train, validation, test, problem)
+    return QuestionTask(questions("task", [splits]), seed=seed)
+
+
+def generated_problems(
+    *,
+    dataset: str,
+    arguments: dict[str, Any],
+    train: int,
+    validation: int,
+    test: int,
+    question: str,
+    time_limit_s: float,
+    seed: int,
+) -> QuestionTask:
+    """Generate problems with reasoning-gym, whose own verifier scores them.
+
+    The splits come from disjoint seeds and share no question. Only a full score counts: some
+    verifiers give something to any text.
+
+    Args:
+        dataset: A name of reasoning-gym's.
+        arguments: What its generator takes, but `seed` and `size`.
+        train: How many different problems to learn from.
+        validation: How many to choose by.
+        test: How many to report.
+        question: What is asked, with `{problem}` in it once.
+        time_limit_s: CPU-seconds for one answer; one that needs more is wrong.
+        seed: Of the order in which training problems come.
+
+    Raises:
+        ValueError: one line with the key, its value and what is allowed.
+    """
+    require_slots("task.question", question, ("problem",))
+    sizes: dict[Split, int] = {"test": test, "validation": validation, "train": train}
+    for split, size in sizes.items():
+        if not 1 <= size <= MAX_GENERATED:
+            raise ValueError(f"task.{split}={size}; allowed: 1 to {MAX_GENERATED}")
+    verify = TimedVerifier("generated", limit_s=time_limit_s)
+    taken: set[str] = set()
+    generated: dict[Split, list[Question]] = {}
+    for split, size in sizes.items():
+        generator = _Generator(dataset, arguments, split, size, verify)
+        generated[split] = list(generator.questions(question, taken))
+    return QuestionTask(generated, seed=seed)
+
+
+def _same_value(gold: str, equal: TimedVerifier) -> Judge:
+    def judge(reply: str) -> float | None:
+        written = marked(reply)
+        if written is None:
+            return None
+        answer = plain(written)
+        return float(answer == gold or bool(equal(gold, answer)))
+
+    return judge
+
+
+class _Generator:
+    """One split's items of a data set, its first seed the split's own."""
+
+    def __init__(
+        self, name: str, arguments: dict[str, Any], split: Split, size: int, verify: TimedVerifier
+    ) -> None:
+        self._name, self._split, self._size, self._verify = name, split, size, verify
+        self._num_tried = 4 * size + 100
+        _check_arguments(name, arguments)
+        given = dict(arguments, seed=_FIRST_SEED[split], size=self._num_tried)
+        self._pickled = pickle.dumps(given)
+        import reasoning_gym
+
+        try:
+            self._items = reasoning_gym.create_dataset(name, **given)
+        except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"task.arguments={arguments}: {reason}; allowed: what reasoning-gym's {name} takes"
+            ) from error
+
+    def questions(self, template: str, taken: set[str]) -> Iterator[Question]:
+        """Yield the split's questions, none of them in `taken`, and add them to it."""
+        found = 0
+        for index in range(self._num_tried):
+            item = self._items[index]
+            key = identity(item["question"])
+            if key in taken:
+                continue
+            taken.add(key)
+            self._check(index, item)
+            yield Question(
+                uid=f"{self._split}/{self._name}/{index}",
+                text=fill(template, {"problem": item["question"].strip()}),
+                judge=self._judge(index),
+            )
+            found += 1
+            if found == self._size:
+                return
+        raise ValueError(
+            f"task.{self._split}={self._size}: {self._name} makes {found} different problems that "
+            "no other split has; allowed: at most that, or wider task.arguments"
+        )
+
+    def _check(self, index: int, item: dict[str, Any]) -> None:
+        """Refuse a data set that cannot score: another process, as each rank is, must agree."""
+        gold = item["answer"]
+        about = f"task.dataset={self._name}: item {index}"
+        if not isinstance(gold, str) or not gold.strip():
+            raise ValueError(f"{about} has the answer {gold!r}; allowed: data sets with answers")
+        verified = self._verify(self._name, self._pickled, index, gold)
+        if verified is None or verified[0] != item["question"]:
+            raise ValueError(
+                f"{about} is not the same in every process, or its verifier fails; allowed: data "
+                "sets that depend on their seed alone"
+            )
+        judge = self._judge(index)
+        right, junk = (judge(f"<answer>{text}</answer>") for text in (gold, "?"))
+        if (right, junk) != (1.0, 0.0):
+            raise ValueError(
+                f"{about}: its verifier gives {right} to the right answer and {junk} to '?'; "
+                "allowed: data sets with 1 for right answers alone"
+            )
+
+    def _judge(self, index: int) -> Judge:
+        name, pickled, verify = self._name, self._pickled, self._verify
+
+        def right(answer: str) -> bool:
+            verified = verify(name, pickled, index, answer)
+            return verified is not None and bool(verified[1] == 1)
+
+        def judge(reply: str) -> float | None:
+            written = marked(reply)
+            if written is None:
+                return None
+            return float(any(right(answer) for answer in dict.fromkeys((written, plain(written)))))
+
+        return judge
+
+
+def _check_arguments(name: str, arguments: object) -> None:
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        nearest = ", ".join(difflib.get_close_matches(name, DATASETS, n=3, cutoff=0))
+        raise ValueError(
+            f"task.dataset={name!r}; allowed: one of reasoning-gym's {len(DATASETS)} data sets, "
+            f"such as {nearest}"
+        )
+    fields = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+    unknown = sorted(set(arguments) - fields) if isinstance(arguments, dict) else [arguments]
+    if unknown:
+        raise ValueError(
+            f"task.arguments: {name} takes no {unknown[0]!r}; allowed: {', '.join(sorted(fields))}"
+        )

@@ -1,0 +1,134 @@
+"""Questions with one answer each: drawn, asked and scored alike in every task that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+
+from opcd_nemo.tasks import Context, Episode
+from opcd_nemo.tasks.draws import draw, require_enough
+from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
+from opcd_nemo.tasks.verifiers import mentions
+from opcd_nemo.types import Message, Split, Turn
+
+Judge = Callable[[str], float | None]
+"""Takes a reply and returns its result in [0, 1], or None when no answer is found in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked; without a judge it has no score."""
+
+    uid: str
+    text: str
+    judge: Judge | None
+
+
+class QuestionEpisode:
+    """One question, one answer."""
+
+    def __init__(self, question: Question, *, teacher_sees_context: bool) -> None:
+        """Start an episode that waits for its one reply."""
+        self.uid = question.uid
+        self._question = question
+        self._teacher_sees_context = teacher_sees_context
+        self._reply: str | None = None
+        self._result: tuple[float | None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """True after the reply."""
+        return self._reply is not None
+
+    def turn(self, context: Context) -> Turn:
+        """Return the bare question for the student, and with the context for the teacher."""
+        assert not self.done, self.uid
+        text = self._question.text
+        bare: tuple[Message, ...] = ({"role": "user", "content": text},)
+        seen = context.messages(text) if self._teacher_sees_context else bare
+        return Turn(student_messages=bare, teacher_messages=seen)
+
+    def longest_turn(self, context: Context) -> Turn:
+        """Return the only turn."""
+        return self.turn(context)
+
+    def reply(self, text: str) -> None:
+        """Take the answer."""
+        assert not self.done, self.uid
+        self._reply = text
+
+    def score(self) -> float:
+        """Return the judge's result; 0.0 where it found no answer."""
+        return self._judged() or 0.0
+
+    @property
+    def answered(self) -> bool:
+        """False when the reply holds no answer to judge: a failure of format, not of knowledge."""
+        return self._judged() is not None
+
+    def _judged(self) -> float | None:
+        assert self._reply is not None, self.uid
+        assert self._question.judge is not None, self.uid
+        if self._result is None:
+            self._result = (self._question.judge(self._reply),)
+        return self._result[0]
+
+
+class QuestionTask:
+    """Questions by split; retention asks for capitals, anchors are everyday questions.
+
+    The splits are the same for every seed: the seed only shuffles the training questions and the
+    anchors.
+    """
+
+    def __init__(self, questions: Mapping[Split, Sequence[Question]], *, seed: int) -> None:
+        """Take the questions of every split, the held-out ones in the order of their use."""
+        self._questions = questions
+        self._seed = seed
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        """Return `n` new episodes of different prompts, as `Task.episodes` says."""
+        questions = self._questions[split]
+        require_enough(split, n, len(questions))
+        drawn = questions[:n]
+        if split == "train":
+            drawn = draw(questions, attrgetter("uid"), seed=self._seed, step=step, n=n)
+        return [QuestionEpisode(question, teacher_sees_context=True) for question in drawn]
+
+    def retention(self, n: int) -> list[Episode]:
+        """Return the first `n` questions for a capital."""
+        return capitals(n)
+
+    def anchors(self, step: int, n: int) -> list[Episode]:
+        """Return `n` general prompts that the teacher, too, sees without context."""
+        return anchors(self._seed, step, n)
+
+
+def capitals(n: int) -> list[Episode]:
+    """Return the first `n` questions for a capital: a `Task.retention`."""
+    require_enough("retention", n, len(CAPITALS))
+    return [
+        QuestionEpisode(
+            Question(
+                uid=f"retention/{country}",
+                text=f"What is the capital of {country}?",
+                judge=partial(mentions, capital),
+            ),
+            teacher_sees_context=True,
+        )
+        for country, capital in list(CAPITALS.items())[:n]
+    ]
+
+
+def anchors(seed: int, step: int, n: int) -> list[Episode]:
+    """Return `n` everyday prompts whose teacher sees no context: a `Task.anchors`."""
+    require_enough("anchors", n, len(ANCHORS))
+    questions = [
+        Question(uid=f"anchor/{index}", text=text, judge=None) for index, text in enumerate(ANCHORS)
+    ]
+    return [
+        QuestionEpisode(question, teacher_sees_context=False)
+        for question in draw(questions, attrgetter("uid"), seed=seed, step=step, n=n)
+    ]

@@ -1,0 +1,19 @@
+"""What is asked, with slots in braces; other braces, as LaTeX has them, stay as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+
+def require_slots(key: str, template: str, names: Sequence[str]) -> None:
+    """Raises: ValueError unless each name stands in the template once, in braces."""
+    for name in names:
+        if not isinstance(template, str) or template.count(f"{{{name}}}") != 1:
+            raise ValueError(f"{key}={template!r}; allowed: a text with {{{name}}} in it once")
+
+
+def fill(template: str, texts: Mapping[str, str]) -> str:
+    """Put the texts into their slots; a slot's name inside a text is only text."""
+    slots = re.compile(rf"{{({'|'.join(map(re.escape, texts))})}}")
+    return slots.sub(lambda match: texts[match[1]], template)

@@ -1,0 +1,115 @@
+"""Verifiers that hang or crash on some answers, kept in a process of their own.
+
+The limit holds in every thread and takes no signal of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, Literal
+
+from opcd_nemo.tasks import verify_process
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["maths", "generated"]
+_PACKAGES: dict[Kind, tuple[str, str, str]] = {
+    "maths": ("math_verify", "math-verify", "opcd-nemo"),
+    "generated": ("reasoning_gym", "reasoning-gym", "opcd-nemo[generators]"),
+}
+
+
+class TimedVerifier:
+    """One verifying process, started at the first question and anew after each that it died of."""
+
+    def __init__(self, kind: Kind, *, limit_s: float) -> None:
+        """Raises: ValueError when the limit is not above 0 or the verifier is not installed."""
+        if not 0 < limit_s < math.inf:
+            raise ValueError(f"task.time_limit_s={limit_s}; allowed: a number of CPU-seconds > 0")
+        module, package, install = _PACKAGES[kind]
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(
+                f"task: {package} is not installed; allowed: after pip install '{install}'"
+            )
+        self._kind, self._limit_s = kind, limit_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def __call__(self, *request: object) -> Any:
+        """Return the verifier's result, or None where it raised, died or took too long."""
+        with self._lock:
+            process = self._running() or self._start()
+            try:
+                return _exchange(process, request)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                code = process.wait()
+                self._end()
+            except BaseException:  # an interrupt: the next request must not read this result
+                self._end()
+                raise
+        late = -code in (signal.SIGPROF, signal.SIGALRM)
+        logger.warning(
+            "a verifier %s; the answer is not accepted: %.200r",
+            f"took more than {self._limit_s} CPU-seconds" if late else f"died (exit code {code})",
+            request[-1],
+        )
+        return None
+
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        """Return this process's own; a fork has none yet."""
+        process = self._process
+        if process is None or self._owner != os.getpid():
+            return None
+        if process.poll() is not None:
+            self._end()
+            return None
+        return process
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", str(Path(verify_process.__file__)), self._kind]
+        process = subprocess.Popen(
+            [*command, str(self._limit_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        self._process, self._owner = process, os.getpid()
+        self._end = weakref.finalize(self, _stop, process, self._owner)
+        assert process.stdout is not None
+        try:
+            ready = pickle.load(process.stdout)
+        except EOFError as error:
+            raise RuntimeError(f"{command}: exit code {process.wait()} before it began") from error
+        assert ready == "ready", ready
+        return process
+
+
+def _exchange(process: subprocess.Popen[bytes], request: object) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(pickle.dumps(request))
+    process.stdin.flush()
+    return pickle.load(process.stdout)
+
+
+def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
+    if owner != os.getpid():
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what the dead one did not read
+                stream.close()
