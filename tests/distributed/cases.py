@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, cycle, product
 from typing import Literal
 
 from opcd_nemo.model_config import ModelConfig
@@ -248,9 +248,16 @@ CHECKPOINTS = {  # saved under the first layout, loaded under the second
     2: [("tp2", "dp2"), ("pp2", "tp2"), ("dp2", "tp2sp"), ("tp2", "pp2")],
     4: [("tp2pp2", "tp4"), ("tp4", "tp2dp2")],
 }
-CHECKPOINT_CASES = ["even", "llama-untied", "qwen3-tied-distributed", "ema", "hard_sync"]
+CHECKPOINT_CASES = ["llama-untied", "qwen3-tied-distributed", "ema", "hard_sync"]
 CHAT = "chat"  # a model with a tokenizer
-PACKAGED = [f"{name}-odd-student" for name in ("llama-untied", "qwen2-tied", "qwen3-tied")]
+PACKAGED = {  # the model of each move
+    move: f"{name}-odd-student"
+    for move, name in zip(
+        chain(*CHECKPOINTS.values()),
+        cycle(("llama-untied", "qwen2-tied", "qwen3-tied")),
+        strict=False,
+    )
+}
 FAILING = ["tp2", "pp2", "dp2", "tp2pp2"]
 
 HEAD_LOSSES: list[tuple[LossName, float, float]] = [  # kind, beta, temperature

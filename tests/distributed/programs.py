@@ -61,9 +61,8 @@ def run_moves(world: int, models: Path, results: Path) -> None:
             case: move_checkpoint(models, results, known[case], source, target)
             for case in (*cases.CHECKPOINT_CASES, "ema-bf16")
         }
-        found["packages"] = {
-            name: move_package(models, results, name, source, target) for name in cases.PACKAGED
-        }
+        packaged = cases.PACKAGED[source, target]
+        found["package"] = move_package(models, results, packaged, source, target)
         if int(dist.get_rank()) == 0:
             torch.save(found, results / f"{source}-to-{target}.pt")
     _finish()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bars import check, check_tensors
-from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, PACKAGED, TEACHER_CASES
+from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, TEACHER_CASES
 
 Results = Callable[[str], Any]
 MOVES = [f"{source}-to-{target}" for moves in CHECKPOINTS.values() for source, target in moves]
@@ -25,12 +25,9 @@ def test_weights_are_equal_after_a_move(move: str, case: str, results: Results) 
     assert found["epoch"] == 7
 
 
-@pytest.mark.parametrize("name", PACKAGED)
 @pytest.mark.parametrize("move", MOVES)
-def test_a_package_has_the_same_bits_on_every_layout(
-    move: str, name: str, results: Results
-) -> None:
-    assert results(move)["packages"][name] == []
+def test_a_package_has_the_same_bits_on_every_layout(move: str, results: Results) -> None:
+    assert results(move)["package"] == []
 
 
 @pytest.mark.parametrize("case", CHECKPOINT_CASES)

