@@ -117,12 +117,21 @@ def publish(save: Save, parallel: Parallel) -> None:
     Raises:
         SaveError: on every rank, when one could not write; nothing is published.
     """
-    written = save.shards.finish()
-    parts = parallel.gather_objects(written)
+    _complete(save.shards, save.path, lambda parts: _publish(save, parts), parallel)
+
+
+def _complete(
+    shards: ShardWriter,
+    path: Path,
+    complete: Callable[[Sequence[Written]], None],
+    parallel: Parallel,
+) -> None:
+    """Wait for every rank's files, then let rank 0 add what is about all. Collective."""
+    parts = parallel.gather_objects(shards.finish())
     error = next((part.error for part in parts if part.error), None)
     if error is None and parallel.rank == 0:
-        error = _try(lambda: _publish(save, parts))
-    _raise_from_rank_0(error, save.path, parallel)
+        error = _try(lambda: complete(parts))
+    _raise_from_rank_0(error, path, parallel)
 
 
 def _try(write: Callable[[], None]) -> str | None:
@@ -182,11 +191,7 @@ def save_weights(folder: Path, student: LanguageModel) -> None:
     _spread(weights, parallel)
     whole = {"student": weights, "model": asdict(student.config)}
     shards, index = _prepare(folder, whole, parallel)
-    parts = parallel.gather_objects(shards.finish())
-    error = next((part.error for part in parts if part.error), None)
-    if error is None and parallel.rank == 0:
-        error = _try(lambda: _write_index(folder, index, parts))
-    _raise_from_rank_0(error, folder, parallel)
+    _complete(shards, folder, lambda parts: _write_index(folder, index, parts), parallel)
 
 
 def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:

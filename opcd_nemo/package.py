@@ -39,7 +39,7 @@ def write_package(
         SaveError: on every rank, when it cannot be written; nothing is left behind.
     """
     parallel = student.parallel
-    folder = path.with_name(f".{path.name}.partial")
+    folder = durable.partial(path)
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
