@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
@@ -16,19 +16,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import clean, lock_folder, set_aside
+from opcd_nemo.durable import clean, set_aside
 from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.folder_lock import FolderLock, lock_folder
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
 from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
-from opcd_nemo.nemo_signals import StepBoundary
+from opcd_nemo.nemo_signals import STOP_FILE, StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
 from opcd_nemo.resume import check_unchanged, run_origin
 from opcd_nemo.types import NonFiniteError
 
 Say = Callable[[str], None]
+DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
 
 
 def train(raw: DictConfig, say: Say) -> Path:
@@ -43,6 +45,7 @@ def train(raw: DictConfig, say: Say) -> Path:
         NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
         SaveError: a checkpoint could not be written; those before it are intact.
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+        StoppedByFile: the folder has a file STOP; a checkpoint is saved.
     """
     started = time.perf_counter()
     config = load_config(raw)
@@ -55,15 +58,17 @@ def train(raw: DictConfig, say: Say) -> Path:
     strategy = MegatronStrategy(
         parallel, async_save=config.exp_manager["checkpoint_callback_params"]["async_save"]
     )
-    trainer = _trainer(config, strategy, StepBoundary(strategy, folder / "checkpoints"))
-    _lock = _lock_folder(folder, parallel)  # held until this function ends
+    trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
+    lock = _lock_folder(folder, parallel)  # held until this function ends
+    strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
+    _check_not_stopped(folder)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     exp_manager(trainer, _exp_manager_config(raw, folder))
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
-    with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
+    with _metric_logger(folder, lock) as metrics:
         model.metrics = metrics
         try:
             trainer.fit(model, ckpt_path=continued)
@@ -72,20 +77,28 @@ def train(raw: DictConfig, say: Say) -> Path:
             raise
         strategy.finish_save()
     after = model.scores("student", with_context=False)
+    strategy.fence()
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
         package = folder / f"{folder.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         quiet(f"written: {package}")
     parallel.barrier()
+    if model.summary is not None:  # on rank 0
+        _write_done(folder / DONE, model.summary["weights_sha256"])
     return folder
 
 
 def _silent(_: str) -> None: ...
 
 
+def _metric_logger(folder: Path, lock: FolderLock | None) -> MetricLogger | _NoLogger:
+    """Only rank 0, which has the lock, records."""
+    return MetricLogger(folder / "metrics.jsonl", lock.check) if lock else _NoLogger()
+
+
 class _NoLogger:
-    """Only rank 0 records."""
+    """Of the other ranks."""
 
     def __enter__(self) -> None: ...
 
@@ -130,13 +143,28 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
 def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) -> None:
     """Keep an earlier run of the same name under the next free number; nothing is lost."""
     parallel.barrier()
-    if parallel.rank == 0 and folder.exists() and not config.exp_manager["resume_if_exists"]:
-        set_aside(folder)
+    if parallel.rank == 0:
+        if folder.exists() and not config.exp_manager["resume_if_exists"]:
+            set_aside(folder)
+        (folder / DONE).unlink(missing_ok=True)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _lock_folder(folder: Path, parallel: Parallel) -> IO[str] | None:
+def _write_done(path: Path, digest: str) -> None:
+    """Whole or not there: a cluster's script takes it, and no exit code, for success."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(f"{digest}\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _check_not_stopped(folder: Path) -> None:
+    file = folder / STOP_FILE
+    if file.exists():
+        raise ValueError(f"name: {file} stops this run; allowed: a folder without that file")
+
+
+def _lock_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
     """Refuse a folder that another job works on. Collective over the world."""
     lock, refusal = None, None
     if parallel.rank == 0:

@@ -65,7 +65,7 @@ def test_samples_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:
-    with MetricLogger(tmp_path / "metrics.jsonl") as metrics:
+    with MetricLogger(tmp_path / "metrics.jsonl", lambda: None) as metrics:
         for step, loss in enumerate(["loss/forward_kl", "loss/reverse_kl"]):
             metrics.log(
                 step,
