@@ -13,7 +13,7 @@
 #
 #   sbatch slurm/opcd_math.sh [key=value ...]           from the repository's root
 #   OPCD_ACCOUNT=... slurm/opcd_math.sh [key=value ...] checks first, then submits itself
-OPCD_RECIPE=${OPCD_RECIPE:-math_cross_size}
+OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_to_4b_2n8g}
 OPCD_SCRIPT=$0
 OPCD_ROOT=${OPCD_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd -P)}}
 # shellcheck source=slurm/lib.sh

@@ -1,8 +1,8 @@
 """A real Slurm cluster on one machine, in namespaces, that nothing survives.
 
-Every node has its own network, host name, /tmp, /dev/shm and processes: killing the first of them is
-a power cut, taking its interface down is a partition. Nothing runs in the machine's own namespaces
-but munged. Needs root, Slurm, munge and iproute2. Stopped by the pids it started.
+Every node has its own network, host name, /tmp, /dev/shm and processes: killing the first of them
+is a power cut, taking its interface down is a partition. Nothing but munged runs in the machine's
+own namespaces. Needs root, Slurm, munge and iproute2. Stopped by the pids it started.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class MiniCluster:
             _call(*enter, "umount", "-l", str(path))
 
     def pids_of(self, node: str, *names: str) -> list[int]:
-        """The processes on a node, as the machine numbers them; of these names, if any are given."""
+        """The processes on a node, as the machine numbers them; of these names, or all."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self._tag + node], capture_output=True, text=True, check=True
         )
