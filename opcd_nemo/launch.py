@@ -86,7 +86,7 @@ def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
     try:
         code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
-        code = _report_error(error, config_name)
+        code = report_error(error, config_name)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
@@ -99,7 +99,7 @@ def quoted(override: str) -> str:
     return f"{key}='{value}'" if plain else override
 
 
-def _report_error(error: Exception, config_name: str) -> int:
+def report_error(error: Exception, config_name: str) -> int:
     """Print one line for what a user can mend, a traceback for the rest; returns the exit code."""
     if type(error) in _STOPS:
         if os.environ.get("RANK", "0") == "0":
@@ -236,7 +236,7 @@ def _check(config_name: str, writer: Connection) -> None:
         open_inputs(config, config.parallel.num_ranks)
         _check_port(config.parallel.port, node)
     except Exception as error:
-        sys.exit(_report_error(error, config_name))
+        sys.exit(report_error(error, config_name))
     writer.send(config.parallel)
 
 

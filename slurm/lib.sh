@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the scripts of this folder share; sourced by them. README.md says which variables they read.
 #
-#   opcd_main KIND CONFIG COMMAND...   the whole of a script: KIND is `train` or `stage`
+#   opcd_main KIND ARGUMENT...   the whole of a script: KIND is `train`, or `stage` of the experience
+#                                pipeline; the arguments are the command's, key=value
 #
 # Started by hand a script checks everything and submits itself; started by sbatch it is the job.
 set -uo pipefail
@@ -159,9 +160,9 @@ opcd_check_account() { # PARTITION
 # --- the command ------------------------------------------------------------------------------
 
 # fills `command`: what every node runs
-opcd_command() { # KIND CONFIG COMMAND...
+opcd_command() { # KIND ARGUMENT...
   local kind=$1 argument
-  shift 2
+  shift
   for argument in "$@"; do
     case $argument in
       name=* | exp_manager.exp_dir=* | parallel.num_ranks=* | recipe=* | parallel=*)
@@ -176,6 +177,7 @@ opcd_command() { # KIND CONFIG COMMAND...
       exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true)
     command=("$OPCD_PYTHON" recipes/train.py)
   else
+    # shellcheck disable=SC2153 # of the script
     overrides+=("stage=$OPCD_STAGE")
     command=("$OPCD_PYTHON" recipes/experience.py)
   fi
@@ -404,6 +406,8 @@ opcd_conclude() { # KIND CODE
     *" $EXIT_DO_NOT_RESTART "*) exit "$EXIT_DO_NOT_RESTART" ;;
   esac
   opcd_after_signal
+  compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
+    "node, srun says why; allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
   [[ $1 == train ]] || opcd_end 1 "stage $OPCD_STAGE failed; see $here/ranks.log"
   opcd_requeue
 }
@@ -431,13 +435,13 @@ opcd_requeue() {
 
 # --------------------------------------------------------------------------------------------------
 
-opcd_main() { # KIND CONFIG ARGUMENT...
-  local kind=$1 config=$2
-  shift 2
-  [[ $kind == train ]] || : "${OPCD_STAGE:?}"
+opcd_main() { # KIND ARGUMENT...
+  local kind=$1 config=train
+  shift
+  [[ $kind == train ]] || config=experience
   opcd_settings
   opcd_check
-  opcd_command "$kind" "$config" "$@"
+  opcd_command "$kind" "$@"
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     opcd_submit "$config" "$@"
   elif [[ ${DRY_RUN:-0} == 1 ]]; then

@@ -4,6 +4,7 @@
 set -uo pipefail
 export OPCD_NODE_RANK=$SLURM_NODEID
 cd "$OPCD_ROOT" || exit 1
+: >"$OPCD_HERE/started-$SLURM_NODEID"
 
 "$@" &
 child=$!

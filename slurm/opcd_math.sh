@@ -17,5 +17,5 @@ OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_to_4b_2n8g}
 OPCD_SCRIPT=$0
 OPCD_ROOT=${OPCD_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd -P)}}
 # shellcheck source=slurm/lib.sh
-. "$OPCD_ROOT/slurm/lib.sh" || { echo "error: OPCD_ROOT=$OPCD_ROOT: allowed: the repository" >&2; exit 2; }
-opcd_main train train "$@"
+. "$OPCD_ROOT/slurm/lib.sh" || exit 2
+opcd_main train "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ from tests.recipes.conftest import ROOT
 from tests.tiny import write_chat_model
 
 NUM_NODES = 8
+_running: list[MiniCluster] = []
+
+
+def pytest_keyboard_interrupt() -> None:
+    for cluster in _running:  # else threads that wait for jobs would go on waiting
+        cluster.abandon()
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +35,18 @@ def site() -> Iterator[Site]:
     output.mkdir()
     try:
         model = write_chat_model(place / "model")
-        with MiniCluster(place / "slurm", NUM_NODES, [ROOT, place]) as cluster:
+        spank = f"{build_pyxis_double(place)} {place / 'images'} {place / 'pyxis.log'}"
+        with MiniCluster(place / "slurm", NUM_NODES, [ROOT, place], spank) as cluster:
+            _running.append(cluster)
             yield Site(cluster=cluster, model=model, output=output)
     finally:
         shutil.rmtree(place)
+
+
+def build_pyxis_double(place: Path) -> Path:
+    """Compile the plugin that stands in for pyxis."""
+    library = place / "pyxis_double.so"
+    source = ROOT / "tests/cluster/pyxis_double.c"
+    flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", *flags, "-o", str(library), str(source)], check=True)
+    return library

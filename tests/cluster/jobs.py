@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.recipes.conftest import ROOT, SMOKE
 
 STEPS, SAVED_EVERY = 60, 10
 NODES, RANKS_PER_NODE = 2, 2
+STAGE_COMMAND = "tests/cluster/stage.sh"
 TRAINING = [
     *SMOKE,
     f"trainer.max_steps={STEPS}",
@@ -51,19 +53,45 @@ class Site:
         self,
         name: str,
         *overrides: str,
-        flags: tuple[str, ...] = (),
+        flags: Sequence[str] = (),
         script: str = "slurm/opcd_math.sh",
         environment: Mapping[str, str] | None = None,
     ) -> Job:
-        """`sbatch slurm/opcd_math.sh` from the repository's root."""
+        """`sbatch slurm/opcd_math.sh` from the repository's root, as a tiny training."""
+        overrides = (*TRAINING, f"student.path={self.model}", *overrides)
+        return self.sbatch(name, script, *overrides, flags=flags, environment=environment)
+
+    def submit_stage(
+        self, name: str, *, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> Job:
+        """`sbatch slurm/opcd_extract.sh` with a command of milliseconds."""
+        stand_in = {"OPCD_STAGE_COMMAND": STAGE_COMMAND, **(environment or {})}
+        script = "slurm/opcd_extract.sh"
+        flags = [f"--nodes={NODES}", *flags]
+        return self.sbatch(name, script, flags=flags, environment=stand_in)
+
+    def sbatch(
+        self,
+        name: str,
+        script: str,
+        *arguments: str,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Submit a script past its front door."""
         log = self.output / f"{name}.log"
-        command = [
-            "sbatch", "--parsable", "--gpus-per-node=0", "--time=30", f"--output={log}", *flags,
-            script, *TRAINING, f"student.path={self.model}", *overrides,
-        ]  # fmt: skip
+        fixed = ["--parsable", "--gpus-per-node=0", "--time=30", f"--output={log}"]
+        command = ["sbatch", *fixed, *flags, script, *arguments]
         done = self.cluster.run(command, self.environment(name, **(environment or {})), ROOT)
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip(), name, log)
+
+    def front_door(
+        self, script: str, *arguments: str, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script by hand."""
+        settings = self.environment("front", **{"OPCD_GPUS_PER_NODE": "0"} | environment)
+        return self.cluster.run([script, *arguments], settings, ROOT)
 
 
 @dataclass(frozen=True)
@@ -111,11 +139,11 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         self.site.cluster.wait_for(
-            lambda: self.steps() >= step or self._has_failed(), 150, f"step {step}\n{self.log}"
+            lambda: self.steps() >= step or self._has_failed(), 300, f"step {step}\n{self.log}"
         )
         assert self.steps() >= step, self.story()
 
-    def wait_for_state(self, *states: str, seconds: float = 200) -> None:
+    def wait_for_state(self, *states: str, seconds: float = 400) -> None:
         self.site.cluster.wait_for(lambda: self.state in states, seconds, f"{states}\n{self.log}")
 
     def wait_for_end(self) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,8 +78,9 @@ class MiniCluster:
         """Write the configuration; `spank` is a line of plugstack.conf."""
         self.folder, self.nodes = folder.resolve(), nodes
         self._shared = [str(path.resolve()) for path in shared]
-        self._tag = f"opcd{os.getpid() % 100000}"
+        self.tag = f"opcd{os.getpid() % 100000}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._is_abandoned = threading.Event()
         self._environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in ("munge", "state", "log", "dev"):
             (self.folder / name).mkdir(parents=True)
@@ -138,13 +140,13 @@ class MiniCluster:
 
     def _wire(self) -> None:
         """A namespace for the switch and one a host, joined by veth pairs."""
-        switch = f"{self._tag}sw"
+        switch = f"{self.tag}sw"
         _call("ip", "netns", "add", switch)
         _call("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
         _call("ip", "-n", switch, "link", "set", "br0", "up")
         places = [("ctl", 1), *((f"node{n}", 10 + n) for n in range(1, self.nodes + 1))]
         for host, address in places:
-            space = self._tag + host
+            space = self.tag + host
             _call("ip", "netns", "add", space)
             _call("ip", "-n", space, "link", "set", "lo", "up")
             pair = ["type", "veth", "peer", "name", f"p{host}", "netns", switch]
@@ -154,7 +156,7 @@ class MiniCluster:
             _call("ip", "-n", space, "link", "set", "eth0", "up")
 
     def _host(self, host: str, command: Sequence[str]) -> list[str]:
-        enter = ["nsenter", f"--net=/run/netns/{self._tag}{host}"]
+        enter = ["nsenter", f"--net=/run/netns/{self.tag}{host}"]
         fresh = ["unshare", "--uts", "--mount", "--propagation", "private"]
         shell = [str(HERE / "node_shell.sh"), str(self.folder), host, *self._shared, "--"]
         return [*enter, *fresh, *shell, *command]
@@ -183,11 +185,11 @@ class MiniCluster:
 
     def unplug(self, node: str) -> None:
         """Cut a node off the network; its processes go on."""
-        _call("ip", "-n", self._tag + node, "link", "set", "eth0", "down")
+        _call("ip", "-n", self.tag + node, "link", "set", "eth0", "down")
 
     def plug_in(self, node: str) -> None:
         """Put the cable back."""
-        _call("ip", "-n", self._tag + node, "link", "set", "eth0", "up")
+        _call("ip", "-n", self.tag + node, "link", "set", "eth0", "up")
 
     def make_read_only(self, node: str, path: Path, *, read_only: bool = True) -> None:
         """Change how a node sees a folder below a shared one."""
@@ -203,7 +205,7 @@ class MiniCluster:
     def pids_of(self, node: str, *names: str) -> list[int]:
         """The processes on a node, as the machine numbers them; of these names, or all."""
         listed = subprocess.run(
-            ["ip", "netns", "pids", self._tag + node], capture_output=True, text=True, check=True
+            ["ip", "netns", "pids", self.tag + node], capture_output=True, text=True, check=True
         )
         pids = [int(pid) for pid in listed.stdout.split()]
         return [pid for pid in pids if not names or _name_of(pid) in names]
@@ -236,12 +238,19 @@ class MiniCluster:
 
         Raises:
             TimeoutError: it does not; the tails of the logs go to the message.
+            RuntimeError: the cluster is abandoned.
         """
         end = time.monotonic() + seconds
         while not condition():
+            if self._is_abandoned.is_set():
+                raise RuntimeError(f"nobody waits for {what} any more")
             if time.monotonic() > end:
                 raise TimeoutError(f"no {what} in {seconds} s\n{self._tails()}")
             time.sleep(0.2)
+
+    def abandon(self) -> None:
+        """Let every thread that waits give up."""
+        self._is_abandoned.set()
 
     def _tails(self) -> str:
         tails = []
@@ -263,8 +272,8 @@ class MiniCluster:
         spaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
         for line in spaces.stdout.splitlines():
             space = line.split()[0]
-            if space.startswith(self._tag):
-                for pid in self.pids_of(space.removeprefix(self._tag)):
+            if space.startswith(self.tag):
+                for pid in self.pids_of(space.removeprefix(self.tag)):
                     os.kill(pid, signal.SIGKILL)
                 _call("ip", "netns", "del", space)
 

@@ -54,7 +54,7 @@ def time_limit(site: Site) -> Job:
     job = site.submit("time_limit", environment={PAUSE_ENV: "0.8"})
     job.wait_for_step(2)
     site.cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=3"])
-    job.wait_for_state("PENDING", seconds=90)
+    job.wait_for_state("PENDING", seconds=150)
     site.cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
     job.wait_for_end()
     return job
@@ -68,7 +68,7 @@ def partition(site: Site) -> Job:
     site.cluster.unplug(victim)
     zombies = Writers(site, victim, job.run)
     assert zombies.pids, job.story()
-    site.cluster.wait_for(lambda: f"attempt {job.id}.1" in job.lock, 150, f"takeover\n{job.log}")
+    site.cluster.wait_for(lambda: f"attempt {job.id}.1" in job.lock, 300, f"takeover\n{job.log}")
     assert zombies.alive(), "the test is worth nothing when nobody is left to write"
     before = zombies.positions()
     while job.state in ("RUNNING", "COMPLETING"):

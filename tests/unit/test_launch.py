@@ -69,7 +69,7 @@ def test_rank_0_alone_prints(
     monkeypatch.delenv(launch.LAUNCHER_PID_ENV, raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    assert launch._report_error(error, "train") == code
+    assert launch.report_error(error, "train") == code
     assert capsys.readouterr().err == ("" if rank == "1" else screen)
 
 
@@ -78,12 +78,12 @@ def test_rank_of_our_launcher_leaves_the_line_to_it(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv(launch.LAUNCHER_PID_ENV, "1")
-    assert launch._report_error(ValueError("a=1: allowed: 2"), "train") == 2
+    assert launch.report_error(ValueError("a=1: allowed: 2"), "train") == 2
     assert capsys.readouterr().err == ""
 
 
 def test_program_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch._report_error(ValueError("shapes differ"), "train") == 1
+    assert launch.report_error(ValueError("shapes differ"), "train") == 1
     assert capsys.readouterr().err.startswith("ValueError: shapes differ")
 
 
