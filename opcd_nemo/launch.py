@@ -8,6 +8,7 @@ with exit code 2 and one line on rank 0.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -146,6 +147,8 @@ def _explain_hydra(error: Exception, config_name: str) -> str:
 
 
 def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
+    # from a watchdog: the rank shows what each thread is doing, and dies
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     telemetry = logging.getLogger("nv_one_logger")  # NeMo's; on screen from its import on
@@ -267,9 +270,8 @@ def _torchrun(parallel: ParallelConfig) -> int:
         monitor_interval=0.5,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    for one in (signal.SIGTERM, signal.SIGUSR1):
+    for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(one, _forward_to_ranks)
-    signal.signal(signal.SIGUSR2, lambda *_: _forward_to_ranks(signal.SIGABRT, None))
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
         elastic_launch(settings, sys.executable)(*["-u", *sys.argv])

@@ -43,16 +43,7 @@ done
 log=${OPCD_OUTPUT:-$PWD/runs}/slurm/chain-${jobs[0]}.log
 mkdir -p "$(dirname "$log")"
 printf -v failed 'afternotok:%s?' "${jobs[@]}"
-# shellcheck disable=SC2016
-sbatch --parsable --job-name=opcd-chain --ntasks=1 --time=5 --gpus-per-node=0 --output="$log" \
+sbatch --parsable --output="$log" --dependency="${failed%\?}" --kill-on-invalid-dep=yes \
   ${OPCD_ACCOUNT:+"--account=$OPCD_ACCOUNT"} ${OPCD_PARTITION:+"--partition=$OPCD_PARTITION"} \
-  --dependency="${failed%\?}" --kill-on-invalid-dep=yes --wrap='
-    for one in '"${named[*]}"'; do
-      state=$(scontrol show job "${one#*=}" -o | grep -oE "JobState=[A-Z_]+" | cut -d= -f2)
-      if [[ -n ${failed:-} ]]; then echo "chain: ${one%=*} (job ${one#*=}) does not run: $state"
-      elif [[ $state != COMPLETED ]]; then
-        failed=$one
-        echo "chain: stage ${one%=*} (job ${one#*=}) failed: $state; the chain stops"
-      fi
-    done' >/dev/null || exit
+  slurm/chain_report.sh "${named[@]}" >/dev/null || exit
 echo "a failed stage is told in $log"

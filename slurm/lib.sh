@@ -15,7 +15,7 @@ EXIT_DO_NOT_RESTART=93 # by the file STOP, a sick node without a spare, or too m
 export NCCL_DEBUG=${NCCL_DEBUG-WARN}
 export TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS-1}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL-ERROR} # c10d warns of every name it cannot look up
-export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER-1} # the watchdog's SIGABRT prints the stacks
+export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER-1} # a crash prints the stacks
 
 opcd_say() { printf '[%(%F %T)T] attempt %s: %s\n' -1 "${attempt:-0}" "$*"; }
 

@@ -195,7 +195,7 @@ class MiniCluster:
         """Change how a node sees a folder below a shared one."""
         how = "bind,ro" if read_only else "bind,rw"
         (slurmd,) = self.pids_of(node, "slurmd")
-        enter = ["nsenter", "-t", str(slurmd), "-m"]
+        enter = ["nsenter", "-t", str(slurmd), "-m", "-p"]
         if read_only:
             _call(*enter, "mount", "--bind", str(path), str(path))
             _call(*enter, "mount", "-o", f"remount,{how}", str(path))
@@ -237,7 +237,7 @@ class MiniCluster:
         """Poll until a condition holds.
 
         Raises:
-            TimeoutError: it does not; the tails of the logs go to the message.
+            TimeoutError: it does not; the last lines of the controller go to the message.
             RuntimeError: the cluster is abandoned.
         """
         end = time.monotonic() + seconds
@@ -253,11 +253,9 @@ class MiniCluster:
         self._is_abandoned.set()
 
     def _tails(self) -> str:
-        tails = []
-        for log in sorted((self.folder / "log").iterdir()):
-            lines = log.read_text(errors="replace").splitlines()[-5:]
-            tails.append("\n".join([f"== {log.name}", *lines]))
-        return "\n".join(tails)
+        """What the controller did last; what nodes said is in the same folder while it is there."""
+        log = self.folder / "log/slurmctld.out"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-12:])
 
     def _stop_all(self) -> None:
         for name in [one for one in self._processes if one.startswith("node")]:

@@ -33,7 +33,7 @@ static int take(int option, const char *value, int remote)
 		slurm_error("pyxis_double: an option has no value");
 		return -1;
 	}
-	given[option] = strdup(value ? value : "yes");
+	given[option] = strdup(option == NO_HOME ? "yes" : value);
 	return 0;
 }
 

@@ -6,6 +6,7 @@ Two scenarios run at a time; the tests wait for them.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,7 @@ class Writers:
                     continue
                 is_writable = int(info[3], 8) & os.O_ACCMODE != os.O_RDONLY
                 if path.startswith(f"{self._folder}/") and is_writable:
-                    found[pid, path] = int(info[1])
+                    found[pid, path.removesuffix(" (deleted)")] = int(info[1])
         return found
 
 
@@ -117,7 +118,7 @@ def _listed(folder: Path) -> list[Path]:
 
 def hang(site: Site) -> Job:
     """A rank stands still; the watchdog ends the attempt."""
-    job = site.submit("hang", environment={HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": "40"})
+    job = site.submit("hang", environment={HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": "60"})
     job.wait_for_end()
     return job
 
@@ -173,5 +174,4 @@ def test_a_preempted_run_saves_at_once(jobs: dict[str, Future[Job]]) -> None:
 def test_the_watchdog_shows_where_a_rank_hangs(jobs: dict[str, Future[Job]]) -> None:
     job = jobs["hang"].result()
     assert "watchdog: no heartbeat for" in job.log
-    assert "Fatal Python error: Aborted" in job.ranks_log(0)
-    assert 'plugs.py", line' in job.ranks_log(0)
+    assert re.search(r'File ".*plugs.py", line \d+ in episodes', job.ranks_log(0))
