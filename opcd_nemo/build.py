@@ -6,6 +6,7 @@ from typing import Any
 
 from opcd_nemo.config import TrainConfig, build_plug
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
+from opcd_nemo.hf import Checkpoint
 from opcd_nemo.inputs import Inputs
 from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
@@ -66,6 +67,18 @@ def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> 
         retention_max_new_tokens=evaluation.retention_max_new_tokens,
     )
     return Evaluator(inputs.task, inputs.conversation, plan, parallel, inputs.prefix_ids)
+
+
+def build_engine(
+    config: TrainConfig, inputs: Inputs, checkpoint: Checkpoint, parallel: Parallel, dtype: str
+) -> RolloutEngine:
+    """An engine that holds a model's weights, for stages that train nothing. Collective."""
+    model = LanguageModel(checkpoint.config, parallel, DTYPES[dtype])
+    model.load(checkpoint)
+    model.module.requires_grad_(False)
+    engine = _engine(config.engine, model, inputs)
+    engine.load_weights(0)
+    return engine
 
 
 def _engine(plug: dict[str, Any], model: LanguageModel, inputs: Inputs) -> RolloutEngine:
