@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.engines.recorded import RecordedEngine
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
 from opcd_nemo.hf import Checkpoint
 from opcd_nemo.inputs import Inputs
@@ -28,6 +30,10 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         teacher.load(inputs.teacher)
         engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching
+    if rollout.teacher_data is not None:
+        engines["teacher"] = RecordedEngine(
+            engines["teacher"], Path(rollout.teacher_data), parallel
+        )
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase
     if config.warmup.steps:

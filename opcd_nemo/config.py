@@ -52,6 +52,7 @@ class RolloutConfig:
     top_p: float
     top_k: int
     max_new_tokens: int
+    teacher_data: str | None
     anchor_fraction: float
 
 
@@ -200,6 +201,11 @@ def load_config(raw: DictConfig) -> TrainConfig:
         check_plug("warmup.loss", config.warmup.loss)
     _check_sizes(config)
     _check_teacher(config)
+    if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
+        raise ValueError(
+            f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
+            f"rollout.sampler={config.rollout.sampler}"
+        )
     return config
 
 
@@ -343,6 +349,9 @@ def _check_teacher(config: TrainConfig) -> None:
             raise ValueError(f"teacher.{key}={value}: allowed: null {with_life}")
     if teacher.life == "frozen":
         return
+    if config.rollout.teacher_data is not None:
+        data = config.rollout.teacher_data
+        raise ValueError(f"rollout.teacher_data={data}: allowed: null {with_life}")
     # the weights are made of the student's: the same parameters in the same precision
     if teacher.path is not None:
         raise ValueError(f"teacher.path={teacher.path}: allowed: null {with_life}")
