@@ -35,8 +35,8 @@ def train(raw: DictConfig, say: Say) -> Path:
     """Run the configured training; `say` prints on rank 0. Collective over the world.
 
     Returns:
-        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, config.yaml and
-        checkpoints.
+        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, answers.jsonl,
+        config.yaml and checkpoints.
 
     Raises:
         ValueError: a key is wrong, before a model loads.
@@ -210,6 +210,10 @@ def _report(
     summary: dict[str, Any] = {name: pair[0].score for name, pair in scores.items()}
     for name, pair in zip(("before", "in_context", "after"), scores.values(), strict=True):
         summary[f"retention_{name}"] = pair[1].score
+    summary["evaluation"] = {
+        name: {"task": pair[0].record(), "retention": pair[1].record()}
+        for name, pair in scores.items()
+    }
     summary |= {
         "steps": len(lines),
         "seconds_total": round(time.perf_counter() - started, 1),
@@ -230,6 +234,7 @@ def _report(
     write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
+    report.write_answers(folder / "answers.jsonl", scores)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}

@@ -208,7 +208,7 @@ def _sign_flip_p(difference_D: _Array, seed: int) -> float:
     if np.allclose(sizes_D, sizes_D[0], rtol=1e-9, atol=0):
         count = len(difference_D)
         fewer = min(int((difference_D > 0).sum()), int((difference_D < 0).sum()))
-        return min(1.0, sum(math.comb(count, n) for n in range(fewer + 1)) / 2 ** (count - 1))
+        return min(1.0, sum(math.comb(count, n) for n in range(fewer + 1)) / (1 << (count - 1)))
     observed = abs(difference_D.sum()) * (1 - 1e-9)  # a tie may round below
     draws = np.random.default_rng(seed)
     as_large = 0
