@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,24 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
 def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Evaluator:
     """The evaluator of the run's tables."""
     evaluation = config.evaluation
+    sampling = SamplingParams(
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        top_k=evaluation.top_k,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
     plan = EvaluationPlan(
         num_questions=evaluation.num_questions,
         num_retention=evaluation.num_retention,
-        max_new_tokens=evaluation.max_new_tokens,
-        retention_max_new_tokens=evaluation.retention_max_new_tokens,
+        sampling=sampling,
+        retention_sampling=replace(sampling, max_new_tokens=evaluation.retention_max_new_tokens),
+        samples_per_question=evaluation.samples_per_question,
+        leakage_phrases=evaluation.leakage_phrases,
+        seed=config.seed,
     )
-    return Evaluator(inputs.task, inputs.conversation, plan, parallel, inputs.prefix_ids)
+    return Evaluator(
+        inputs.task, inputs.retention, inputs.conversation, plan, parallel, inputs.prefix_ids
+    )
 
 
 def build_engine(

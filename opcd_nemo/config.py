@@ -106,12 +106,17 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """`conf/evaluation/`: questions and lengths of the tables; decoding is greedy."""
+    """`conf/evaluation/`: questions, sampling and lengths of the tables, and what ends a run."""
 
     num_questions: int
     num_retention: int
     max_new_tokens: int
     retention_max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    samples_per_question: int
+    leakage_phrases: list[str]
     every_n_steps: int
 
 
@@ -131,6 +136,7 @@ class TrainConfig:
     student: StudentConfig
     teacher: TeacherConfig
     task: Any
+    retention: Any
     context: Any
     engine: Any
     loss: Any
@@ -150,11 +156,13 @@ _POSITIVE = (
     "optim.lr optim.eps optim.clip_grad parallel.num_ranks parallel.tensor_model_parallel_size "
     "parallel.pipeline_model_parallel_size parallel.threads_per_rank parallel.timeout_s "
     "evaluation.num_questions evaluation.num_retention evaluation.max_new_tokens "
-    "evaluation.retention_max_new_tokens trainer.max_steps"
+    "evaluation.retention_max_new_tokens evaluation.top_p evaluation.samples_per_question "
+    "trainer.max_steps"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.anchor_fraction warmup.steps optim.min_lr "
-    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps"
+    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps "
+    "evaluation.temperature evaluation.top_k"
 ).split()
 _POSITIVE_OF_PLUGS = (  # where the plug has them
     "loss.temperature loss.chunk_tokens warmup.loss.temperature warmup.loss.chunk_tokens "
@@ -178,11 +186,12 @@ _CHOICES = {
 }
 _AT_MOST = {
     "rollout.top_p": 1.0,
+    "evaluation.top_p": 1.0,
     "rollout.anchor_fraction": 1.0,
     "parallel.port": 65535,
 }
 _SHARES = ("loss.beta", "warmup.loss.beta")  # of the student, where the plug has them
-_PLUGS = ("task", "context", "engine", "loss")
+_PLUGS = ("task", "retention", "context", "engine", "loss")
 
 
 def load_config(raw: DictConfig) -> TrainConfig:
@@ -201,6 +210,7 @@ def load_config(raw: DictConfig) -> TrainConfig:
         check_plug("warmup.loss", config.warmup.loss)
     _check_sizes(config)
     _check_teacher(config)
+    _check_evaluation(config.evaluation)
     if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
         raise ValueError(
             f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
@@ -360,6 +370,24 @@ def _check_teacher(config: TrainConfig) -> None:
     if teacher.dtype != student.dtype:
         raise ValueError(
             f"teacher.dtype={teacher.dtype}: allowed: student.dtype={student.dtype} {with_life}"
+        )
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse what has no effect on greedy answers, and phrases that no answer can hold."""
+    if evaluation.temperature == 0:
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("samples_per_question", 1)):
+            value = getattr(evaluation, name)
+            if value != off:
+                raise ValueError(
+                    f"evaluation.{name}={value}: allowed: {off} with evaluation.temperature=0, "
+                    "which is greedy"
+                )
+    phrases = evaluation.leakage_phrases
+    if not phrases or not all(re.search(r"\w", phrase) for phrase in phrases):
+        raise ValueError(
+            f"evaluation.leakage_phrases={phrases}: allowed: a list of one phrase or more, each "
+            "with a word in it"
         )
 
 

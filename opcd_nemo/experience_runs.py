@@ -30,7 +30,7 @@ EXTRACTION, TURNS = "extraction", "turns.jsonl"
 CANDIDATES, SCORES, RANKED = "candidates.json", "scoring.jsonl", "ranked.json"
 SELECTED, CONTROLS, SUMMARY, TABLE = "selected.json", "controls.json", "summary.json", "table.md"
 _ORIGIN = "experience.yaml"
-_COMPARED = (*RESULT_KEYS, "experience", "evaluation", "retention", "trainer.max_steps")
+_COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
 _NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
 
 
@@ -40,10 +40,10 @@ class Workplace:
     def __init__(self, settings: Settings) -> None:
         """Take the round that the settings name."""
         self.settings = settings
-        self.root = Path(settings.train.exp_manager.exp_dir) / settings.train.name
+        self.root: Path = Path(settings.train.exp_manager.exp_dir) / settings.train.name
         one = settings.experience.rounds == 1
         self._round = "" if one else f"round={settings.round}"
-        self.folder = self.root / self._round
+        self.folder: Path = self.root / self._round
         self.registry = Registry(self.root / "registry")
 
     def open(self) -> None:

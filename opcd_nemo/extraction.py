@@ -74,6 +74,10 @@ class _Logged:
     def score(self) -> float:
         return self._episode.score()
 
+    @property
+    def answered(self) -> bool:
+        return self._episode.answered
+
     def trace(self) -> Trace:
         return self._episode.trace()
 

@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 RESULT_KEYS = (
-    "seed student teacher task context engine loss rollout warmup batching optim context_hash"
+    "seed student teacher task retention context engine loss rollout warmup batching optim "
+    "context_hash"
 ).split()
 _ABSENT = "(absent)"
 

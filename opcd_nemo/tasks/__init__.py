@@ -60,6 +60,11 @@ class Episode(Protocol):
         """Return all that happened in an episode that is done; no label, no score."""
         ...
 
+    @property
+    def answered(self) -> bool:
+        """False after a reply without an answer to judge: a failure of format, not of knowledge."""
+        ...
+
 
 class Task(Protocol):
     """A source of episodes; every method is pure in its arguments and the task's seed."""
@@ -72,14 +77,6 @@ class Task(Protocol):
 
         Raises:
             ValueError: `n` is below 1 or above the number of prompts.
-        """
-        ...
-
-    def retention(self, n: int) -> list[Episode]:
-        """Return the first `n` episodes of a task that the context has nothing to do with.
-
-        Raises:
-            ValueError: as in `episodes`.
         """
         ...
 

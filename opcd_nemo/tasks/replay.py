@@ -58,10 +58,6 @@ class ReplayTask:
         turns = draw(self._turns, attrgetter("uid"), seed=self._seed, step=step, n=n)
         return [QuestionEpisode(turn, teacher_sees_context=True) for turn in turns]
 
-    def retention(self, n: int) -> list[Episode]:
-        """Return the task's."""
-        return self._task.retention(n)
-
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return the task's."""
         return self._task.anchors(step, n)
