@@ -62,7 +62,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
-        self._context = describe_context(config.context)
+        self.context = describe_context(config.context)
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
@@ -109,7 +109,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         origin = run_origin(run_config(self.cfg), self.context_hash)
         best = asdict(self.best) if self.best else None
         checkpoint["opcd"] = {"config": origin, "versions": report.versions(), "best": best}
-        checkpoint["opcd"]["context"] = self._context
+        checkpoint["opcd"]["context"] = self.context
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what `on_train_start` needs, and the best score until then."""

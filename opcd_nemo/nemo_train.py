@@ -228,6 +228,7 @@ def _report(
         "dp": parallel.dp,
         "seed": config.seed,
         "context_hash": model.context_hash,
+        "context_lineage": model.context["lineage"],
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
