@@ -13,6 +13,7 @@ from pathlib import Path
 from opcd_nemo.config import TrainConfig, build_plug
 from opcd_nemo.context import ContextSource
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.losses import TopKLoss
 from opcd_nemo.parallel import check_layout
 from opcd_nemo.rollout import Conversation, context_prefix
 from opcd_nemo.tasks import Episode, Task
@@ -60,6 +61,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    _check_losses(config, student_config.vocab_size)
     _check_stages(config, {"student": student_config, "teacher": teacher.config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
@@ -79,6 +81,18 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
             lambda question: tokenizer.render(source.context("", 0).messages(question))
         ),
     )
+
+
+def _check_losses(config: TrainConfig, vocab_size: int) -> None:
+    plugs = {"loss": config.loss}
+    if config.warmup.steps:
+        plugs["warmup.loss"] = config.warmup.loss
+    for key, plug in plugs.items():
+        loss = build_plug(plug)
+        if isinstance(loss, TopKLoss) and loss.k > vocab_size:
+            raise ValueError(
+                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
+            )
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:
