@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -27,6 +27,7 @@ class Inputs:
     student: Checkpoint
     student_config: ModelConfig
     teacher: Checkpoint
+    teacher_config: ModelConfig
     task: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
@@ -61,8 +62,10 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    # rows past the student's are padding of the teacher's vocabulary: no token has them
+    teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
     _check_losses(config, student_config.vocab_size)
-    _check_stages(config, {"student": student_config, "teacher": teacher.config})
+    _check_stages(config, {"student": student_config, "teacher": teacher_config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
         tokenizer=tokenizer,
@@ -75,6 +78,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         student=student,
         student_config=student_config,
         teacher=teacher,
+        teacher_config=teacher_config,
         task=task,
         conversation=conversation,
         prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
@@ -143,15 +147,19 @@ def _shared_tokenizer(
 ) -> ChatTokenizer:
     with _about("student.path", config.student.path):
         tokenizer = ChatTokenizer.from_path(config.student.path)
+    arguments = config.student.chat_template_arguments
+    with _about("student.chat_template_arguments", arguments):
+        tokenizer = tokenizer.with_arguments(arguments)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
     pair = f"teacher.path={config.teacher.path}"
-    if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
+    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
         raise ValueError(
             f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path}); allowed: the same vocabulary"
+            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
+            "as many rows"
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
         raise ValueError(

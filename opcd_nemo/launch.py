@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
-from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
+from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
 from opcd_nemo.types import NonFiniteError, SaveError, StoppedBySignal
 
 if TYPE_CHECKING:
@@ -221,7 +221,8 @@ def _check(config_name: str, writer: Connection) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
     try:
         config = load_config(compose(config_name, sys.argv[1:]))
-        choose_device(config.parallel.device, config.parallel.num_ranks)
+        device, _ = choose_device(config.parallel.device, config.parallel.num_ranks)
+        choose_layer_spec(config.parallel.layer_spec, device)
         open_inputs(config, config.parallel.num_ranks)
         _check_port(config.parallel.port)
     except Exception as error:
