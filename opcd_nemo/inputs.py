@@ -29,6 +29,7 @@ class Inputs:
     teacher: Checkpoint
     teacher_config: ModelConfig
     task: Task
+    retention: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
 
@@ -73,13 +74,16 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         max_positions=min(student_config.max_positions, teacher.config.max_positions),
     )
     task: Task = build_plug(config.task)
-    _check_prompts(config, task, conversation)
+    with _about("retention._target_", config.retention["_target_"]):
+        retention: Task = build_plug(config.retention)
+    _check_prompts(config, task, retention, conversation)
     return Inputs(
         student=student,
         student_config=student_config,
         teacher=teacher,
         teacher_config=teacher_config,
         task=task,
+        retention=retention,
         conversation=conversation,
         prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
     )
@@ -179,13 +183,19 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
             )
 
 
-def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+def _check_prompts(
+    config: TrainConfig, task: Task, retention: Task, conversation: Conversation
+) -> None:
     """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
-        ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        (
+            "evaluation.num_retention",
+            evaluation.num_retention,
+            partial(retention.episodes, "test", 0),
+        ),
         (
             "evaluation.num_questions",
             evaluation.num_questions if evaluation.every_n_steps else 0,
@@ -211,7 +221,8 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
                 )
         for episode in episodes:
             student, teacher = conversation.longest_prompts(episode)
-            with _about("task._target_", config.task["_target_"]):
+            plug = "retention" if key == "evaluation.num_retention" else "task"
+            with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)

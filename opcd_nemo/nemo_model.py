@@ -131,9 +131,13 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         task, retention = self.scores("student", with_context=False, split="validation")
         if self.best is None or task.score > self.best.score:
             self.best = Best(step=num_steps, score=task.score)
-        values = {"validation/score": task.score, "validation/retention": retention.score}
-        self.log_dict(values, prog_bar=True, batch_size=1)
-        return {**values, "time/validation_s": time.perf_counter() - started}
+        shown = {"validation/score": task.score, "validation/retention": retention.score}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        return {
+            **shown,
+            **report.evaluation_metrics(task),
+            "time/validation_s": time.perf_counter() - started,
+        }
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Save a new best where the checkpoint callback has not; remove the best before it.

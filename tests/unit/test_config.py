@@ -290,19 +290,22 @@ def test_every_demo_composes_with_every_layout(recipe: str, parallel: str) -> No
     )
 
 
+NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "pipeline")
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [
         (path.name, name)
         for path in sorted(CONF.iterdir())
-        if path.is_dir() and path.name not in ("recipe", "parallel")
+        if path.is_dir() and path.name not in NOT_OF_ONE_RUN
         for name in names(path.name)
     ],
 )
 def test_every_word_of_a_group_loads_once_its_files_are_named(group: str, name: str) -> None:
     overrides = [f"{group}={name}"]
     while key := _missing(overrides):
-        assert group == "task" or key == "context.path", key
+        assert group in ("task", "context"), key
         assert len(overrides) < 6
         overrides.append(f"{key}=/data/some.jsonl")
 
@@ -316,6 +319,13 @@ def _missing(overrides: list[str]) -> str | None:
             raise
         return key
     return None
+
+
+def test_any_task_can_be_asked_for_retention() -> None:
+    config = load_config(compose("train", ["~retention", "+task@retention=json"]))
+    assert config.retention == {**config.task, "verifier": "json"}
+    with pytest.raises(ValueError, match=r"^retention\.verifier: no value is given to "):
+        load_config(compose("train", [f"retention._target_={config.task['_target_']}"]))
 
 
 class Plug:
