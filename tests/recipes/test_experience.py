@@ -18,12 +18,12 @@ SETTINGS = (
     "experience.consolidation.seeds=[1] experience.controls=[wrong] "
     "exp_manager.checkpoint_callback_params.save_weights_only=true"
 ).split()
+PROMPT = "experience.extraction.prompt='{trace} {outcome}'"
 
 
 def pipeline(smoke: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    prompt = "experience.extraction.prompt='{trace} {outcome}'"
     where = f"exp_manager.exp_dir={folder}"
-    return run_python("recipes/experience.py", *smoke, *SETTINGS, prompt, where, *more)
+    return run_python("recipes/experience.py", *smoke, *SETTINGS, PROMPT, where, *more)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path: Path) -> None:
