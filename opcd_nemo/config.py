@@ -129,6 +129,7 @@ class EvaluationConfig:
     samples_per_question: int
     leakage_phrases: list[str]
     every_n_steps: int
+    min_retention: float | None
 
 
 @dataclass(kw_only=True)
@@ -224,6 +225,7 @@ def load_config(raw: DictConfig) -> TrainConfig:
     _check_sizes(config)
     _check_teacher(config)
     _check_evaluation(config.evaluation)
+    _check_stop(config)
     if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
         raise ValueError(
             f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
@@ -404,7 +406,7 @@ def _check_teacher(config: TrainConfig) -> None:
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
-    """Refuse what has no effect on greedy answers, and phrases that no answer can hold."""
+    """Refuse what has no effect, and phrases that no answer can hold."""
     if evaluation.temperature == 0:
         for name, off in (("top_p", 1.0), ("top_k", 0), ("samples_per_question", 1)):
             value = getattr(evaluation, name)
@@ -419,6 +421,21 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
             f"evaluation.leakage_phrases={phrases}: allowed: a list of one phrase or more, each "
             "with a word in it"
         )
+
+
+def _check_stop(config: TrainConfig) -> None:
+    """Refuse a rule to stop by that nothing applies, or that another setting undoes."""
+    share = config.evaluation.min_retention
+    if share is None:
+        return
+    key = f"evaluation.min_retention={share}"
+    if not 0 < share <= 1:
+        raise ValueError(f"{key}: allowed: a number > 0, at most 1, or null")
+    if config.evaluation.every_n_steps == 0:
+        raise ValueError(f"{key}: allowed: null with evaluation.every_n_steps=0")
+    for name in ("min_steps", "min_epochs"):
+        if config.trainer.get(name) is not None:
+            raise ValueError(f"{key}: allowed: null with trainer.{name}={config.trainer[name]}")
 
 
 def check_plug(key: str, plug: Any) -> None:
