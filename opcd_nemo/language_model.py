@@ -119,6 +119,23 @@ def transformer_config(
     )
 
 
+def build_module(
+    config: ModelConfig, megatron_config: TransformerConfig, parallel: Parallel
+) -> HiddenGPT:
+    """This rank's shard, uninitialised, on torch's default device if that device is no GPU."""
+    return HiddenGPT(
+        megatron_config,
+        block_spec(megatron_config, parallel.layer_spec),
+        vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
+        max_sequence_length=config.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="none",
+    )
+
+
 class Stream(NamedTuple):
     """What one forward needs: tokens and the state of their attention."""
 
@@ -133,17 +150,7 @@ class LanguageModel:
         """Build the module; its weights are uninitialised until `load`."""
         self.config, self.parallel, self.dtype = config, parallel, dtype
         self.megatron_config = transformer_config(config, parallel, dtype)
-        self.module = HiddenGPT(
-            self.megatron_config,
-            block_spec(self.megatron_config, parallel.layer_spec),
-            vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
-            max_sequence_length=config.max_positions,
-            pre_process=parallel.is_first_stage,
-            post_process=parallel.is_last_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=config.tied_embeddings,
-            position_embedding_type="none",
-        ).to(parallel.device)
+        self.module = build_module(config, self.megatron_config, parallel).to(parallel.device)
         for name, parameter in self.module.named_parameters():
             # Megatron marks only what it initialises; unmarked shards are left out of the norm
             parameter.tensor_model_parallel = "norm" not in name

@@ -187,12 +187,17 @@ def test_what_only_the_user_has_is_asked_for(name: str, key: str) -> None:
         load_config(compose("train", [f"recipe={name}"]))
 
 
-def test_the_exact_loss_is_one_word_away() -> None:
-    config = recipe("medical_llama3p2_3b_1n8g", "loss=reverse_kl")
-    assert config.loss == {
-        "_target_": "opcd_nemo.losses.DivergenceLoss",
-        "kind": "reverse_kl",
-        "beta": 0.5,
-        "temperature": 1.0,
-        "chunk_tokens": 1024,
-    }
+@pytest.mark.parametrize("name", ["safety_llama3p1_8b_1n8g", "safety_qwen2p5_7b_to_3b_1n8g"])
+def test_the_exact_loss_and_the_baselines_are_a_word_away(name: str) -> None:
+    exact = recipe(name, "loss=reverse_kl")
+    assert (exact.loss["_target_"], exact.loss["temperature"], exact.loss["chunk_tokens"]) == (
+        "opcd_nemo.losses.DivergenceLoss",
+        1.0,
+        1024,
+    )
+    for loss, kind in (("loss=forward_kl", "forward_kl"), ("loss=hard_labels", None)):
+        off_policy = recipe(name, loss, "rollout=teacher")
+        assert (off_policy.rollout.sampler, off_policy.loss.get("kind")) == ("teacher", kind)
+        assert off_policy.rollout.max_new_tokens == 512
+    assert recipe(name, "loss.kind=forward_kl", "rollout=teacher").loss["k"] == 256
+    assert recipe(name, "parallel=dp2").parallel.num_ranks == 2
