@@ -90,6 +90,12 @@ def this_node() -> Nodes | None:
     return Nodes(count=count, rank=rank, rendezvous=rendezvous)
 
 
+def is_first_node() -> bool:
+    """Whether this node writes what is not written by ranks."""
+    node = this_node()
+    return node is None or node.rank == 0
+
+
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():

@@ -72,6 +72,16 @@ def publish(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    temporary = partial(file)
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
+
+
 def partial(final: Path) -> Path:
     """Where a folder is written before it is published; every attempt of a job has its own."""
     attempt = this_attempt()

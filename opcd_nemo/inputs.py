@@ -5,16 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
 from opcd_nemo.config import TrainConfig, build_plug
-from opcd_nemo.context import ContextSource
+from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.losses import TopKLoss
 from opcd_nemo.parallel import check_layout
-from opcd_nemo.rollout import Conversation, context_prefix
+from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer
 
@@ -26,7 +27,9 @@ class Inputs:
     student: Checkpoint
     student_config: ModelConfig
     teacher: Checkpoint
+    teacher_config: ModelConfig
     task: Task
+    retention: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
 
@@ -38,7 +41,7 @@ class Inputs:
     @property
     def context_hash(self) -> str:
         """SHA-256 of what the teacher reads."""
-        return self.conversation.source.context("", 0).content_hash
+        return content_hash(self.conversation.source)
 
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -60,7 +63,10 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
-    _check_stages(config, {"student": student_config, "teacher": teacher.config})
+    # rows past the student's are padding of the teacher's vocabulary: no token has them
+    teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
+    _check_losses(config, student_config.vocab_size)
+    _check_stages(config, {"student": student_config, "teacher": teacher_config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
         tokenizer=tokenizer,
@@ -68,17 +74,51 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         max_positions=min(student_config.max_positions, teacher.config.max_positions),
     )
     task: Task = build_plug(config.task)
-    _check_prompts(config, task, conversation)
+    with _about("retention._target_", config.retention["_target_"]):
+        retention: Task = build_plug(config.retention)
+    _check_prompts(config, task, retention, conversation)
     return Inputs(
         student=student,
         student_config=student_config,
         teacher=teacher,
+        teacher_config=teacher_config,
         task=task,
+        retention=retention,
         conversation=conversation,
-        prefix_ids=context_prefix(
-            lambda question: tokenizer.render(source.context("", 0).messages(question))
-        ),
+        prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
     )
+
+
+def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
+    """The ids that every teacher prompt of the task starts with, in all its contexts.
+
+    Seen in two made-up questions, after the first paragraph that two real ones share.
+    """
+    nothing = NoContext().context("", 0)
+    asked = [
+        episode.turn(nothing).student_messages[-1]["content"]
+        for episode in task.episodes("test", 0, min(2, num_questions))
+    ]
+    openings = [text.partition("\n\n")[0] for text in asked]
+    alike = len(openings) == 2 and openings[0] == openings[1]
+    opening = f"{openings[0]}\n\n" if alike else ""
+    return shared_start(
+        conversation.tokenizer.render(context.messages(f"{opening}{probe}"))
+        for context in conversation.source.contexts()
+        for probe in ("A", "7")
+    )
+
+
+def _check_losses(config: TrainConfig, vocab_size: int) -> None:
+    plugs = {"loss": config.loss}
+    if config.warmup.steps:
+        plugs["warmup.loss"] = config.warmup.loss
+    for key, plug in plugs.items():
+        loss = build_plug(plug)
+        if isinstance(loss, TopKLoss) and loss.k > vocab_size:
+            raise ValueError(
+                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
+            )
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:
@@ -111,15 +151,19 @@ def _shared_tokenizer(
 ) -> ChatTokenizer:
     with _about("student.path", config.student.path):
         tokenizer = ChatTokenizer.from_path(config.student.path)
+    arguments = config.student.chat_template_arguments
+    with _about("student.chat_template_arguments", arguments):
+        tokenizer = tokenizer.with_arguments(arguments)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
     pair = f"teacher.path={config.teacher.path}"
-    if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
+    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
         raise ValueError(
             f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path}); allowed: the same vocabulary"
+            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
+            "as many rows"
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
         raise ValueError(
@@ -139,13 +183,19 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
             )
 
 
-def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+def _check_prompts(
+    config: TrainConfig, task: Task, retention: Task, conversation: Conversation
+) -> None:
     """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
-        ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        (
+            "evaluation.num_retention",
+            evaluation.num_retention,
+            partial(retention.episodes, "test", 0),
+        ),
         (
             "evaluation.num_questions",
             evaluation.num_questions if evaluation.every_n_steps else 0,
@@ -171,7 +221,8 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
                 )
         for episode in episodes:
             student, teacher = conversation.longest_prompts(episode)
-            with _about("task._target_", config.task["_target_"]):
+            plug = "retention" if key == "evaluation.num_retention" else "task"
+            with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)

@@ -18,6 +18,7 @@ import socket
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -32,8 +33,14 @@ from omegaconf.errors import OmegaConfBaseException
 from opcd_nemo.cluster import Nodes, this_attempt, this_node
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
-from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
-from opcd_nemo.types import NonFiniteError, SaveError, StoppedByFile, StoppedBySignal
+from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
+from opcd_nemo.types import (
+    CheckFailed,
+    NonFiniteError,
+    SaveError,
+    StoppedByFile,
+    StoppedBySignal,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -48,28 +55,47 @@ _STOPS: dict[type[Exception], int] = {
 }
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
+LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | None]
 
 
-def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
+def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
+    """Check a training run's configuration and inputs; returns its layout."""
+    config = load_config(raw)
+    node, ranks_here = this_node(), config.parallel.num_ranks
+    if node is not None:
+        ranks_here = node.ranks_per_node(ranks_here)
+    device, _reason = choose_device(config.parallel.device, ranks_here)
+    choose_layer_spec(config.parallel.layer_spec, device)
+    open_inputs(config, config.parallel.num_ranks)
+    return config.parallel
+
+
+def run_recipe(
+    load_main: Callable[[], Main], config_name: str, check: LaunchCheck = check_run
+) -> NoReturn:
     """Run a recipe as a launcher or as a rank, and exit.
 
     Args:
         load_main: imports and returns the recipe's main (heavy imports stay out of the launcher).
         config_name: a file of `conf/`, without its ending.
+        check: what the launcher looks at, and the layout to start; None: there is nothing to start.
     """
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
-    run = _run_rank if is_rank else _launch_ranks
-    _run_and_exit(lambda: run(load_main, config_name), config_name)
+
+    def run() -> int:
+        return _run_rank(load_main, config_name) if is_rank else _launch_ranks(check, config_name)
+
+    _run_and_exit(run, config_name)
 
 
 def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
-    """Run a recipe in this process, as its only rank, and exit."""
+    """Run a recipe in this process, as its only rank, and exit; its main may return the code."""
 
     def run() -> int:
         config = compose(config_name, sys.argv[1:])
         quiet_libraries()
-        load_main()(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
-        return 0
+        code = load_main()(config, _say)
+        return code if isinstance(code, int) else 0
 
     _run_and_exit(run, config_name)
 
@@ -107,7 +133,7 @@ def report_error(error: Exception, config_name: str) -> int:
             sys.stderr.write(f"{error}\n")
         return _STOPS[type(error)]
     line = _one_line(error, config_name)
-    if line is None and not isinstance(error, NonFiniteError | SaveError):
+    if line is None and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
     spoken_for = LAUNCHER_PID_ENV in os.environ and "RANK" in os.environ  # the launcher prints it
@@ -163,7 +189,7 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
 
     def task(config: DictConfig) -> None:
         try:
-            main(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+            main(config, _say)
         except Exception as error:
             failures.append(error)
 
@@ -214,33 +240,35 @@ def _check_choices(overrides: list[str]) -> None:
             )
 
 
-def _launch_ranks(_: Callable[[], Main], config_name: str) -> int:
+def _launch_ranks(check: LaunchCheck, config_name: str) -> int:
     """Check everything, then run the same command as `parallel.num_ranks` ranks.
 
     A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.
     """
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_check, args=(config_name, writer))
+    child = fork.Process(target=_check, args=(check, config_name, writer))
     child.start()
     child.join()
-    return child.exitcode or _torchrun(reader.recv())
+    if child.exitcode:
+        return child.exitcode
+    parallel = reader.recv()
+    return 0 if parallel is None else _torchrun(parallel)
 
 
-def _check(config_name: str, writer: Connection) -> None:
+def _check(check: LaunchCheck, config_name: str, writer: Connection) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
     try:
-        config = load_config(compose(config_name, sys.argv[1:]))
-        node = this_node()
-        ranks_here = config.parallel.num_ranks
-        if node is not None:
-            ranks_here = node.ranks_per_node(ranks_here)
-        choose_device(config.parallel.device, ranks_here)
-        open_inputs(config, config.parallel.num_ranks)
-        _check_port(config.parallel.port, node)
+        parallel = check(compose(config_name, sys.argv[1:]), _say)
+        if parallel is not None:
+            _check_port(parallel.port, this_node())
     except Exception as error:
         sys.exit(report_error(error, config_name))
-    writer.send(config.parallel)
+    writer.send(parallel)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201  # a recipe's output
 
 
 def _check_port(port: int, node: Nodes | None) -> None:
@@ -264,6 +292,8 @@ def _torchrun(parallel: ParallelConfig) -> int:
     node = this_node()
     os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
+    if parallel.device != "cpu" and needs_one_connection(parallel):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     settings = LaunchConfig(
         **_rendezvous(parallel, node),
         max_restarts=0,
@@ -285,6 +315,15 @@ def _torchrun(parallel: ParallelConfig) -> int:
     return 0
 
 
+def needs_one_connection(parallel: ParallelConfig) -> bool:
+    """Whether Megatron relies on the order of kernels in one hardware queue.
+
+    It lets communication of tensor and context parallelism start before the computation that
+    hides it: on GPUs before Blackwell that takes `CUDA_DEVICE_MAX_CONNECTIONS=1`.
+    """
+    return parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
+
+
 def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
     """Where the ranks meet: on this machine, or at the first node, in the order of the nodes."""
     if node is None:
@@ -299,7 +338,8 @@ def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
     return {
         "min_nodes": node.count,
         "max_nodes": node.count,
-        "run_id": str(this_attempt()),  # an attempt that lingers meets nobody of the next
+        # neither an attempt that lingers nor the run before this one is met
+        "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(sys.argv).encode())}",
         "nproc_per_node": node.ranks_per_node(parallel.num_ranks),
         "rdzv_backend": "static",
         "rdzv_endpoint": node.rendezvous,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import clean, set_aside
+from opcd_nemo.durable import clean, set_aside, write_whole
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.folder_lock import FolderLock, lock_folder
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
-from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import STOP_FILE, StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
+from opcd_nemo.provenance import freeze_context
 from opcd_nemo.resume import check_unchanged, run_origin
 from opcd_nemo.types import NonFiniteError
 
@@ -37,8 +39,8 @@ def train(raw: DictConfig, say: Say) -> Path:
     """Run the configured training; `say` prints on rank 0. Collective over the world.
 
     Returns:
-        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, config.yaml and
-        checkpoints.
+        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, answers.jsonl,
+        config.yaml and checkpoints.
 
     Raises:
         ValueError: a key is wrong, before a model loads.
@@ -48,26 +50,28 @@ def train(raw: DictConfig, say: Say) -> Path:
         StoppedByFile: the folder has a file STOP; a checkpoint is saved.
     """
     started = time.perf_counter()
+    load_config(raw)
+    raw = freeze_context(raw)
     config = load_config(raw)
     rank, world_size = environment_world()
     origin = run_origin(raw, open_inputs(config, world_size).context_hash)
     parallel = init_parallel(config.parallel, config.seed)
     quiet = say if rank == 0 else _silent
-    quiet(_first_line(parallel))
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     strategy = MegatronStrategy(
         parallel, async_save=config.exp_manager["checkpoint_callback_params"]["async_save"]
     )
+    quiet(_first_line(parallel))
     trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
     lock = _lock_folder(folder, parallel)  # held until this function ends
     strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
-    _check_not_stopped(folder)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     exp_manager(trainer, _exp_manager_config(raw, folder))
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
+    model.retention_before = before["base"][1].score
     with _metric_logger(folder, lock) as metrics:
         model.metrics = metrics
         try:
@@ -76,17 +80,32 @@ def train(raw: DictConfig, say: Say) -> Path:
             strategy.finish_save()
             raise
         strategy.finish_save()
-    after = model.scores("student", with_context=False)
+        _save_final(trainer, strategy, config, folder / "checkpoints")
+    scores = {**before, "student": model.scores("student", with_context=False)}
     strategy.fence()
-    _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
+    _report(config, raw, model, folder, scores, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
         package = folder / f"{folder.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         quiet(f"written: {package}")
     parallel.barrier()
-    if model.summary is not None:  # on rank 0
-        _write_done(folder / DONE, model.summary["weights_sha256"])
+    if (
+        model.summary is not None
+    ):  # on rank 0; a cluster's script takes it, no exit code, for success
+        write_whole(folder / DONE, f"{model.summary['weights_sha256']}\n")
     return folder
+
+
+def _save_final(
+    trainer: pl.Trainer, strategy: MegatronStrategy, config: TrainConfig, folder: Path
+) -> None:
+    """Save the last step where the interval of checkpoints has not. Collective over the world."""
+    path = folder / f"step={trainer.global_step}.ckpt"
+    if strategy.parallel.gather_objects(path.exists())[0]:
+        return
+    weights_only = config.exp_manager["checkpoint_callback_params"]["save_weights_only"]
+    trainer.save_checkpoint(path, weights_only)
+    strategy.finish_save()
 
 
 def _silent(_: str) -> None: ...
@@ -149,19 +168,9 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
         (folder / DONE).unlink(missing_ok=True)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def _write_done(path: Path, digest: str) -> None:
-    """Whole or not there: a cluster's script takes it, and no exit code, for success."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(f"{digest}\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _check_not_stopped(folder: Path) -> None:
-    file = folder / STOP_FILE
-    if file.exists():
-        raise ValueError(f"name: {file} stops this run; allowed: a folder without that file")
+    stop = folder / STOP_FILE
+    if stop.exists():
+        raise ValueError(f"name: {stop} stops this run; allowed: a folder without that file")
 
 
 def _lock_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
@@ -238,6 +247,10 @@ def _report(
     summary: dict[str, Any] = {name: pair[0].score for name, pair in scores.items()}
     for name, pair in zip(("before", "in_context", "after"), scores.values(), strict=True):
         summary[f"retention_{name}"] = pair[1].score
+    summary["evaluation"] = {
+        name: {"task": pair[0].record(), "retention": pair[1].record()}
+        for name, pair in scores.items()
+    }
     summary |= {
         "steps": len(lines),
         "seconds_total": round(time.perf_counter() - started, 1),
@@ -249,19 +262,30 @@ def _report(
         "dp": parallel.dp,
         "seed": config.seed,
         "context_hash": model.context_hash,
+        "context_lineage": model.context["lineage"],
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
     if model.best is not None:
         summary |= {"best_step": model.best.step, "best_validation": model.best.score}
+        summary["validations"] = list(map(asdict, model.validations))
+    stopped = model.stopped_by_retention
+    summary["stopped_by_retention"] = stopped.step if stopped else None
     model.summary = summary
-    write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
+    report.write_answers(folder / "answers.jsonl", scores)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))  # last
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))
+    if stopped is not None:
+        say(
+            f"stopped by retention after step {stopped.step}: {stopped.retention:.2f} is below "
+            f"evaluation.min_retention={config.evaluation.min_retention} of "
+            f"{summary['retention_before']:.2f}, the score before training"
+        )
     if model.best is not None:
         say(f"best on validation: {model.best.score:.2f} after {model.best.step} steps")
     say(_costs(summary))

@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 Split = Literal["train", "validation", "test"]
 FinishReason = Literal["eos", "length"]
 LayerSpec = Literal["local", "te"]
+Fp8Format = Literal["hybrid", "e4m3"]
 
 
 class Message(TypedDict):
@@ -97,3 +98,7 @@ class NonFiniteError(RuntimeError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are intact."""
+
+
+class CheckFailed(RuntimeError):
+    """The doctor found what would go wrong in a run, and has said what mends it."""

@@ -22,7 +22,7 @@ done
 
 jobs=() named=()
 for stage in $stages; do
-  job=$(OPCD_STAGE=$stage OPCD_DEPENDENCY=${jobs[*]:+afterok:${jobs[-1]}} \
+  job=$(OPCD_PIPELINE_STAGE=$stage OPCD_DEPENDENCY=${jobs[*]:+afterok:${jobs[-1]}} \
     "slurm/opcd_${script[$stage]}.sh" "$@")
   code=$?
   if ((code)); then

@@ -177,8 +177,7 @@ opcd_command() { # KIND ARGUMENT...
       exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true)
     command=("$OPCD_PYTHON" recipes/train.py)
   else
-    # shellcheck disable=SC2153 # of the script
-    overrides+=("stage=$OPCD_STAGE")
+    overrides+=("stage=$OPCD_PIPELINE_STAGE")
     command=("$OPCD_PYTHON" recipes/experience.py)
   fi
   if [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then read -ra command <<<"$OPCD_STAGE_COMMAND"; fi
@@ -408,7 +407,7 @@ opcd_conclude() { # KIND CODE
   opcd_after_signal
   compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
     "node, srun says why; allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
-  [[ $1 == train ]] || opcd_end 1 "stage $OPCD_STAGE failed; see $here/ranks.log"
+  [[ $1 == train ]] || opcd_end 1 "stage $OPCD_PIPELINE_STAGE failed; see $here/ranks.log"
   opcd_requeue
 }
 

@@ -14,7 +14,7 @@
 #   sbatch slurm/opcd_evaluate.sh [key=value ...]           from the repository's root
 #   OPCD_ACCOUNT=... slurm/opcd_evaluate.sh [key=value ...] checks first, then submits itself
 OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
-OPCD_STAGE=${OPCD_STAGE:-evaluate}
+OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-evaluate}
 OPCD_SCRIPT=$0
 OPCD_ROOT=${OPCD_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd -P)}}
 # shellcheck source=slurm/lib.sh

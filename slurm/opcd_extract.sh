@@ -9,12 +9,12 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=%x-%j.log
-# Experience from problems solved: OPCD_STAGE=extract, score or select.
+# Experience from problems solved: OPCD_PIPELINE_STAGE=extract, score or select.
 #
 #   sbatch slurm/opcd_extract.sh [key=value ...]           from the repository's root
 #   OPCD_ACCOUNT=... slurm/opcd_extract.sh [key=value ...] checks first, then submits itself
 OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
-OPCD_STAGE=${OPCD_STAGE:-extract}
+OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-extract}
 OPCD_SCRIPT=$0
 OPCD_ROOT=${OPCD_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd -P)}}
 # shellcheck source=slurm/lib.sh

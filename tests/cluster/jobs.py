@@ -15,6 +15,7 @@ from tests.recipes.conftest import ROOT, SMOKE
 
 STEPS, SAVED_EVERY = 60, 10
 NODES, RANKS_PER_NODE = 2, 2
+PATIENCE_S = 900  # with what takes a minute when the machine is idle
 STAGE_COMMAND = "tests/cluster/stage.sh"
 TRAINING = [
     *SMOKE,
@@ -22,6 +23,7 @@ TRAINING = [
     "parallel.tensor_model_parallel_size=2",
     "task._target_=tests.cluster.plugs.SlowTask",
     "optim.lr=1e-3",
+    "parallel.timeout_s=120",
     f"exp_manager.checkpoint_callback_params.every_n_train_steps={SAVED_EVERY}",
 ]
 
@@ -139,11 +141,13 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         self.site.cluster.wait_for(
-            lambda: self.steps() >= step or self._has_failed(), 300, f"step {step}\n{self.log}"
+            lambda: self.steps() >= step or self._has_failed(),
+            PATIENCE_S,
+            f"step {step}\n{self.log}",
         )
         assert self.steps() >= step, self.story()
 
-    def wait_for_state(self, *states: str, seconds: float = 400) -> None:
+    def wait_for_state(self, *states: str, seconds: float = PATIENCE_S) -> None:
         self.site.cluster.wait_for(lambda: self.state in states, seconds, f"{states}\n{self.log}")
 
     def wait_for_end(self) -> None:

@@ -229,8 +229,10 @@ class MiniCluster:
         )
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol` knows of a job."""
-        shown = self.run(["scontrol", "show", "job", job, "-o"]).stdout
+        """What `scontrol` knows of a job; on a busy machine it does not always answer."""
+        shown = ""
+        while "JobState=" not in shown and not self._is_abandoned.is_set():
+            shown = self.run(["scontrol", "show", "job", job, "-o"]).stdout
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
