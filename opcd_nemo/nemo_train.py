@@ -74,12 +74,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     model.retention_before = before["base"][1].score
     with _metric_logger(folder, lock) as metrics:
         model.metrics = metrics
-        try:
-            trainer.fit(model, ckpt_path=continued)
-        except NonFiniteError:  # met by every rank, which can still publish together
-            strategy.finish_save()
-            raise
-        strategy.finish_save()
+        _fit(trainer, model, strategy, continued)
         _save_final(trainer, strategy, config, folder / "checkpoints")
     scores = {**before, "student": model.scores("student", with_context=False)}
     strategy.fence()
@@ -94,6 +89,17 @@ def train(raw: DictConfig, say: Say) -> Path:
     ):  # on rank 0; a cluster's script takes it, no exit code, for success
         write_whole(folder / DONE, f"{model.summary['weights_sha256']}\n")
     return folder
+
+
+def _fit(
+    trainer: pl.Trainer, model: OPCDModel, strategy: MegatronStrategy, continued: Path | None
+) -> None:
+    try:
+        trainer.fit(model, ckpt_path=continued)
+    except NonFiniteError:  # met by every rank, which can still publish together
+        strategy.finish_save()
+        raise
+    strategy.finish_save()
 
 
 def _save_final(
