@@ -12,10 +12,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+Schema = TypeVar("Schema")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,7 @@ class RolloutConfig:
     top_p: float
     top_k: int
     max_new_tokens: int
+    teacher_data: str | None
     anchor_fraction: float
 
 
@@ -103,12 +106,17 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """`conf/evaluation/`: questions and lengths of the tables; decoding is greedy."""
+    """`conf/evaluation/`: questions, sampling and lengths of the tables, and what ends a run."""
 
     num_questions: int
     num_retention: int
     max_new_tokens: int
     retention_max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    samples_per_question: int
+    leakage_phrases: list[str]
     every_n_steps: int
 
 
@@ -128,6 +136,7 @@ class TrainConfig:
     student: StudentConfig
     teacher: TeacherConfig
     task: Any
+    retention: Any
     context: Any
     engine: Any
     loss: Any
@@ -147,11 +156,13 @@ _POSITIVE = (
     "optim.lr optim.eps optim.clip_grad parallel.num_ranks parallel.tensor_model_parallel_size "
     "parallel.pipeline_model_parallel_size parallel.threads_per_rank parallel.timeout_s "
     "evaluation.num_questions evaluation.num_retention evaluation.max_new_tokens "
-    "evaluation.retention_max_new_tokens trainer.max_steps"
+    "evaluation.retention_max_new_tokens evaluation.top_p evaluation.samples_per_question "
+    "trainer.max_steps"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.anchor_fraction warmup.steps optim.min_lr "
-    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps"
+    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps "
+    "evaluation.temperature evaluation.top_k"
 ).split()
 _POSITIVE_OF_PLUGS = (  # where the plug has them
     "loss.temperature loss.chunk_tokens warmup.loss.temperature warmup.loss.chunk_tokens "
@@ -175,11 +186,12 @@ _CHOICES = {
 }
 _AT_MOST = {
     "rollout.top_p": 1.0,
+    "evaluation.top_p": 1.0,
     "rollout.anchor_fraction": 1.0,
     "parallel.port": 65535,
 }
 _SHARES = ("loss.beta", "warmup.loss.beta")  # of the student, where the plug has them
-_PLUGS = ("task", "context", "engine", "loss")
+_PLUGS = ("task", "retention", "context", "engine", "loss")
 
 
 def load_config(raw: DictConfig) -> TrainConfig:
@@ -188,15 +200,8 @@ def load_config(raw: DictConfig) -> TrainConfig:
     Raises:
         ValueError: one line with the key, its value and what is allowed.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
-        for key in _keys_without_value(merged):
-            raise ValueError(f"{key}: no value is given; allowed: {_allowed_type(key)}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, raw)) from error
-    assert isinstance(config, TrainConfig)
-    _check_switches(raw)
+    config = read_schema(TrainConfig, raw)
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
     _check_untyped(merged)
     _check_values(merged)
     for key in _PLUGS:
@@ -205,6 +210,31 @@ def load_config(raw: DictConfig) -> TrainConfig:
         check_plug("warmup.loss", config.warmup.loss)
     _check_sizes(config)
     _check_teacher(config)
+    _check_evaluation(config.evaluation)
+    if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
+        raise ValueError(
+            f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
+            f"rollout.sampler={config.rollout.sampler}"
+        )
+    return config
+
+
+def read_schema(schema: type[Schema], raw: DictConfig) -> Schema:
+    """Return the values of a configuration as a dataclass that names them all.
+
+    Raises:
+        ValueError: a key is misspelt, missing or wrongly typed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
+        for key in _keys_without_value(merged):
+            allowed = _allowed_type(schema, key)
+            raise ValueError(f"{key}: no value is given; allowed: {allowed}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(schema, error, raw)) from error
+    assert isinstance(config, schema)
+    _check_switches(schema, raw)
     return config
 
 
@@ -216,14 +246,14 @@ def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys_without_value(node[name], f"{prefix}{name}.")
 
 
-def _one_line(error: OmegaConfBaseException, raw: DictConfig) -> str:
+def _one_line(schema: type, error: OmegaConfBaseException, raw: DictConfig) -> str:
     key = re.sub(r"\[\d+\]$", "", str(error.full_key))
     try:
         shown = f"{key}={OmegaConf.select(raw, key)}"
     except OmegaConfBaseException:  # the value is the interpolation that fails
         shown = key
     if isinstance(error, ValidationError):
-        return f"{shown}: allowed: {_allowed_type(key)}"
+        return f"{shown}: allowed: {_allowed_type(schema, key)}"
     fields = getattr(error.object_type, "__dataclass_fields__", None)
     if isinstance(error, ConfigKeyError) and fields:
         return f"{shown}: no such key; allowed: {', '.join(fields)}"
@@ -240,13 +270,14 @@ _TYPE_WORDS: dict[Any, str] = {
     float | None: "a number, or null",
     list[float]: "a list of numbers",
     list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
     list[int] | None: "a list of whole numbers, or null",
 }
 
 
-def _allowed_type(key: str) -> str:
+def _allowed_type(schema: type, key: str) -> str:
     """What the schema takes under a dotted key, in words."""
-    kind: Any = TrainConfig
+    kind: Any = schema
     for name in key.split("."):
         kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
     if is_dataclass(kind):
@@ -254,13 +285,14 @@ def _allowed_type(key: str) -> str:
     return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
 
 
-def _check_switches(raw: DictConfig) -> None:
+def _check_switches(schema: type, raw: DictConfig, prefix: str = "") -> None:
     """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
-    for group, kind in get_type_hints(TrainConfig).items():
-        for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
-            value = OmegaConf.select(raw, f"{group}.{name}")
-            if hint is bool and type(value) is not bool:
-                raise ValueError(f"{group}.{name}={value}: allowed: {_TYPE_WORDS[bool]}")
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if isinstance(hint, type) and is_dataclass(hint):
+            _check_switches(hint, raw, f"{key}.")
+        elif hint is bool and type(value := OmegaConf.select(raw, key)) is not bool:
+            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[bool]}")
 
 
 def _check_untyped(config: Any) -> None:
@@ -327,6 +359,9 @@ def _check_teacher(config: TrainConfig) -> None:
             raise ValueError(f"teacher.{key}={value}: allowed: null {with_life}")
     if teacher.life == "frozen":
         return
+    if config.rollout.teacher_data is not None:
+        data = config.rollout.teacher_data
+        raise ValueError(f"rollout.teacher_data={data}: allowed: null {with_life}")
     # the weights are made of the student's: the same parameters in the same precision
     if teacher.path is not None:
         raise ValueError(f"teacher.path={teacher.path}: allowed: null {with_life}")
@@ -335,6 +370,24 @@ def _check_teacher(config: TrainConfig) -> None:
     if teacher.dtype != student.dtype:
         raise ValueError(
             f"teacher.dtype={teacher.dtype}: allowed: student.dtype={student.dtype} {with_life}"
+        )
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse what has no effect on greedy answers, and phrases that no answer can hold."""
+    if evaluation.temperature == 0:
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("samples_per_question", 1)):
+            value = getattr(evaluation, name)
+            if value != off:
+                raise ValueError(
+                    f"evaluation.{name}={value}: allowed: {off} with evaluation.temperature=0, "
+                    "which is greedy"
+                )
+    phrases = evaluation.leakage_phrases
+    if not phrases or not all(re.search(r"\w", phrase) for phrase in phrases):
+        raise ValueError(
+            f"evaluation.leakage_phrases={phrases}: allowed: a list of one phrase or more, each "
+            "with a word in it"
         )
 
 

@@ -11,10 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 
 from opcd_nemo.config import TrainConfig, build_plug
-from opcd_nemo.context import ContextSource
+from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
 from opcd_nemo.parallel import check_layout
-from opcd_nemo.rollout import Conversation, context_prefix
+from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer
 
@@ -27,6 +27,7 @@ class Inputs:
     student_config: ModelConfig
     teacher: Checkpoint
     task: Task
+    retention: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
 
@@ -38,7 +39,7 @@ class Inputs:
     @property
     def context_hash(self) -> str:
         """SHA-256 of what the teacher reads."""
-        return self.conversation.source.context("", 0).content_hash
+        return content_hash(self.conversation.source)
 
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -68,16 +69,37 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         max_positions=min(student_config.max_positions, teacher.config.max_positions),
     )
     task: Task = build_plug(config.task)
-    _check_prompts(config, task, conversation)
+    with _about("retention._target_", config.retention["_target_"]):
+        retention: Task = build_plug(config.retention)
+    _check_prompts(config, task, retention, conversation)
     return Inputs(
         student=student,
         student_config=student_config,
         teacher=teacher,
         task=task,
+        retention=retention,
         conversation=conversation,
-        prefix_ids=context_prefix(
-            lambda question: tokenizer.render(source.context("", 0).messages(question))
-        ),
+        prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
+    )
+
+
+def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
+    """The ids that every teacher prompt of the task starts with, in all its contexts.
+
+    Seen in two made-up questions, after the first paragraph that two real ones share.
+    """
+    nothing = NoContext().context("", 0)
+    asked = [
+        episode.turn(nothing).student_messages[-1]["content"]
+        for episode in task.episodes("test", 0, min(2, num_questions))
+    ]
+    openings = [text.partition("\n\n")[0] for text in asked]
+    alike = len(openings) == 2 and openings[0] == openings[1]
+    opening = f"{openings[0]}\n\n" if alike else ""
+    return shared_start(
+        conversation.tokenizer.render(context.messages(f"{opening}{probe}"))
+        for context in conversation.source.contexts()
+        for probe in ("A", "7")
     )
 
 
@@ -139,13 +161,19 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
             )
 
 
-def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+def _check_prompts(
+    config: TrainConfig, task: Task, retention: Task, conversation: Conversation
+) -> None:
     """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
-        ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        (
+            "evaluation.num_retention",
+            evaluation.num_retention,
+            partial(retention.episodes, "test", 0),
+        ),
         (
             "evaluation.num_questions",
             evaluation.num_questions if evaluation.every_n_steps else 0,
@@ -171,7 +199,8 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
                 )
         for episode in episodes:
             student, teacher = conversation.longest_prompts(episode)
-            with _about("task._target_", config.task["_target_"]):
+            plug = "retention" if key == "evaluation.num_retention" else "task"
+            with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)

@@ -23,7 +23,7 @@ from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
-from opcd_nemo.provenance import describe_context
+from opcd_nemo.provenance import describe_context, freeze_context
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
 from opcd_nemo.types import Split
@@ -50,6 +50,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
+        load_config(run_config(cfg))
+        cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
         config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)
@@ -128,9 +130,13 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         task, retention = self.scores("student", with_context=False, split="validation")
         if self.best is None or task.score > self.best.score:
             self.best = Best(step=num_steps, score=task.score)
-        values = {"validation/score": task.score, "validation/retention": retention.score}
-        self.log_dict(values, prog_bar=True, batch_size=1)
-        return {**values, "time/validation_s": time.perf_counter() - started}
+        shown = {"validation/score": task.score, "validation/retention": retention.score}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        return {
+            **shown,
+            **report.evaluation_metrics(task),
+            "time/validation_s": time.perf_counter() - started,
+        }
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Save a new best where the checkpoint callback has not; remove the best before it.

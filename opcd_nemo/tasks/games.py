@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.tasks import Context, Episode, questions
+from opcd_nemo.tasks import Context, Episode, Trace, questions
 from opcd_nemo.tasks.boards import Board, MapPool, Symbols, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
@@ -38,6 +38,7 @@ class GameEpisode:
         """Start a game."""
         self.uid = uid
         self.play = Play(board=board, rounds_left=rules.rounds, invalid_moves=0)
+        self.answered = True  # until an answer names no action
         self._rules = rules
         self._events = [rules.opening, self._board()]
 
@@ -62,6 +63,7 @@ class GameEpisode:
         """Play the action that the answer names last."""
         word = self._rules.action(text)
         self.play = self.play.after(None if word is None else self._rules.actions[word])
+        self.answered = self.answered and word is not None
         event = _NO_ACTION if word is None else f"Move: [{word}]"
         if word is not None and self.play.invalid_moves:
             event = f"{event}\n{_INVALID}"
@@ -77,6 +79,10 @@ class GameEpisode:
         """How and why the game ended, in words."""
         assert self.play.ending is not None, self.uid
         return self._rules.reasons[self.play.ending]
+
+    def trace(self) -> Trace:
+        """Return the boards and moves, and the outcome with the environment's reason."""
+        return Trace(text=self.transcript(), outcome=self.outcome)
 
     def transcript(self) -> str:
         """Return the game up to now: the opening, every board and every move."""
@@ -95,9 +101,9 @@ class GameTask:
     """Games on maps that the splits do not share.
 
     The splits depend on the maps of the setting and on no seed: the seed only shuffles the training
-    maps and the anchors. Retention asks for capitals. With `repeat_maps` a batch may be larger than
-    its split: training then goes on through the next epoch, the other splits start again; a map
-    that comes again in a batch has a number after its uid.
+    maps and the anchors. With `repeat_maps` a batch may be larger than its split: training then
+    goes on through the next epoch, the other splits start again; a map that comes again in a batch
+    has a number after its uid.
     """
 
     def __init__(
@@ -141,10 +147,6 @@ class GameTask:
             uses[uid] += 1
             episodes.append(GameEpisode(uid=f"{uid}{again}", board=board, rules=self._rules))
         return episodes
-
-    def retention(self, n: int) -> list[Episode]:
-        """Return the first `n` questions for a capital."""
-        return questions.capitals(n)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` everyday prompts that the teacher, too, sees without context."""

@@ -284,6 +284,13 @@ def _missing(overrides: list[str]) -> str | None:
     return None
 
 
+def test_any_task_can_be_asked_for_retention() -> None:
+    config = load_config(compose("train", ["~retention", "+task@retention=json"]))
+    assert config.retention == {**config.task, "verifier": "json"}
+    with pytest.raises(ValueError, match=r"^retention\.verifier: no value is given to "):
+        load_config(compose("train", [f"retention._target_={config.task['_target_']}"]))
+
+
 class Plug:
     def __init__(self, model: str, *, size: int, share: float = 0.5, rest: object = None) -> None:
         self.values = (model, size, share, rest)

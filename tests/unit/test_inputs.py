@@ -190,6 +190,19 @@ def test_more_prompts_than_there_are(model: Path, tmp_path: Path, key: str) -> N
     assert "allowed: 1 to " in message
 
 
+def test_retention_is_checked_like_the_task(model: Path, tmp_path: Path) -> None:
+    other = ["~retention", "+task@retention=json"]
+    inputs = opened(model, tmp_path, *other)
+    assert inputs.retention.episodes("test", 0, 1)[0].uid.startswith("test/")
+    target = "retention._target_=opcd_nemo.tasks.system_prompt.StyleTask: "
+    assert refused(model, tmp_path, *other, "retention.verifier=poem").startswith(
+        f"{target}task.verifier='poem'; allowed: brevity"
+    )
+    assert refused(model, tmp_path, *other, "evaluation.num_retention=201") == (
+        "evaluation.num_retention=201: test: n=201 prompts asked for; allowed: 1 to 200"
+    )
+
+
 def test_unknown_verifier(model: Path, tmp_path: Path) -> None:
     assert refused(model, tmp_path, "task.verifier=poem").startswith(
         "task.verifier='poem'; allowed: brevity"
