@@ -30,19 +30,28 @@ Controls = Mapping[Direction, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
-    """Tokens that all answers share up to their forks, then the answers.
+class Answer:
+    """Begins after `fork` tokens of the trunk; its first token was read, `given` more are not learned.
 
-    `answers` hold the place in `trunk` where they begin, their tokens, and how many of these are
-    given, not to be learned.
+    The first token that is learned might as well be one of `firsts`.
     """
 
+    fork: int
+    tokens: list[int]
+    given: int
+    firsts: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """Tokens that all answers share up to their forks, then the answers."""
+
     trunk: list[int]
-    answers: list[tuple[int, list[int], int]]
+    answers: list[Answer]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.trunk) + sum(len(tokens) - 1 for _, tokens, _ in self.answers)
+        return len(self.trunk) + sum(len(answer.tokens) - 1 for answer in self.answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +136,12 @@ def good_moves(start: Board, board: Board) -> list[Direction]:
     return [d for d in STEPS if known.get(board.moved(d), -1) == nearer]  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=None)
+def open_boards(start: Board) -> list[Board]:
+    """Boards of a game that are not its end and can be won."""
+    return [board for board, moves in distances(start).items() if moves > 0]
+
+
 def moves_by_notes(known: set[str], setting: Setting, start: Board, board: Board) -> list[Direction]:
     """What a player who knows the board by these notes alone might do."""
     everything = list(STEPS)
@@ -162,30 +177,38 @@ class Sampler:
 
         An aside is another direction, whose letter alone is to be learned.
         """
-        board, rounds = self._map(rng)
-        setting = draw_setting(rng, isinstance(board, FrozenLake), rounds)
+        start, rounds = self._map(rng)
+        setting = draw_setting(rng, isinstance(start, FrozenLake), rounds)
         known, notes = draw_notes(rng, setting)
+        board = rng.choice(open_boards(start)) if max_turns < rounds else start
         episode = GameEpisode(uid="", board=board, rules=setting.rules)
         noise = rng.choice((0.0, 0.2, 0.5, 1.0))
-        taken: list[list[str]] = []
+        taken: list[tuple[list[Direction], list[Direction]]] = []
         while not episode.done and len(taken) < max_turns:
-            good = good_moves(board, episode.play.board)
+            good = good_moves(start, episode.play.board)
             if not good:
                 break
-            move = rng.choice(moves_by_notes(known, setting, board, episode.play.board))
+            moves = moves_by_notes(known, setting, start, episode.play.board)
+            move = rng.choice(moves)
             others = rng.sample([d for d in STEPS if d != move], num_asides)
-            taken.append([answer(d, setting, known, rng) for d in (move, *others)])
+            taken.append((moves, [move, *others]))
             step = rng.choice(list(STEPS) if rng.random() < noise else good)
             episode.reply(f"[{setting.controls[step]}]")
         opening, *events = episode.transcript().split("\n\n")
         trunk = self.encode(USER + opening + (f"{HEADER}\n{as_text(notes)}" if notes else ""))
         answers = []
-        for turn, texts in enumerate(taken):
-            start = max(0, 2 * turn - 1)
-            trunk += self.encode("".join(f"\n\n{event}" for event in events[start : 2 * turn + 1]))
-            for place, text in enumerate(texts):
-                answers.append((len(trunk), self.encode(ASSISTANT + text + END), 2 * (place > 0)))
+        for turn, (moves, asked) in enumerate(taken):
+            begin = max(0, 2 * turn - 1)
+            trunk += self.encode("".join(f"\n\n{event}" for event in events[begin : 2 * turn + 1]))
+            for place, direction in enumerate(asked):
+                text = ASSISTANT + answer(direction, setting, known, rng) + END
+                firsts = [] if place else [self.encode(f"{d} [")[0] for d in moves]
+                answers.append(self._answer(len(trunk), text, int(place > 0), firsts))
         return Tree(trunk=trunk, answers=answers)
+
+    def _answer(self, fork: int, text: str, given: int, firsts: list[int]) -> Answer:
+        tokens = self.encode(text)
+        return Answer(fork=fork, tokens=tokens, given=given, firsts=firsts or [tokens[1 + given]])
 
     def extraction(self, rng: Random, num_answers: int, asides: bool) -> Tree:
         """A game of random moves, and several ways to write what it shows.
@@ -205,12 +228,12 @@ class Sampler:
             trunk += self.encode("".join(events[2 * turn + 2 : 2 * turn + 4]))
             if direction is not None and asides:
                 text = f"{ASSISTANT}{ITEM}{facts[direction]}{END}"
-                answers.append((len(trunk), self.encode(text), 2))
+                answers.append(self._answer(len(trunk), text, 2, []))
         trunk += self.encode(f"\n\n{episode.outcome}{ASK_END}")
         shown = facts_shown(rng, episode, moved, facts)
         texts = [write_items(rng, shown) for _ in range(num_answers)]
         for text in dict.fromkeys(texts):
-            answers.append((len(trunk), self.encode(ASSISTANT + text + END), 0))
+            answers.append(self._answer(len(trunk), ASSISTANT + text + END, 0, []))
         return Tree(trunk=trunk, answers=answers)
 
     def _map(self, rng: Random) -> tuple[Board, int]:

@@ -14,8 +14,8 @@ from opcd_nemo.model_files import write_json
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (END, USER, "<|system|>", ASSISTANT)
-LETTERS = "abcdefghijklmnopqrstuvwxyz"  # what controls are drawn from
-SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ#%&*+=@$~^!?<>_./|:"  # what boards are drawn with
+LETTERS = "adefghklmnpqsuwx"  # what controls are drawn from
+SYMBOLS = "ABCDEGHKMOPSTX#%&*+=@$_.~^"  # what boards are drawn with
 DIRECTIONS = ("up", "down", "left", "right")
 HEADER = "\n\nExperience from earlier games, which may be incomplete or wrong:"
 ASK_START = "A game that was played:"
@@ -41,7 +41,7 @@ OUTCOMES = (
     " every",
     " was pushed onto an",
 )
-ITEMS = ("- EXPERIENCE ITEM: ", "\n- ", "to go ", " answer [", "never step on", "reach", "push")
+ITEMS = ("- EXPERIENCE ITEM: ", "\n- ", "to go ", "never step on", "reach", "push")
 ITEMS += (" onto",)
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -59,7 +59,8 @@ def words() -> list[str]:
     """The tokens that are no bytes and not special."""
     symbols = [token for symbol in SYMBOLS for token in drawn(symbol)]
     texts = (HEADER, ASK_START, ASK_END, *OPENING, *MOVES, *OUTCOMES, *ITEMS)
-    return [*DIRECTIONS, " [", ", ", *symbols, *texts]
+    answers = [f"{direction}{end}" for direction in DIRECTIONS for end in (" [", " answer [")]
+    return [*answers, ", ", *symbols, *texts]
 
 
 def make_tokenizer() -> Tokenizer:
