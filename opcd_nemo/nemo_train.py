@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +67,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
+    model.retention_before = before["base"][1].score
     with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
         model.metrics = metrics
         try:
@@ -74,6 +76,7 @@ def train(raw: DictConfig, say: Say) -> Path:
             strategy.finish_save()
             raise
         strategy.finish_save()
+        _save_final(trainer, strategy, config, folder / "checkpoints")
     after = model.scores("student", with_context=False)
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
@@ -82,6 +85,18 @@ def train(raw: DictConfig, say: Say) -> Path:
         quiet(f"written: {package}")
     parallel.barrier()
     return folder
+
+
+def _save_final(
+    trainer: pl.Trainer, strategy: MegatronStrategy, config: TrainConfig, folder: Path
+) -> None:
+    """Save the last step where the interval of checkpoints has not. Collective over the world."""
+    path = folder / f"step={trainer.global_step}.ckpt"
+    if strategy.parallel.gather_objects(path.exists())[0]:
+        return
+    weights_only = config.exp_manager["checkpoint_callback_params"]["save_weights_only"]
+    trainer.save_checkpoint(path, weights_only)
+    strategy.finish_save()
 
 
 def _silent(_: str) -> None: ...
@@ -228,11 +243,15 @@ def _report(
         "dp": parallel.dp,
         "seed": config.seed,
         "context_hash": model.context_hash,
+        "context_lineage": model.context["lineage"],
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
     if model.best is not None:
         summary |= {"best_step": model.best.step, "best_validation": model.best.score}
+        summary["validations"] = list(map(asdict, model.validations))
+    stopped = model.stopped_by_retention
+    summary["stopped_by_retention"] = stopped.step if stopped else None
     model.summary = summary
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
@@ -242,6 +261,12 @@ def _report(
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))
+    if stopped is not None:
+        say(
+            f"stopped by retention after step {stopped.step}: {stopped.retention:.2f} is below "
+            f"evaluation.min_retention={config.evaluation.min_retention} of "
+            f"{summary['retention_before']:.2f}, the score before training"
+        )
     if model.best is not None:
         say(f"best on validation: {model.best.score:.2f} after {model.best.step} steps")
     say(_costs(summary))

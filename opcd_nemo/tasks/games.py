@@ -50,14 +50,14 @@ class GameEpisode:
     def turn(self, context: Context) -> Turn:
         """Return the game so far for the student, and with the context for the teacher."""
         assert not self.done, self.uid
-        return _turn(self.transcript(), context)
+        return single_turn(self.transcript(), context)
 
     def longest_turn(self, context: Context) -> Turn:
         """Return the last possible turn, after answers whose echoes are the longest."""
         moved = [f"Move: [{word}]\n{_INVALID}" for word in self._rules.actions]
         longest = max(*moved, _NO_ACTION, key=len)
         events = [longest, self._board()] * (self.play.rounds_left - 1)
-        return _turn("\n\n".join([*self._events, *events]), context)
+        return single_turn("\n\n".join([*self._events, *events]), context)
 
     def reply(self, text: str) -> None:
         """Play the action that the answer names last."""
@@ -92,7 +92,8 @@ class GameEpisode:
         return f"Board:\n{draw(self.play.board, self._rules.symbols)}"
 
 
-def _turn(text: str, context: Context) -> Turn:
+def single_turn(text: str, context: Context) -> Turn:
+    """Return a chat of one user message for both, the teacher's with its context."""
     bare: tuple[Message, ...] = ({"role": "user", "content": text},)
     return Turn(student_messages=bare, teacher_messages=context.messages(text))
 
@@ -145,8 +146,12 @@ class GameTask:
             uid = f"{split}/{board.name}"
             again = f"/{uses[uid]}" if uses[uid] else ""
             uses[uid] += 1
-            episodes.append(GameEpisode(uid=f"{uid}{again}", board=board, rules=self._rules))
+            episodes.append(self.play(f"{uid}{again}", board))
         return episodes
+
+    def play(self, uid: str, board: Board) -> Episode:
+        """Return a new game on a map."""
+        return GameEpisode(uid=uid, board=board, rules=self._rules)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` everyday prompts that the teacher, too, sees without context."""

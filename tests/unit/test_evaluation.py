@@ -204,6 +204,13 @@ def test_a_game_is_answered_when_every_turn_names_an_action() -> None:
         ("top_k=20", "evaluation.top_k=20: allowed: 0 with evaluation.temperature=0, which is"),
         ("samples_per_question=4", "evaluation.samples_per_question=4: allowed: 1 with evaluation"),
         ("samples_per_question=0", "evaluation.samples_per_question=0: allowed: a number > 0"),
+        (
+            "min_retention=0.8",
+            "evaluation.min_retention=0.8: allowed: null with evaluation.every_n_",
+        ),
+        ("min_retention=0", "evaluation.min_retention=0.0: allowed: a number > 0, at most 1, or n"),
+        ("min_retention=1.1", "evaluation.min_retention=1.1: allowed: a number > 0, at most 1, or"),
+        ("min_retention=half", "evaluation.min_retention=half: allowed: a number, or null"),
         ("leakage_phrases=[]", "evaluation.leakage_phrases=[]: allowed: a list of one phrase or"),
         ("leakage_phrases=[a,.]", "evaluation.leakage_phrases=['a', '.']: allowed: a list of one"),
     ],
@@ -213,6 +220,16 @@ def test_a_setting_without_effect_is_refused(override: str, message: str) -> Non
         load_config(compose("train", [f"evaluation.{override}"]))
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["min_steps", "min_epochs"])
+def test_a_least_length_would_undo_the_stop_by_retention(name: str) -> None:
+    command = ["evaluation.min_retention=0.8", "evaluation.every_n_steps=5"]
+    assert load_config(compose("train", command)).evaluation.min_retention == 0.8
+    with pytest.raises(
+        ValueError, match=rf"^evaluation\.min_retention=0\.8: .* trainer\.{name}=3$"
+    ):
+        load_config(compose("train", [*command, f"+trainer.{name}=3"]))
 
 
 def test_sampled_evaluations_are_configured_like_rollouts() -> None:
