@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from opcd_nemo.model_config import ModelConfig, tensor_shapes
@@ -14,7 +17,10 @@ from opcd_nemo.model_config import ModelConfig, tensor_shapes
 from .samples import Tree
 
 
-def new_weights(config: ModelConfig, seed: int) -> dict[str, nn.Parameter]:
+Weights = dict[str, nn.Parameter]
+
+
+def new_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Weights:
     """Draw weights; what is written to the residual stream begins at nothing."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -28,18 +34,35 @@ def new_weights(config: ModelConfig, seed: int) -> dict[str, nn.Parameter]:
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             std = 0.0
         weights[name] = nn.Parameter(torch.randn(shape, generator=generator) * std)
+    _begin_alike(weights["model.embed_tokens.weight"].data, tokenizer)
     _plant_induction(config, weights, seed)
     return weights
 
 
-def _head(config: ModelConfig, weights: dict[str, nn.Parameter], layer: int, head: int) -> Any:
+def _begin_alike(embedding: Tensor, tokenizer: Tokenizer) -> None:
+    """Let tokens begin near those that share a character or the start of a word with them."""
+    stems: dict[str, Tensor] = {}
+    vocabulary = tokenizer.get_vocab()
+    for token, index in sorted(vocabulary.items(), key=lambda entry: entry[1]):
+        parts = re.findall(r"[A-Za-z]+|[^A-Za-z\s]", token)
+        if len(token) == 1 or token.startswith("<|") or not parts:
+            continue
+        own = embedding[index].clone()
+        for part in parts:
+            stem = part[:4]
+            if stem not in stems:
+                stems[stem] = embedding[vocabulary[stem]].clone() if len(stem) == 1 else own.clone()
+        embedding[index] = 0.4 * own + 0.9 * sum(stems[p[:4]] for p in parts) / len(parts) ** 0.5
+
+
+def _head(config: ModelConfig, weights: Weights, layer: int, head: int) -> Any:
     rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
     names = f"model.layers.{layer}.self_attn.{{}}_proj.weight"
     q, k, v = (weights[names.format(name)].data[rows] for name in "qkv")
     return q, k, v, weights[names.format("o")].data[:, rows]
 
 
-def _plant_induction(config: ModelConfig, weights: dict[str, nn.Parameter], seed: int) -> None:
+def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
     """Let two heads begin as copying needs them; else most of the training goes by before they form.
 
     A head of the first layer reads the token before: all embeddings share their first channel;
@@ -94,7 +117,7 @@ def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def hidden_states(
     config: ModelConfig,
-    weights: dict[str, nn.Parameter],
+    weights: Weights,
     ids_BS: Tensor,
     positions_BS: Tensor,
     mask_BSS: Tensor,
@@ -128,15 +151,24 @@ def hidden_states(
     return F.rms_norm(x, size, weights["model.norm.weight"], config.norm_eps)
 
 
-def batch(trees: Sequence[Tree]) -> dict[str, Tensor]:
-    """Pad trees: ids, positions and mask of what is read, and where which token is to come."""
-    length = max(tree.num_tokens for tree in trees)
-    B = len(trees)
-    ids = torch.zeros(B, length, dtype=torch.long)
-    positions = torch.zeros(B, length, dtype=torch.long)
-    branch = torch.zeros(B, length, dtype=torch.long)
-    fork = torch.full((B, length), length, dtype=torch.long)
-    rows, columns, targets, shares = [], [], [], []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`, then what is learned where."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+def make_batch(trees: Sequence[Tree]) -> Batch:
+    """Lay every tree out as its trunk and then its answers, each of which sees its own past."""
+    B, S = len(trees), max(tree.num_tokens for tree in trees)
+    ids, positions, branch = (torch.zeros(B, S, dtype=torch.long) for _ in range(3))
+    fork = torch.full((B, S), S)
+    rows, columns, targets = [], [], []
     for b, tree in enumerate(trees):
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)
@@ -147,24 +179,42 @@ def batch(trees: Sequence[Tree]) -> dict[str, Tensor]:
             positions[b, place:end] = answer.fork + torch.arange(end - place)
             branch[b, place:end] = number
             fork[b, place:end] = answer.fork
-            first, num = place + answer.given, len(answer.firsts)
-            rest = answer.tokens[2 + answer.given :]
-            rows += [b] * (num + len(rest))
-            columns += [*[first] * num, *range(first + 1, end)]
-            targets += [*answer.firsts, *rest]
-            shares += [1 / num] * num + [1.0] * len(rest)
+            learned = answer.tokens[answer.given :]
+            rows += [b] * len(learned)
+            columns += range(end - len(learned), end)
+            targets += learned
             place = end
         branch[b, place:] = -1
-    index = torch.arange(length)
-    seen = (branch[:, None] == 0) & (index < fork[:, :, None]) | (
-        branch[:, None] == branch[:, :, None]
+    index = torch.arange(S)
+    trunk = (branch[:, None] == 0) & (index < fork[:, :, None])
+    mask = (trunk | (branch[:, None] == branch[:, :, None])) & (index <= index[:, None])
+    return Batch(
+        ids=ids,
+        positions=positions,
+        mask=mask,
+        rows=torch.tensor(rows),
+        columns=torch.tensor(columns),
+        targets=torch.tensor(targets),
     )
-    return {
-        "ids": ids,
-        "positions": positions,
-        "mask": seen & (index <= index[:, None]),
-        "rows": torch.tensor(rows),
-        "columns": torch.tensor(columns),
-        "targets": torch.tensor(targets),
-        "shares": torch.tensor(shares),
-    }
+
+
+def losses(config: ModelConfig, weights: Weights, batch: Batch) -> Tensor:
+    """The cross-entropy of every target."""
+    hidden = hidden_states(config, weights, batch.ids, batch.positions, batch.mask)
+    learned = hidden[batch.rows, batch.columns]
+    logits = F.linear(learned, weights["model.embed_tokens.weight"])
+    return F.cross_entropy(logits, batch.targets, reduction="none")
+
+
+def next_logits(config: ModelConfig, weights: Weights, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Logits `[B, V]` of what follows each prompt."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    B, S = len(prompts), int(lengths.max())
+    ids = torch.zeros(B, S, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)] = torch.tensor(prompt)
+    mask = torch.ones(S, S, dtype=torch.bool).tril().expand(B, S, S)
+    with torch.no_grad():
+        hidden = hidden_states(config, weights, ids, torch.arange(S).expand(B, S), mask)
+        last = hidden[torch.arange(B), lengths - 1]
+        return F.linear(last, weights["model.embed_tokens.weight"])

@@ -7,47 +7,58 @@ before it, so that a board has as many tokens as cells.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from opcd_nemo.experience import ITEM_MARKER
 from opcd_nemo.model_files import write_json
+from opcd_nemo.tasks.boards import STEPS
 
+_CONF = Path(__file__).parents[2] / "conf"
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (END, USER, "<|system|>", ASSISTANT)
 LETTERS = "adefghklmnpqsuwx"  # what controls are drawn from
 SYMBOLS = "ABCDEGHKMOPSTX#%&*+=@$_.~^"  # what boards are drawn with
-DIRECTIONS = ("up", "down", "left", "right")
-HEADER = "\n\nExperience from earlier games, which may be incomplete or wrong:"
-ASK_START = "A game that was played:"
-ASK_END = (
-    "\n\nWrite what this game shows, one short rule a line, each as:\n- EXPERIENCE ITEM: <rule>"
-)
-OPENING = (
-    "\n\nOn the board below you are the",
+ITEM = f"{ITEM_MARKER} "
+GAMES = (
     "On the board below you are the",
     ". Get to the goal in as few moves as you can, one move a turn. The moves you may name: ",
     ". End your answer with one of them in square brackets.",
-)
-MOVES = ("\n\nBoard:", "\n\nMove: [", "\nThat move cannot be made.")
-MOVES += ("\n\nMove: none was found in the answer.",)
-OUTCOMES = (
+    ", ",
+    "\n\nBoard:",
+    "\n\nMove: [",
+    "\nThat move cannot be made.",
+    "\n\nMove: none was found in the answer.",
     "\n\nThe game is won:",
     "\n\nThe game is lost:",
+    "\n\nThe game is not won: all ",
     " reached",
     " stepped on",
-    " 2 times in a row there was no move that can be made.",
-    "\n\nThe game is not won: all ",
-    " moves are used.",
     " every",
     " was pushed onto an",
+    " 2 times in a row there was no move that can be made.",
+    " moves are used.",
 )
-ITEMS = ("- EXPERIENCE ITEM: ", "\n- ", "to go ", "never step on", "reach", "push")
-ITEMS += (" onto",)
+NOTES = (ITEM, "\n- ", "to go ", "never step on", "reach", "push", " onto")
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def notes_template() -> str:
+    """How a player's prompt shows notes: with the places {opening}, {experience}, {situation}."""
+    config: Any = OmegaConf.load(_CONF / "context/experience_games.yaml")
+    return str(config.template)
+
+
+def extraction_prompt() -> str:
+    """How notes are asked for: with the places {trace} and {outcome}."""
+    config: Any = OmegaConf.load(_CONF / "pipeline/demo_games.yaml")
+    return str(config.experience.extraction.prompt)
 
 
 def drawn(symbol: str) -> tuple[str, str]:
@@ -57,10 +68,13 @@ def drawn(symbol: str) -> tuple[str, str]:
 
 def words() -> list[str]:
     """The tokens that are no bytes and not special."""
+    answers = [f"{direction}{end}" for direction in STEPS for end in (" [", " answer [")]
     symbols = [token for symbol in SYMBOLS for token in drawn(symbol)]
-    texts = (HEADER, ASK_START, ASK_END, *OPENING, *MOVES, *OUTCOMES, *ITEMS)
-    answers = [f"{direction}{end}" for direction in DIRECTIONS for end in (" [", " answer [")]
-    return [*answers, ", ", *symbols, *texts]
+    _, header = notes_template().split("{opening}")
+    header = header[: header.index("\n{experience}")]
+    start, rest = extraction_prompt().split("\n\n{trace}")
+    end = rest.removeprefix("\n\n{outcome}")
+    return [*answers, *symbols, *GAMES, *NOTES, header, start, end]
 
 
 def make_tokenizer() -> Tokenizer:
