@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace, questions
-from opcd_nemo.tasks.boards import Board, MapPool, draw, images
+from opcd_nemo.tasks.boards import Board, MapPool, Symbols, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
@@ -203,6 +203,29 @@ class GameTask:
         return chosen
 
 
+def lake_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Frozen Lake.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, LAKE_LETTERS)
+    won = "{player} reached {goal}.".format(**symbols)
+    lost = "{player} stepped on {hole}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost)
+
+
+def room_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Sokoban.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, ROOM_LETTERS)
+    won = "every {box} was pushed onto an {target}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost="")
+
+
 def frozen_lake(
     *,
     size: int,
@@ -223,16 +246,13 @@ def frozen_lake(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, LAKE_LETTERS)
     pool = frozen_lake_maps(
         size=size, num_holes=num_holes, rounds=rounds, num_maps=num_maps, map_seed=map_seed
     )
     _check_found(pool, num_maps)
-    won = "{player} reached {goal}.".format(**symbols)
-    lost = "{player} stepped on {hole}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost),
+        rules=lake_rules(rounds=rounds, symbols=symbols, controls=controls),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,
@@ -262,7 +282,6 @@ def sokoban(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, ROOM_LETTERS)
     pool = sokoban_maps(
         size=size,
         num_boxes=num_boxes,
@@ -273,10 +292,9 @@ def sokoban(
         map_seed=map_seed,
     )
     _check_found(pool, num_maps)
-    won = "every {box} was pushed onto an {target}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost=""),
+        rules=room_rules(rounds=rounds, symbols=symbols, controls=controls),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,
