@@ -44,6 +44,7 @@ def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask
         repeat_maps=False,
         symbols=LAKE_LETTERS,
         controls={"up": ["w"], "down": ["s"], "left": ["a"], "right": ["d"]},
+        hint=None,
         seed=0,
     )
 
@@ -130,7 +131,10 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
             if step % 50 == 0:
                 named = float(torch.cat([found for found, _, _ in parts]).mean())
                 spent = time.monotonic() - start
-                print(f"step {step}: {spent:.0f} s, direction {named:.3f}, norm {norm:.2f}", flush=True)
+                print(
+                    f"step {step}: {spent:.0f} s, direction {named:.3f}, norm {norm:.2f}",
+                    flush=True,
+                )
             if step % args.try_every == 0 or step == args.steps:
                 report(Trial(config, weights, sampler, args.seed), 40)
 

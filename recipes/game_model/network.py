@@ -16,7 +16,6 @@ from opcd_nemo.model_config import ModelConfig, tensor_shapes
 
 from .samples import Tree
 
-
 Weights = dict[str, nn.Parameter]
 
 

@@ -161,9 +161,7 @@ def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str
     return f"{move} [{letter}]"
 
 
-def play_at_random(
-    rng: Random, episode: GameEpisode, setting: Setting
-) -> list[Direction | None]:
+def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[Direction | None]:
     """Play to the end; return the direction of every move, None where nothing moved."""
     moved: list[Direction | None] = []
     while not episode.done:
