@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.engines.recorded import RecordedEngine
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
+from opcd_nemo.hf import Checkpoint
 from opcd_nemo.inputs import Inputs
 from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
@@ -28,6 +31,10 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         teacher.load(inputs.teacher)
         engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching
+    if rollout.teacher_data is not None:
+        engines["teacher"] = RecordedEngine(
+            engines["teacher"], Path(rollout.teacher_data), parallel
+        )
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase
     if config.warmup.steps:
@@ -78,6 +85,18 @@ def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> 
     return Evaluator(
         inputs.task, inputs.retention, inputs.conversation, plan, parallel, inputs.prefix_ids
     )
+
+
+def build_engine(
+    config: TrainConfig, inputs: Inputs, checkpoint: Checkpoint, parallel: Parallel, dtype: str
+) -> RolloutEngine:
+    """An engine that holds a model's weights, for stages that train nothing. Collective."""
+    model = LanguageModel(checkpoint.config, parallel, DTYPES[dtype])
+    model.load(checkpoint)
+    model.module.requires_grad_(False)
+    engine = _engine(config.engine, model, inputs)
+    engine.load_weights(0)
+    return engine
 
 
 def _engine(plug: dict[str, Any], model: LanguageModel, inputs: Inputs) -> RolloutEngine:

@@ -12,10 +12,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+Schema = TypeVar("Schema")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,7 @@ class RolloutConfig:
     top_p: float
     top_k: int
     max_new_tokens: int
+    teacher_data: str | None
     anchor_fraction: float
 
 
@@ -198,15 +201,8 @@ def load_config(raw: DictConfig) -> TrainConfig:
     Raises:
         ValueError: one line with the key, its value and what is allowed.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
-        for key in _keys_without_value(merged):
-            raise ValueError(f"{key}: no value is given; allowed: {_allowed_type(key)}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, raw)) from error
-    assert isinstance(config, TrainConfig)
-    _check_switches(raw)
+    config = read_schema(TrainConfig, raw)
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
     _check_untyped(merged)
     _check_values(merged)
     for key in _PLUGS:
@@ -217,6 +213,30 @@ def load_config(raw: DictConfig) -> TrainConfig:
     _check_teacher(config)
     _check_evaluation(config.evaluation)
     _check_stop(config)
+    if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
+        raise ValueError(
+            f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
+            f"rollout.sampler={config.rollout.sampler}"
+        )
+    return config
+
+
+def read_schema(schema: type[Schema], raw: DictConfig) -> Schema:
+    """Return the values of a configuration as a dataclass that names them all.
+
+    Raises:
+        ValueError: a key is misspelt, missing or wrongly typed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
+        for key in _keys_without_value(merged):
+            allowed = _allowed_type(schema, key)
+            raise ValueError(f"{key}: no value is given; allowed: {allowed}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(schema, error, raw)) from error
+    assert isinstance(config, schema)
+    _check_switches(schema, raw)
     return config
 
 
@@ -228,14 +248,14 @@ def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys_without_value(node[name], f"{prefix}{name}.")
 
 
-def _one_line(error: OmegaConfBaseException, raw: DictConfig) -> str:
+def _one_line(schema: type, error: OmegaConfBaseException, raw: DictConfig) -> str:
     key = re.sub(r"\[\d+\]$", "", str(error.full_key))
     try:
         shown = f"{key}={OmegaConf.select(raw, key)}"
     except OmegaConfBaseException:  # the value is the interpolation that fails
         shown = key
     if isinstance(error, ValidationError):
-        return f"{shown}: allowed: {_allowed_type(key)}"
+        return f"{shown}: allowed: {_allowed_type(schema, key)}"
     fields = getattr(error.object_type, "__dataclass_fields__", None)
     if isinstance(error, ConfigKeyError) and fields:
         return f"{shown}: no such key; allowed: {', '.join(fields)}"
@@ -252,13 +272,14 @@ _TYPE_WORDS: dict[Any, str] = {
     float | None: "a number, or null",
     list[float]: "a list of numbers",
     list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
     list[int] | None: "a list of whole numbers, or null",
 }
 
 
-def _allowed_type(key: str) -> str:
+def _allowed_type(schema: type, key: str) -> str:
     """What the schema takes under a dotted key, in words."""
-    kind: Any = TrainConfig
+    kind: Any = schema
     for name in key.split("."):
         kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
     if is_dataclass(kind):
@@ -266,13 +287,14 @@ def _allowed_type(key: str) -> str:
     return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
 
 
-def _check_switches(raw: DictConfig) -> None:
+def _check_switches(schema: type, raw: DictConfig, prefix: str = "") -> None:
     """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
-    for group, kind in get_type_hints(TrainConfig).items():
-        for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
-            value = OmegaConf.select(raw, f"{group}.{name}")
-            if hint is bool and type(value) is not bool:
-                raise ValueError(f"{group}.{name}={value}: allowed: {_TYPE_WORDS[bool]}")
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if isinstance(hint, type) and is_dataclass(hint):
+            _check_switches(hint, raw, f"{key}.")
+        elif hint is bool and type(value := OmegaConf.select(raw, key)) is not bool:
+            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[bool]}")
 
 
 def _check_untyped(config: Any) -> None:
@@ -339,6 +361,9 @@ def _check_teacher(config: TrainConfig) -> None:
             raise ValueError(f"teacher.{key}={value}: allowed: null {with_life}")
     if teacher.life == "frozen":
         return
+    if config.rollout.teacher_data is not None:
+        data = config.rollout.teacher_data
+        raise ValueError(f"rollout.teacher_data={data}: allowed: null {with_life}")
     # the weights are made of the student's: the same parameters in the same precision
     if teacher.path is not None:
         raise ValueError(f"teacher.path={teacher.path}: allowed: null {with_life}")

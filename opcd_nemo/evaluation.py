@@ -122,10 +122,22 @@ class Evaluator:
         self._parallel, self._prefix_ids = parallel, tuple(prefix_ids)
         self._leakage = leakage_pattern(plan.leakage_phrases)
 
-    def task_score(self, engine: RolloutEngine, split: Split, *, with_context: bool) -> Evaluation:
-        """Scores on the questions of a split. Collective over the world."""
-        questions = partial(self._task.episodes, split, 0, self._plan.num_questions)
-        return self._evaluate(engine, questions, self._plan.sampling, with_context)
+    def task_score(
+        self,
+        engine: RolloutEngine,
+        split: Split,
+        *,
+        with_context: bool,
+        questions: range | None = None,
+    ) -> Evaluation:
+        """Scores on the questions of a split, or on some of them. Collective over the world."""
+        chosen = questions or range(self._plan.num_questions)
+
+        def draw() -> list[Episode]:
+            return self._task.episodes(split, 0, chosen.stop)[chosen.start :]
+
+        sampling = self._plan.sampling
+        return self._evaluate(engine, draw, sampling, with_context, first_index=chosen.start)
 
     def retention(self, engine: RolloutEngine, *, with_context: bool) -> Evaluation:
         """Scores on the unrelated questions. Collective over the world."""
@@ -138,6 +150,7 @@ class Evaluator:
         draw: Callable[[], list[Episode]],
         sampling: SamplingParams,
         with_context: bool,
+        first_index: int = 0,
     ) -> Evaluation:
         plays: list[list[Answer]] = []
         for sample in range(self._plan.samples_per_question):
@@ -152,7 +165,7 @@ class Evaluator:
                 sampling,
                 seed=self._plan.seed,
                 step=-1 - sample,  # training has the steps from 0, so draws other numbers
-                first_index=share.start,
+                first_index=first_index + share.start,
                 prefix_ids=self._prefix_ids if with_context else (),
             )
             plays.append(self._answers(sample, mine, rollouts))

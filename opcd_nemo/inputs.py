@@ -11,10 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 
 from opcd_nemo.config import TrainConfig, build_plug
-from opcd_nemo.context import ContextSource
+from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
 from opcd_nemo.parallel import check_layout
-from opcd_nemo.rollout import Conversation, context_prefix
+from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer
 
@@ -39,7 +39,7 @@ class Inputs:
     @property
     def context_hash(self) -> str:
         """SHA-256 of what the teacher reads."""
-        return self.conversation.source.context("", 0).content_hash
+        return content_hash(self.conversation.source)
 
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -79,9 +79,27 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         task=task,
         retention=retention,
         conversation=conversation,
-        prefix_ids=context_prefix(
-            lambda question: tokenizer.render(source.context("", 0).messages(question))
-        ),
+        prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
+    )
+
+
+def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
+    """The ids that every teacher prompt of the task starts with, in all its contexts.
+
+    Seen in two made-up questions, after the first paragraph that two real ones share.
+    """
+    nothing = NoContext().context("", 0)
+    asked = [
+        episode.turn(nothing).student_messages[-1]["content"]
+        for episode in task.episodes("test", 0, min(2, num_questions))
+    ]
+    openings = [text.partition("\n\n")[0] for text in asked]
+    alike = len(openings) == 2 and openings[0] == openings[1]
+    opening = f"{openings[0]}\n\n" if alike else ""
+    return shared_start(
+        conversation.tokenizer.render(context.messages(f"{opening}{probe}"))
+        for context in conversation.source.contexts()
+        for probe in ("A", "7")
     )
 
 

@@ -23,7 +23,7 @@ from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
-from opcd_nemo.provenance import describe_context
+from opcd_nemo.provenance import describe_context, freeze_context
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
 from opcd_nemo.types import Split
@@ -51,6 +51,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
+        load_config(run_config(cfg))
+        cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
         config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 import warnings
@@ -17,15 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import clean, lock_folder, set_aside
+from opcd_nemo.durable import clean, lock_folder, set_aside, write_whole
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
-from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
+from opcd_nemo.provenance import freeze_context
 from opcd_nemo.resume import check_unchanged, run_origin
 from opcd_nemo.types import NonFiniteError
 
@@ -46,6 +47,8 @@ def train(raw: DictConfig, say: Say) -> Path:
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
     """
     started = time.perf_counter()
+    load_config(raw)
+    raw = freeze_context(raw)
     config = load_config(raw)
     rank, world_size = environment_world()
     origin = run_origin(raw, open_inputs(config, world_size).context_hash)
@@ -236,11 +239,11 @@ def _report(
     stopped = model.stopped_by_retention
     summary["stopped_by_retention"] = stopped.step if stopped else None
     model.summary = summary
-    write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
     report.write_answers(folder / "answers.jsonl", scores)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))  # last
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))

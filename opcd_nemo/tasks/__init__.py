@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from opcd_nemo.types import Message, Split, Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What an episode that is done shows to somebody who learns from it.
+
+    `outcome` is the environment's word on it; None where nobody but the label knows.
+    """
+
+    text: str
+    outcome: str | None
 
 
 class Context(Protocol):
@@ -42,6 +54,10 @@ class Episode(Protocol):
 
     def score(self) -> float:
         """Return the result in [0, 1] of an episode that is done."""
+        ...
+
+    def trace(self) -> Trace:
+        """Return all that happened in an episode that is done; no label, no score."""
         ...
 
     @property

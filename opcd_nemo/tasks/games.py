@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.tasks import Context, Episode, questions
+from opcd_nemo.tasks import Context, Episode, Trace, questions
 from opcd_nemo.tasks.boards import Board, MapPool, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
@@ -79,6 +79,10 @@ class GameEpisode:
         """How and why the game ended, in words."""
         assert self.play.ending is not None, self.uid
         return self._rules.reasons[self.play.ending]
+
+    def trace(self) -> Trace:
+        """Return the boards and moves, and the outcome with the environment's reason."""
+        return Trace(text=self.transcript(), outcome=self.outcome)
 
     def transcript(self) -> str:
         """Return the game up to now: the opening, every board and every move."""

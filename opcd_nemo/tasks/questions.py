@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from opcd_nemo.tasks import Context, Episode
+from opcd_nemo.tasks import Context, Episode, Trace
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
 from opcd_nemo.tasks.verifiers import mentions
@@ -62,6 +62,12 @@ class QuestionEpisode:
     def score(self) -> float:
         """Return the judge's result; 0.0 where it found no answer."""
         return self._judged() or 0.0
+
+    def trace(self) -> Trace:
+        """Return the question and the model's own answer."""
+        assert self._reply is not None, self.uid
+        text = f"Problem:\n{self._question.text}\n\nAnswer:\n{self._reply}"
+        return Trace(text=text, outcome=None)
 
     @property
     def answered(self) -> bool:
