@@ -27,7 +27,7 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
     engines: dict[SamplerName, RolloutEngine] = {"student": engine, "teacher": engine}
     teacher = student
     if config.teacher.life != "live":
-        teacher = LanguageModel(inputs.teacher.config, parallel, DTYPES[config.teacher.dtype])
+        teacher = LanguageModel(inputs.teacher_config, parallel, DTYPES[config.teacher.dtype])
         teacher.load(inputs.teacher)
         engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching

@@ -22,11 +22,15 @@ Schema = TypeVar("Schema")
 
 @dataclass(kw_only=True)
 class StudentConfig:
-    """`conf/student/`: the model that learns; `keep_layers` builds it of some teacher layers."""
+    """`conf/student/`: the model that learns; `keep_layers` builds it of some teacher layers.
+
+    `chat_template_arguments` are variables of its chat template, such as `enable_thinking`.
+    """
 
     path: str
     keep_layers: list[int] | None
     dtype: str
+    chat_template_arguments: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -92,13 +96,20 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """`conf/parallel/`: device, layout and processes; `port: 0` takes any free port."""
+    """`conf/parallel/`: device, layout, processes, and how Megatron computes.
+
+    `port: 0` takes any free port; `recompute_modules` are computed again in the backward pass.
+    """
 
     device: str
     num_ranks: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     sequence_parallel: bool
+    layer_spec: str
+    context_parallel_size: int
+    recompute_modules: list[str]
+    fp8: str | None
     threads_per_rank: int
     timeout_s: float
     port: int
@@ -184,6 +195,8 @@ _CHOICES = {
     "batching.aggregation": ("sequence_mean", "token_mean"),
     "optim.schedule": ("constant", "cosine"),
     "parallel.device": ("auto", "cpu", "cuda"),
+    "parallel.layer_spec": ("auto", "local", "te"),
+    "parallel.fp8": (None, "hybrid", "e4m3"),
 }
 _AT_MOST = {
     "rollout.top_p": 1.0,
@@ -274,6 +287,7 @@ _TYPE_WORDS: dict[Any, str] = {
     list[str]: "a list of texts",
     list[int]: "a list of whole numbers",
     list[int] | None: "a list of whole numbers, or null",
+    dict[str, Any]: "a mapping",
 }
 
 
@@ -326,7 +340,8 @@ def _check_values(config: Any) -> None:
     for key, choices in _CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
             value = OmegaConf.select(config, key)
-            raise ValueError(f"{key}={value}: allowed: {', '.join(choices)}")
+            words = ("null" if choice is None else choice for choice in choices)
+            raise ValueError(f"{key}={value}: allowed: {', '.join(words)}")
 
 
 def _check_sizes(config: TrainConfig) -> None:
@@ -334,6 +349,21 @@ def _check_sizes(config: TrainConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1"
+        )
+    if parallel.context_parallel_size != 1:
+        raise ValueError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size}: allowed: 1, for "
+            "attention over packed streams is not split; longer sequences: tensor_model_parallel_"
+            "size with sequence_parallel, recompute_modules=[mlp]"
+        )
+    if parallel.recompute_modules not in ([], ["mlp"]):
+        raise ValueError(
+            f"parallel.recompute_modules={parallel.recompute_modules}: allowed: [] or [mlp]"
+        )
+    if parallel.fp8 is not None and parallel.layer_spec != "te":
+        raise ValueError(
+            f"parallel.fp8={parallel.fp8}: allowed: null with "
+            f"parallel.layer_spec={parallel.layer_spec}; te has it"
         )
     if optim.min_lr > optim.lr:
         raise ValueError(f"optim.min_lr={optim.min_lr}: allowed: at most optim.lr={optim.lr}")

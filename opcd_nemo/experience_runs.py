@@ -73,6 +73,7 @@ class Workplace:
         config = self.settings.train.copy()
         with open_dict(config):
             self._set_student(config)
+            config.seed += self.settings.round - 1  # other problems in every round
             config.context = {"_target_": "opcd_nemo.context.NoContext"}
         return config
 
@@ -112,6 +113,14 @@ class Workplace:
         """The checkpoint that a run's scores are of."""
         steps = read_json(self.folder / run / SUMMARY)["steps"]
         return self.folder / run / "checkpoints" / f"step={steps}.ckpt"
+
+    def best_checkpoint(self, run: str) -> Path | None:
+        """The checkpoint that was best on validation; None where it is the final one."""
+        summary = read_json(self.folder / run / SUMMARY)
+        best = summary.get("best_step")
+        if best is None or best == summary["steps"]:
+            return None
+        return self.folder / run / "checkpoints" / f"step={best}.ckpt"
 
     def experience(self, items: Sequence[str]) -> ExperienceContext:
         """Items as the teacher reads them.

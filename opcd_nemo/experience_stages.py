@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from opcd_nemo.experience_runs import (
     Workplace,
 )
 from opcd_nemo.extraction import Candidate, Extraction, Speaker, candidates, check_extraction
+from opcd_nemo.hf import Checkpoint, open_checkpoint
 from opcd_nemo.inputs import Inputs, open_inputs, shared_prefix
 from opcd_nemo.model_files import read_json
 from opcd_nemo.nemo_train import train
@@ -68,12 +69,13 @@ class _Bench:
     def settings(self) -> Settings:
         return self.place.settings
 
-    def engine(self, side: str) -> RolloutEngine:
-        """The engine of `student` or `teacher`."""
-        student = side == "student"
-        checkpoint = self.inputs.student if student else self.inputs.teacher
-        dtype = self.config.student.dtype if student else self.config.teacher.dtype
+    def engine(self, checkpoint: Checkpoint, dtype: str) -> RolloutEngine:
+        """An engine of any model with the inputs' vocabulary."""
         return build_engine(self.config, self.inputs, checkpoint, self.parallel, dtype)
+
+    def teacher(self) -> RolloutEngine:
+        """The teacher's engine."""
+        return self.engine(self.inputs.teacher, self.config.teacher.dtype)
 
     def write(self, name: str, text: str) -> None:
         if self.parallel.rank == 0:
@@ -101,7 +103,7 @@ def _extract(place: Workplace, say: Say) -> None:
     bench = _open(place, raw)
     conversation = bench.inputs.conversation
     check_extraction(settings, bench.inputs.task, conversation, conversation)
-    engine, rollout = bench.engine("teacher"), bench.config.rollout
+    engine, rollout = bench.teacher(), bench.config.rollout
     play = SamplingParams(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
@@ -137,7 +139,7 @@ def _extract(place: Workplace, say: Say) -> None:
 
 def _score(place: Workplace, say: Say) -> None:
     bench = _open(place, place.stage_config())
-    engine = bench.engine("teacher")
+    engine = bench.teacher()
     book = ScoreBook(place.folder / SCORES) if bench.parallel.rank == 0 else None
 
     def ask(key: str, items: tuple[str, ...], count: int) -> list[float]:
@@ -230,40 +232,76 @@ def _consolidate(place: Workplace, say: Say) -> None:
 
 
 def _evaluate(place: Workplace, say: Say) -> None:
-    """Ask the test questions under the contexts that should not help, once a seed."""
+    """Ask the test questions of whom the runs have not asked: see `_jobs`."""
     bench = _open(place, place.stage_config())
-    asked = _controls(place, bench)
     rows: dict[str, Any] = {}
     if bench.parallel.rank == 0 and (place.folder / CONTROLS).is_file():
         rows = read_json(place.folder / CONTROLS)
     rows = bench.parallel.gather_objects(rows)[0]
-    for side in ("teacher", "student"):
-        wanted = {k: v for k, v in asked.items() if v[0] == side and k not in rows}
-        if not wanted:
+    engine, held = None, None
+    for job in _jobs(place, bench.config):
+        if str(job.seed) in rows.get(job.row, ()):
             continue
-        engine = bench.engine(side)
-        for name, (_, items) in wanted.items():
-            inputs = _with_experience(bench, items)
-            rows[name] = {}
-            for seed in place.settings.experience.consolidation.seeds:
-                config = replace(bench.config, seed=seed)
-                evaluator = build_evaluator(config, inputs, bench.parallel)
-                found = evaluator.task_score(engine, "test", with_context=True)
-                rows[name][str(seed)] = [asdict(answer) for answer in found.answers]
-            score = [a["score"] for answers in rows[name].values() for a in answers]
-            say(f"control {name}: {sum(score) / len(score):.3f}")
-            bench.write(CONTROLS, json.dumps(rows))
+        if engine is None or held != (job.path, job.dtype):
+            engine = None  # one model in memory
+            engine, held = bench.engine(open_checkpoint(job.path), job.dtype), (job.path, job.dtype)
+        inputs = _with_experience(bench, job.items)
+        evaluator = build_evaluator(replace(bench.config, seed=job.seed), inputs, bench.parallel)
+        asked = bool(job.items)
+        task = evaluator.task_score(engine, "test", with_context=asked)
+        retention = evaluator.retention(engine, with_context=asked)
+        parts = {"task": task, "retention": retention}
+        rows.setdefault(job.row, {})[str(job.seed)] = {
+            part: [asdict(answer) for answer in found.answers] for part, found in parts.items()
+        }
+        bench.write(CONTROLS, json.dumps(rows))
+        say(f"evaluate: {job.row}, seed {job.seed}: {task.score:.3f}")
 
 
-def _controls(place: Workplace, bench: _Bench) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Who reads which items, by the name of the row."""
-    selected = place.registry.selected().items
-    ranked = read_json(place.folder / RANKED)["ranked"]
-    known: Mapping[str, tuple[str, ...]] = {
-        "wrong": tuple(ranked[-1]["items"]),
-        "shuffled": shuffled_words(selected, bench.config.seed),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """Who is asked, with which items in the context."""
+
+    row: str
+    seed: int
+    path: str
+    dtype: str
+    items: tuple[str, ...]
+
+
+def _jobs(place: Workplace, config: TrainConfig) -> list[_Job]:
+    """Those of one model follow each other.
+
+    Contexts that should not help; a larger teacher's experience in the context of the untrained
+    student; students with their experience; and the checkpoints chosen on validation.
+    """
+    student, teacher = config.student, config.teacher
+    plan, selected = place.settings.experience.consolidation, place.registry.selected().items
+    known = {
+        "wrong": tuple(read_json(place.folder / RANKED)["ranked"][-1]["items"]),
+        "shuffled": shuffled_words(selected, config.seed),
     }
-    rows = {name: ("teacher", known[name]) for name in place.settings.experience.controls}
-    if bench.config.teacher.path is not None:
-        rows["student_in_context"] = ("student", selected)
-    return rows
+    asked = [
+        (name, teacher.path or student.path, teacher.dtype, known[name])
+        for name in place.settings.experience.controls
+    ]
+    if teacher.path is not None and student.keep_layers is None:
+        asked.append(("student_in_context", student.path, student.dtype, selected))
+    jobs = [
+        _Job(row=row, seed=seed, path=path, dtype=dtype, items=items)
+        for row, path, dtype, items in asked
+        for seed in plan.seeds
+    ]
+    for method in plan.methods:
+        for seed in plan.seeds:
+            run = f"{method}-{seed}"
+            best = place.best_checkpoint(run)
+            path = str(best or place.final_checkpoint(run))
+            own: list[tuple[str, tuple[str, ...]]] = [(f"{method}_in_context", selected)]
+            if best is not None:
+                own.append((f"{method}_best", ()))
+            jobs += [
+                _Job(row=row, seed=seed, path=path, dtype=student.dtype, items=items)
+                for row, items in own
+            ]
+    return jobs

@@ -18,7 +18,6 @@ from opcd_nemo.model_files import read_json
 from opcd_nemo.statistics import Estimate, compare, crossed_interval, internalised, mean_interval
 
 ANSWERS = "answers.jsonl"  # of a training run
-_ROWS = ("base", "in_context", "student")
 _SHOWN = {
     "base": "base",
     "in_context": "in-context (teacher)",
@@ -26,11 +25,15 @@ _SHOWN = {
     "wrong": "wrong experience, in context",
     "shuffled": "shuffled experience, in context",
     "opcd": "OPCD",
+    "opcd_in_context": "OPCD, in context",
     "offpolicy": "off-policy CD",
+    "offpolicy_in_context": "off-policy CD, in context",
     "sft": "SFT",
+    "sft_in_context": "SFT, in context",
 }
 _COLUMNS = ("score", "interval", "internalised", "pass@k", "format", "leaks", "tokens", "retention")
-BySeed = Mapping[str, Evaluation]
+Row = dict[str, dict[str, Evaluation]]
+"""Evaluations by seed, then by part: task, retention."""
 
 
 def summarise(place: Workplace) -> dict[str, Any]:
@@ -42,13 +45,14 @@ def summarise(place: Workplace) -> dict[str, Any]:
         method: internalised(scores["base"], scores["in_context"], scores[method], seed=seed)
         for method in plan.methods
     }
-    retained = {name: _retention(place, name) for name in ("base", "in_context", *plan.methods)}
     table = {
         name: {
             "score": asdict(_interval(scores[name])),
             "scores_by_seed": dict(zip(rows[name], scores[name].mean(-1).tolist(), strict=True)),
-            **_numbers(list(rows[name].values())),
-            "retention": retained.get(name),
+            **_numbers([parts["task"] for parts in rows[name].values()]),
+            "retention": float(
+                np.mean([parts["retention"].score for parts in rows[name].values()])
+            ),
             "internalised": None if (share := shares.get(name)) is None else asdict(share),
         }
         for name in rows
@@ -112,28 +116,39 @@ def table_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows(place: Workplace) -> dict[str, BySeed]:
-    """Every row's evaluation by seed, in the table's order."""
+def _rows(place: Workplace) -> dict[str, Row]:
+    """Every row's evaluations by seed, in the table's order.
+
+    A method's student is its checkpoint of the best validation, where its run had validations.
+    """
     plan = place.settings.experience.consolidation
     first = plan.methods[0]
-    rows: dict[str, BySeed] = {
-        name: {str(seed): _task(place, f"{first}-{seed}", name) for seed in plan.seeds}
-        for name in ("base", "in_context")
+    extra: dict[str, Row] = {
+        name: {seed: _parts(parts) for seed, parts in by_seed.items()}
+        for name, by_seed in read_json(place.folder / CONTROLS).items()
     }
-    for name, by_seed in read_json(place.folder / CONTROLS).items():
-        rows[name] = {
-            seed: Evaluation(answers=tuple(Answer(**one) for one in answers))
-            for seed, answers in by_seed.items()
-        }
+    rows = {name: _of_runs(place, first, name) for name in ("base", "in_context")}
+    students = [name for method in plan.methods for name in (method, f"{method}_in_context")]
+    rows |= {name: row for name, row in extra.items() if name in _SHOWN and name not in students}
     for method in plan.methods:
-        rows[method] = {
-            str(seed): _task(place, f"{method}-{seed}", "student") for seed in plan.seeds
-        }
+        rows[method] = {**_of_runs(place, method, "student"), **extra.get(f"{method}_best", {})}
+        rows[f"{method}_in_context"] = extra[f"{method}_in_context"]
     return rows
 
 
-def _task(place: Workplace, run: str, name: str) -> Evaluation:
-    return read_answers(place.folder / run / ANSWERS)[name, "task"]
+def _of_runs(place: Workplace, method: str, name: str) -> Row:
+    found = {}
+    for seed in place.settings.experience.consolidation.seeds:
+        answers = read_answers(place.folder / f"{method}-{seed}" / ANSWERS)
+        found[str(seed)] = {part: answers[name, part] for part in ("task", "retention")}
+    return found
+
+
+def _parts(parts: Mapping[str, Any]) -> dict[str, Evaluation]:
+    return {
+        part: Evaluation(answers=tuple(Answer(**one) for one in answers))
+        for part, answers in parts.items()
+    }
 
 
 def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
@@ -145,11 +160,11 @@ def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
     return {key: Evaluation(answers=tuple(answers)) for key, answers in found.items()}
 
 
-def _scores(by_seed: BySeed) -> NDArray[np.float64]:
+def _scores(by_seed: Row) -> NDArray[np.float64]:
     """[S, Q]: the mean over the samples of every question."""
     return np.array(
         [
-            [np.mean([a.score for a in samples]) for samples in found.by_question.values()]
+            [np.mean([a.score for a in samples]) for samples in found["task"].by_question.values()]
             for found in by_seed.values()
         ]
     )
@@ -184,17 +199,6 @@ def _numbers(found: Sequence[Evaluation]) -> dict[str, Any]:
     return {**{name: mean(name) for name in names}, "pass_at_k": pass_at_k}
 
 
-def _retention(place: Workplace, name: str) -> float:
-    plan = place.settings.experience.consolidation
-    method = name if name in plan.methods else plan.methods[0]
-    part = "student" if name in plan.methods else name
-    found = [
-        read_answers(place.folder / f"{method}-{seed}" / ANSWERS)[part, "retention"].score
-        for seed in plan.seeds
-    ]
-    return float(np.mean(found))
-
-
 def _maps_overlap(place: Workplace) -> int | None:
     """Of a game: how many maps are in more than one split."""
     report = getattr(build_plug(place.task_plug()), "report", None)
@@ -202,7 +206,7 @@ def _maps_overlap(place: Workplace) -> int | None:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    share, retention, score = row["internalised"], row["retention"], row["score"]
+    share, score = row["internalised"], row["score"]
     most = max(row["pass_at_k"], key=int)
     return [
         f"{score['value']:.3f}",
@@ -212,7 +216,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['format_failure_rate']:.2f}",
         f"{row['leakage_rate']:.2f}",
         f"{row['response_tokens']:.1f}",
-        "" if retention is None else f"{retention:.2f}",
+        f"{row['retention']:.2f}",
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from opcd_nemo.config import TrainConfig, build_plug
 from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.losses import TopKLoss
 from opcd_nemo.parallel import check_layout
 from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
@@ -26,6 +27,7 @@ class Inputs:
     student: Checkpoint
     student_config: ModelConfig
     teacher: Checkpoint
+    teacher_config: ModelConfig
     task: Task
     retention: Task
     conversation: Conversation
@@ -61,7 +63,10 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
-    _check_stages(config, {"student": student_config, "teacher": teacher.config})
+    # rows past the student's are padding of the teacher's vocabulary: no token has them
+    teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
+    _check_losses(config, student_config.vocab_size)
+    _check_stages(config, {"student": student_config, "teacher": teacher_config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
         tokenizer=tokenizer,
@@ -76,6 +81,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         student=student,
         student_config=student_config,
         teacher=teacher,
+        teacher_config=teacher_config,
         task=task,
         retention=retention,
         conversation=conversation,
@@ -101,6 +107,18 @@ def shared_prefix(task: Task, conversation: Conversation, num_questions: int) ->
         for context in conversation.source.contexts()
         for probe in ("A", "7")
     )
+
+
+def _check_losses(config: TrainConfig, vocab_size: int) -> None:
+    plugs = {"loss": config.loss}
+    if config.warmup.steps:
+        plugs["warmup.loss"] = config.warmup.loss
+    for key, plug in plugs.items():
+        loss = build_plug(plug)
+        if isinstance(loss, TopKLoss) and loss.k > vocab_size:
+            raise ValueError(
+                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
+            )
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:
@@ -133,15 +151,19 @@ def _shared_tokenizer(
 ) -> ChatTokenizer:
     with _about("student.path", config.student.path):
         tokenizer = ChatTokenizer.from_path(config.student.path)
+    arguments = config.student.chat_template_arguments
+    with _about("student.chat_template_arguments", arguments):
+        tokenizer = tokenizer.with_arguments(arguments)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
     pair = f"teacher.path={config.teacher.path}"
-    if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
+    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
         raise ValueError(
             f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path}); allowed: the same vocabulary"
+            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
+            "as many rows"
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
         raise ValueError(

@@ -20,6 +20,7 @@ from opcd_nemo.build import build_evaluator, build_run
 from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
+from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
@@ -63,7 +64,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
-        self._context = describe_context(config.context)
+        self.context = describe_context(config.context)
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
@@ -114,7 +115,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
             "config": origin,
             "versions": report.versions(),
             "validations": list(map(asdict, self.validations)),
-            "context": self._context,
+            "context": self.context,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -200,7 +201,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         return {name: value for name, (value, _) in sums.sums.items()}
 
     def _show(self, values: dict[str, float]) -> None:
-        loss = next(name for name in values if name.startswith("loss/"))
+        loss = next(name for name in values if name.startswith("loss/") and name != CAPTURED_MASS)
         for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
             self.log(name, value, prog_bar=True, batch_size=1)
 

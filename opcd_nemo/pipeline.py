@@ -60,6 +60,8 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
         return 0
     if stage == "consolidate":
         return _consolidate(place, here, launch, say)
+    if stage == "evaluate":
+        _require_finished_runs(place)
     done = {"extract": CANDIDATES, "score": RANKED, "evaluate": CONTROLS}[stage]
     if (place.folder / done).is_file() and stage != "evaluate":
         say(f"{stage}: finished before ({place.folder / done})")
@@ -127,16 +129,7 @@ def select_experience(place: Workplace, say: Say) -> None:
 
 
 def write_results(place: Workplace, say: Say) -> None:
-    """Write and show the table; that of the last round stands in the pipeline's own folder too.
-
-    Raises:
-        ValueError: a run is not finished.
-    """
-    missing = [run for run in place.settings.runs if not place.finished(run)]
-    if missing:
-        raise ValueError(
-            f"stage=evaluate: {', '.join(missing)} not finished; allowed: after stage=consolidate"
-        )
+    """Write and show the table; that of the last round stands in the pipeline's own folder too."""
     summary = summarise(place)
     text = table_text(summary)
     for folder in {place.folder, place.root}:
@@ -144,6 +137,14 @@ def write_results(place: Workplace, say: Say) -> None:
         write_whole(folder / TABLE, f"{text}\n")
     say(text)
     say(f"written: {place.folder}")
+
+
+def _require_finished_runs(place: Workplace) -> None:
+    missing = [run for run in place.settings.runs if not place.finished(run)]
+    if missing:
+        raise ValueError(
+            f"stage=evaluate: {', '.join(missing)} not finished; allowed: after stage=consolidate"
+        )
 
 
 def _retained(place: Workplace, say: Say) -> bool:

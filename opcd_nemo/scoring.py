@@ -110,6 +110,9 @@ def select(ranked: Sequence[Scored], settings: SelectionConfig, seed: int) -> li
     if settings.rule == "random":
         able = [one for one in ranked if one.candidate.step + 1 >= settings.min_steps]
         able = shuffled(able, lambda one: content_hash(one.candidate.items), seed)
+        chains = [one.candidate.chain for one in able]
+        turn = {id(one): chains[:place].count(chains[place]) for place, one in enumerate(able)}
+        able.sort(key=lambda one: turn[id(one)])  # a second one of a chain after all first ones
     if len(able) < settings.count:
         raise ValueError(
             f"experience.selection.count={settings.count}: {len(able)} candidates with another "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace, questions
-from opcd_nemo.tasks.boards import Board, MapPool, draw, images
+from opcd_nemo.tasks.boards import Board, MapPool, Symbols, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
@@ -40,7 +41,8 @@ class GameEpisode:
         self.play = Play(board=board, rounds_left=rules.rounds, invalid_moves=0)
         self.answered = True  # until an answer names no action
         self._rules = rules
-        self._events = [rules.opening, self._board()]
+        hint = [] if rules.hint is None else [rules.hint]
+        self._events = [rules.opening, *hint, self._board()]
 
     @property
     def done(self) -> bool:
@@ -50,14 +52,14 @@ class GameEpisode:
     def turn(self, context: Context) -> Turn:
         """Return the game so far for the student, and with the context for the teacher."""
         assert not self.done, self.uid
-        return _turn(self.transcript(), context)
+        return single_turn(self.transcript(), context)
 
     def longest_turn(self, context: Context) -> Turn:
         """Return the last possible turn, after answers whose echoes are the longest."""
         moved = [f"Move: [{word}]\n{_INVALID}" for word in self._rules.actions]
         longest = max(*moved, _NO_ACTION, key=len)
         events = [longest, self._board()] * (self.play.rounds_left - 1)
-        return _turn("\n\n".join([*self._events, *events]), context)
+        return single_turn("\n\n".join([*self._events, *events]), context)
 
     def reply(self, text: str) -> None:
         """Play the action that the answer names last."""
@@ -92,7 +94,8 @@ class GameEpisode:
         return f"Board:\n{draw(self.play.board, self._rules.symbols)}"
 
 
-def _turn(text: str, context: Context) -> Turn:
+def single_turn(text: str, context: Context) -> Turn:
+    """Return a chat of one user message for both, the teacher's with its context."""
     bare: tuple[Message, ...] = ({"role": "user", "content": text},)
     return Turn(student_messages=bare, teacher_messages=context.messages(text))
 
@@ -145,8 +148,12 @@ class GameTask:
             uid = f"{split}/{board.name}"
             again = f"/{uses[uid]}" if uses[uid] else ""
             uses[uid] += 1
-            episodes.append(GameEpisode(uid=f"{uid}{again}", board=board, rules=self._rules))
+            episodes.append(self.play(f"{uid}{again}", board))
         return episodes
+
+    def play(self, uid: str, board: Board) -> Episode:
+        """Return a new game on a map."""
+        return GameEpisode(uid=uid, board=board, rules=self._rules)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` everyday prompts that the teacher, too, sees without context."""
@@ -198,6 +205,29 @@ class GameTask:
         return chosen
 
 
+def lake_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Frozen Lake.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, LAKE_LETTERS)
+    won = "{player} reached {goal}.".format(**symbols)
+    lost = "{player} stepped on {hole}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost)
+
+
+def room_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Sokoban.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, ROOM_LETTERS)
+    won = "every {box} was pushed onto an {target}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost="")
+
+
 def frozen_lake(
     *,
     size: int,
@@ -210,6 +240,7 @@ def frozen_lake(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/frozen_lake.yaml`.
@@ -218,16 +249,13 @@ def frozen_lake(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, LAKE_LETTERS)
     pool = frozen_lake_maps(
         size=size, num_holes=num_holes, rounds=rounds, num_maps=num_maps, map_seed=map_seed
     )
     _check_found(pool, num_maps)
-    won = "{player} reached {goal}.".format(**symbols)
-    lost = "{player} stepped on {hole}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost),
+        rules=replace(lake_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,
@@ -249,6 +277,7 @@ def sokoban(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/sokoban.yaml`.
@@ -257,7 +286,6 @@ def sokoban(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, ROOM_LETTERS)
     pool = sokoban_maps(
         size=size,
         num_boxes=num_boxes,
@@ -268,10 +296,9 @@ def sokoban(
         map_seed=map_seed,
     )
     _check_found(pool, num_maps)
-    won = "every {box} was pushed onto an {target}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost=""),
+        rules=replace(room_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,

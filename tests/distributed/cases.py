@@ -24,6 +24,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    recompute_modules: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -31,7 +32,7 @@ LAYOUTS = {
     "tp2": Layout(world=2, tp=2),
     "pp2": Layout(world=2, pp=2),
     "dp2": Layout(world=2),
-    "tp2sp": Layout(world=2, tp=2, sequence_parallel=True),
+    "tp2sp": Layout(world=2, tp=2, sequence_parallel=True, recompute_modules=("mlp",)),
     "tp3": Layout(world=3, tp=3),
     "tp4": Layout(world=4, tp=4),
     "tp2pp2": Layout(world=4, tp=2, pp=2),
@@ -41,7 +42,7 @@ LAYOUTS = {
 SHARDED = [name for name in LAYOUTS if name != "one"]
 
 Size = Literal["odd", "even"]
-LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard"]
+LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard", "top4_drop", "top4_renorm"]
 Life = Literal["frozen", "hard_sync", "ema", "live"]
 
 _SHAPES: dict[str, dict[str, int]] = {
@@ -266,6 +267,8 @@ HEAD_LOSSES: list[tuple[LossName, float, float]] = [  # kind, beta, temperature
     ("forward_kl", 0.5, 1.3),
     ("jsd", 0.3, 1.0),
     ("hard", 0.5, 0.7),
+    ("top4_drop", 0.5, 0.7),
+    ("top4_renorm", 0.5, 1.0),
 ]
 HEAD_MODELS = ["qwen2-untied-odd", "llama-untied-even", "nine-words"]
 HEAD_TOKENS, HEAD_CHUNK = 17, 5

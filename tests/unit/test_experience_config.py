@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from opcd_nemo.config import load_config
 from opcd_nemo.experience_config import Settings, load_experience
 from opcd_nemo.experience_runs import Workplace, stage_to_check
-from opcd_nemo.launch import compose
+from opcd_nemo.launch import CONF, compose
 from opcd_nemo.model_files import write_json
 from opcd_nemo.registry import Entry
 
@@ -83,6 +83,24 @@ def test_keys_that_contradict_each_other(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_experience(raw(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])
+def test_every_pipeline_of_a_recipe_composes(tmp_path: Path, recipe: str) -> None:
+    settings = load_experience(raw(tmp_path, f"recipe={recipe}"))
+    assert "{experience}" in settings.train.context.template
+    assert settings.experience.extraction.num_chains > 1
+
+
+def test_the_paper_s_accumulation() -> None:
+    for recipe, cap in (("math_qwen3_8b_2n8g", 16384), ("sokoban_qwen3_4b_1n8g", 8192)):
+        extraction = load_experience(raw(Path("runs"), f"recipe={recipe}")).experience.extraction
+        assert (extraction.num_chains, extraction.num_steps, extraction.with_previous) == (
+            10,
+            30,
+            False,
+        )
+        assert extraction.cap_tokens == cap
 
 
 def test_a_context_without_experience_is_refused(tmp_path: Path) -> None:

@@ -232,6 +232,18 @@ def test_random_selection_draws_among_the_long_ones() -> None:
         select(ranked, SelectionConfig(rule="random", min_steps=5, count=5), 0)
 
 
+def test_a_random_pool_takes_one_of_every_chain_first() -> None:
+    many = [
+        Candidate(chain=chain, step=step, items=(f"{chain}{step}",), num_tokens=1, problems=())
+        for chain in range(3)
+        for step in range(4)
+    ]
+    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n, lambda line: None)
+    for seed in range(10):
+        rule = SelectionConfig(rule="random", min_steps=1, count=3)
+        assert {one.candidate.chain for one in select(ranked, rule, seed)} == {0, 1, 2}
+
+
 def test_a_line_that_a_crash_cut_is_asked_again(tmp_path: Path) -> None:
     file = tmp_path / "scoring.jsonl"
     book = ScoreBook(file)

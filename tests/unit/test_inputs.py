@@ -11,7 +11,7 @@ import pytest
 from opcd_nemo.config import load_config
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.launch import compose
-from tests.tiny import END_OF_TEXT, write_chat_model, write_chat_tokenizer
+from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
 
 SMALL = [
     "evaluation.num_questions=2",
@@ -52,6 +52,18 @@ def test_opens_a_good_folder(model: Path, tmp_path: Path) -> None:
     assert inputs.teacher is inputs.student
     assert inputs.prefix_ids
     assert inputs.student_config.num_layers == 2
+
+
+def test_a_top_k_above_the_vocabulary(model: Path, tmp_path: Path) -> None:
+    size = opened(model, tmp_path).student_config.vocab_size
+    top_k = "loss=reverse_kl_top256"
+    opened(model, tmp_path, top_k, f"loss.k={size}")
+    assert refused(model, tmp_path, top_k, f"loss.k={size + 1}") == (
+        f"loss.k={size + 1}: allowed: at most the student's vocabulary of {size}"
+    )
+    assert "loss.tail=stop_gradient" in refused(
+        model, tmp_path, top_k, "loss.k=4", "loss.kind=forward_kl", "loss.tail=stop_gradient"
+    )
 
 
 def test_keeps_layers(model: Path, tmp_path: Path) -> None:
@@ -127,12 +139,37 @@ def test_no_chat_template(model: Path, tmp_path: Path) -> None:
     )
 
 
-def test_different_vocabulary_size(model: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_fewer_rows(model: Path, tmp_path: Path) -> None:
     other = write_chat_model(tmp_path / "other", vocab_size=310)
     assert refused(model, tmp_path, f"teacher.path={other}") == (
         f"teacher.path={other}: vocabulary of 310 differs from the student's 320 ({model}); "
-        "allowed: the same vocabulary"
+        "allowed: the same tokens, and at least as many rows"
     )
+
+
+def test_a_teacher_with_more_rows_is_read_up_to_the_students(model: Path, tmp_path: Path) -> None:
+    other = write_chat_model(tmp_path / "other", vocab_size=332)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, other / name)
+    inputs = opened(model, tmp_path, f"teacher.path={other}")
+    assert (inputs.teacher.config.vocab_size, inputs.teacher_config.vocab_size) == (332, 320)
+
+
+def test_arguments_of_the_chat_template(model: Path, tmp_path: Path) -> None:
+    assert refused(model, tmp_path, "+student.chat_template_arguments.enable_thinking=false") == (
+        "student.chat_template_arguments={'enable_thinking': False}: enable_thinking=False: no "
+        f"variable of the chat template of {model}; allowed: none"
+    )
+    other = copy(model, tmp_path / "other")
+    text = "{%- if enable_thinking is defined and enable_thinking is false %}<think>{% endif %}"
+    (other / "chat_template.jinja").write_text(CHAT_TEMPLATE + text)
+    argument = "+student.chat_template_arguments.enable_thinking"
+    chats = [
+        opened(other, tmp_path, *more).tokenizer.render([{"role": "user", "content": "A"}])
+        for more in ([], [f"{argument}=true"], [f"{argument}=false"])
+    ]
+    assert chats[0] == chats[1]
+    assert chats[0] == chats[2][: len(chats[0])] != chats[2]
 
 
 def test_different_tokens_in_as_large_a_vocabulary(model: Path, tmp_path: Path) -> None:
