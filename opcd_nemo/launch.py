@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
-from opcd_nemo.types import NonFiniteError, SaveError, StoppedBySignal
+from opcd_nemo.types import CheckFailed, NonFiniteError, SaveError, StoppedBySignal
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -40,18 +40,33 @@ EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # by a signal, with a checkpoint: start the same command again
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
+LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | None]
 
 
-def run_recipe(load_main: Callable[[], Main], config_name: str) -> NoReturn:
+def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
+    """Check a training run's configuration and inputs; returns its layout."""
+    config = load_config(raw)
+    choose_device(config.parallel.device, config.parallel.num_ranks)
+    open_inputs(config, config.parallel.num_ranks)
+    return config.parallel
+
+
+def run_recipe(
+    load_main: Callable[[], Main], config_name: str, check: LaunchCheck = check_run
+) -> NoReturn:
     """Run a recipe as a launcher or as a rank, and exit.
 
     Args:
         load_main: imports and returns the recipe's main (heavy imports stay out of the launcher).
         config_name: a file of `conf/`, without its ending.
+        check: what the launcher looks at, and the layout to start; None: there is nothing to start.
     """
     is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
-    run = _run_rank if is_rank else _launch_ranks
-    _run_and_exit(lambda: run(load_main, config_name), config_name)
+
+    def run() -> int:
+        return _run_rank(load_main, config_name) if is_rank else _launch_ranks(check, config_name)
+
+    _run_and_exit(run, config_name)
 
 
 def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
@@ -60,7 +75,7 @@ def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
     def run() -> int:
         config = compose(config_name, sys.argv[1:])
         quiet_libraries()
-        load_main()(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+        load_main()(config, _say)
         return 0
 
     _run_and_exit(run, config_name)
@@ -99,7 +114,7 @@ def _report_error(error: Exception, config_name: str) -> int:
             sys.stderr.write(f"{error}\n")
         return EXIT_STOPPED
     line = _one_line(error, config_name)
-    if line is None and not isinstance(error, NonFiniteError | SaveError):
+    if line is None and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
     spoken_for = LAUNCHER_PID_ENV in os.environ and "RANK" in os.environ  # the launcher prints it
@@ -153,7 +168,7 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
 
     def task(config: DictConfig) -> None:
         try:
-            main(config, lambda line: print(line, flush=True))  # noqa: T201  # a recipe's output
+            main(config, _say)
         except Exception as error:
             failures.append(error)
 
@@ -204,29 +219,35 @@ def _check_choices(overrides: list[str]) -> None:
             )
 
 
-def _launch_ranks(_: Callable[[], Main], config_name: str) -> int:
+def _launch_ranks(check: LaunchCheck, config_name: str) -> int:
     """Check everything, then run the same command as `parallel.num_ranks` ranks.
 
     A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.
     """
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_check, args=(config_name, writer))
+    child = fork.Process(target=_check, args=(check, config_name, writer))
     child.start()
     child.join()
-    return child.exitcode or _torchrun(reader.recv())
+    if child.exitcode:
+        return child.exitcode
+    parallel = reader.recv()
+    return 0 if parallel is None else _torchrun(parallel)
 
 
-def _check(config_name: str, writer: Connection) -> None:
+def _check(check: LaunchCheck, config_name: str, writer: Connection) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
     try:
-        config = load_config(compose(config_name, sys.argv[1:]))
-        choose_device(config.parallel.device, config.parallel.num_ranks)
-        open_inputs(config, config.parallel.num_ranks)
-        _check_port(config.parallel.port)
+        parallel = check(compose(config_name, sys.argv[1:]), _say)
+        if parallel is not None:
+            _check_port(parallel.port)
     except Exception as error:
         sys.exit(_report_error(error, config_name))
-    writer.send(config.parallel)
+    writer.send(parallel)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201  # a recipe's output
 
 
 def _check_port(port: int) -> None:

@@ -93,3 +93,7 @@ class NonFiniteError(RuntimeError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are intact."""
+
+
+class CheckFailed(RuntimeError):
+    """The doctor found what would go wrong in a run, and has said what mends it."""

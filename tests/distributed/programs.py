@@ -16,6 +16,7 @@ from opcd_nemo.package import write_package
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.provenance import Provenance
 from tests.distributed import cases
+from tests.distributed.ailments import examine_all
 from tests.distributed.cases import LAYOUTS
 from tests.distributed.generation import generate_all
 from tests.distributed.shards import build, full_tensors, start
@@ -114,6 +115,14 @@ def run_teachers(world: int, models: Path, results: Path) -> None:
             if parallel.rank == 0:
                 torch.save(found, results / f"teachers-{name}.pt")
             parallel.barrier()
+    _finish()
+
+
+def run_doctor(world: int, models: Path, results: Path) -> None:
+    """Let the doctor see a healthy run and sick ones, at tp 2."""
+    found = examine_all(models / cases.CHAT, results)
+    if int(dist.get_rank()) == 0:
+        torch.save(found, results / f"doctor-tp{world}.pt")
     _finish()
 
 
