@@ -27,8 +27,17 @@ class _Side:
     """One of the two chats."""
 
     title: str
-    opening: tuple[Message, ...]
+    context: Context
     turns: list[Message] = field(default_factory=list)
+
+    @property
+    def opening(self) -> tuple[Message, ...]:
+        """What stands before the first question."""
+        return self.context.messages("")[:-1]
+
+    def wrapped(self, line: str) -> str:
+        """A question as this side reads it; experience stands around a chat's first alone."""
+        return line if self.turns else self.context.wrapped(line)
 
 
 class Chat:
@@ -48,9 +57,9 @@ class Chat:
         self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
         self._max_positions, self._seed, self._count = max_positions, seed, 0
         self.context = context
-        self._sides = [_Side("without context", ())]
+        self._sides = [_Side("without context", Context(system=None, demonstrations=()))]
         if context is not None:
-            self._sides.append(_Side("with context", context.messages("")[:-1]))
+            self._sides.append(_Side("with context", context))
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -59,13 +68,15 @@ class Chat:
 
     def ask(self, line: str) -> list[str]:
         """Put a question to every side; one line an answer."""
-        question: Message = {"role": "user", "content": line}
+        questions: list[Message] = [
+            {"role": "user", "content": side.wrapped(line)} for side in self._sides
+        ]
         prompts = [
             Prompt(
                 token_ids=self._tokenizer.render([*side.opening, *side.turns, question]),
                 index=index,
             )
-            for index, side in enumerate(self._sides)
+            for index, (side, question) in enumerate(zip(self._sides, questions, strict=True))
         ]
         longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
         if longest > self._max_positions:
@@ -73,7 +84,7 @@ class Chat:
         samples = self._engine.generate(prompts, self._sampling, seed=self._seed, step=self._count)
         self._count += 1
         shown = []
-        for side, sample in zip(self._sides, samples, strict=True):
+        for side, question, sample in zip(self._sides, questions, samples, strict=True):
             answer = self._tokenizer.decode(sample.response_ids).strip()
             side.turns += [question, {"role": "assistant", "content": answer}]
             cut = "" if sample.finish_reason == "eos" else " [cut at max_new_tokens]"
@@ -138,7 +149,7 @@ def _context(source: str, system: Any) -> Context | None:
 
 
 def _shown(context: Context) -> str:
-    lines = [] if context.system is None else [context.system]
+    lines = [text for text in (context.system, context.experience) if text is not None]
     lines += [f"Q: {asked}\nA: {answered}" for asked, answered in context.demonstrations]
     return "\n".join(lines)
 

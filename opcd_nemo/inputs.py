@@ -11,10 +11,11 @@ from operator import attrgetter
 from pathlib import Path
 
 from opcd_nemo.config import TrainConfig, build_plug
-from opcd_nemo.context import ContextSource
+from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.losses import TopKLoss
 from opcd_nemo.parallel import check_layout
-from opcd_nemo.rollout import Conversation, context_prefix
+from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer
 
@@ -38,7 +39,7 @@ class Inputs:
     @property
     def context_hash(self) -> str:
         """SHA-256 of what the teacher reads."""
-        return self.conversation.source.context("", 0).content_hash
+        return content_hash(self.conversation.source)
 
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -60,6 +61,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    _check_losses(config, student_config.vocab_size)
     _check_stages(config, {"student": student_config, "teacher": teacher.config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
@@ -75,10 +77,40 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         teacher=teacher,
         task=task,
         conversation=conversation,
-        prefix_ids=context_prefix(
-            lambda question: tokenizer.render(source.context("", 0).messages(question))
-        ),
+        prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
     )
+
+
+def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
+    """The ids that every teacher prompt of the task starts with, in all its contexts.
+
+    Seen in two made-up questions, after the first paragraph that two real ones share.
+    """
+    nothing = NoContext().context("", 0)
+    asked = [
+        episode.turn(nothing).student_messages[-1]["content"]
+        for episode in task.episodes("test", 0, min(2, num_questions))
+    ]
+    openings = [text.partition("\n\n")[0] for text in asked]
+    alike = len(openings) == 2 and openings[0] == openings[1]
+    opening = f"{openings[0]}\n\n" if alike else ""
+    return shared_start(
+        conversation.tokenizer.render(context.messages(f"{opening}{probe}"))
+        for context in conversation.source.contexts()
+        for probe in ("A", "7")
+    )
+
+
+def _check_losses(config: TrainConfig, vocab_size: int) -> None:
+    plugs = {"loss": config.loss}
+    if config.warmup.steps:
+        plugs["warmup.loss"] = config.warmup.loss
+    for key, plug in plugs.items():
+        loss = build_plug(plug)
+        if isinstance(loss, TopKLoss) and loss.k > vocab_size:
+            raise ValueError(
+                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
+            )
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:

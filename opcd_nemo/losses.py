@@ -13,13 +13,22 @@ from typing import Literal, Protocol
 
 import torch
 
-from opcd_kernels import count_nonfinite, linear_divergence, linear_token_logprob
+from opcd_kernels import (
+    Tail,
+    count_nonfinite,
+    linear_divergence,
+    linear_token_logprob,
+    linear_topk_divergence,
+)
+from opcd_kernels.checks import check_top_k
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
+CAPTURED_MASS = "loss/captured_mass"
+"""Probability on the k tokens of a top-k loss, under the model that chose them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,68 @@ class DivergenceLoss:
             weight_N=weight_N,
         )
         return _weighted(f"loss/{self._kind}", loss_N, weight_N)
+
+
+class TopKLoss:
+    """Divergence over the k likeliest tokens: the student's for reverse_kl, else the teacher's.
+
+    Source: On-Policy Context Distillation (arXiv 2602.12275) sums eq. 2 over the student's k = 256;
+    its code drops the tail, whose other treatments are in docs/method.md.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self,
+        kind: Literal["reverse_kl", "forward_kl"],
+        k: int,
+        tail: Tail,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> None:
+        """Keep the divergence and its temperature (independent of the rollout's).
+
+        Raises:
+            ValueError: k is out of range, or the tail is none of this kind.
+        """
+        try:
+            check_top_k(kind, tail, k, None)
+        except ValueError as error:
+            raise ValueError(f"loss.kind={kind}, loss.k={k}, loss.tail={tail}: {error}") from error
+        self.k = k
+        self._kind, self._tail = kind, tail
+        self._temperature, self._chunk_tokens = temperature, chunk_tokens
+
+    def __call__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        *,
+        target_ids_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        parallel: Parallel,
+    ) -> tuple[torch.Tensor, Stats]:
+        """Sum of weight * divergence. Collective over tp."""
+        assert teacher is not None
+        result = linear_topk_divergence(
+            student.hidden_NH,
+            student.weight_VH,
+            teacher.hidden_NH,
+            teacher.weight_VH,
+            kind=self._kind,
+            k=self.k,
+            tail=self._tail,
+            temperature=self._temperature,
+            group=parallel.tp_group if parallel.tp > 1 else None,
+            chunk_tokens=self._chunk_tokens,
+            num_valid_columns=student.num_valid_columns,
+            weight_N=weight_N,
+        )
+        total, stats = _weighted(f"loss/{self._kind}", result.loss_N, weight_N)
+        own = result.student_mass_N if self._kind == "reverse_kl" else result.teacher_mass_N
+        mass = (own * weight_N).sum().item(), weight_N.sum().item()
+        stats.add(Stats({CAPTURED_MASS: mass}))
+        return total, stats
 
 
 class HardLabelLoss:

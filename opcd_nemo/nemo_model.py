@@ -20,10 +20,11 @@ from opcd_nemo.build import build_evaluator, build_run
 from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
+from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import MetricLogger, Stats
 from opcd_nemo.nemo_connector import OPCDConnector, run_config
 from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
-from opcd_nemo.provenance import describe_context
+from opcd_nemo.provenance import describe_context, freeze_context
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
 from opcd_nemo.types import Split
@@ -50,6 +51,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
+        load_config(run_config(cfg))
+        cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
         config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
         super().__init__(cfg=cfg, trainer=trainer)
@@ -161,7 +164,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         return {name: value for name, (value, _) in sums.sums.items()}
 
     def _show(self, values: dict[str, float]) -> None:
-        loss = next(name for name in values if name.startswith("loss/"))
+        loss = next(name for name in values if name.startswith("loss/") and name != CAPTURED_MASS)
         for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
             self.log(name, value, prog_bar=True, batch_size=1)
 

@@ -25,6 +25,7 @@ from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
+from opcd_nemo.provenance import freeze_context
 from opcd_nemo.resume import check_unchanged, run_origin
 from opcd_nemo.types import NonFiniteError
 
@@ -45,6 +46,8 @@ def train(raw: DictConfig, say: Say) -> Path:
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
     """
     started = time.perf_counter()
+    load_config(raw)
+    raw = freeze_context(raw)
     config = load_config(raw)
     rank, world_size = environment_world()
     origin = run_origin(raw, open_inputs(config, world_size).context_hash)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf, open_dict
+
 from opcd_nemo.config import build_plug
-from opcd_nemo.context import Context, ContextSource
+from opcd_nemo.context import Context, ContextSource, content_hash
 from opcd_nemo.gguf_file import GgufFile
 from opcd_nemo.model_files import model_kind, read_json, resolve_model_path
 from opcd_nemo.model_folder import (
@@ -73,29 +75,56 @@ def read_provenance(path: str) -> Provenance:
     return Provenance(context=None, evaluation=None, licence=base_licence(path))
 
 
+def freeze_context(config: DictConfig) -> DictConfig:
+    """The configuration with its experience written out: it means the same without a registry."""
+    plug: Any = OmegaConf.to_container(config.context, resolve=True)
+    source: ContextSource = build_plug(plug)
+    frozen = source.frozen()
+    if frozen is None:
+        return config
+    changed = config.copy()
+    with open_dict(changed):
+        changed.context = frozen
+    return changed
+
+
 def describe_context(plug: Mapping[str, Any]) -> dict[str, Any]:
-    """A configured context with its hash and lineage."""
+    """A configured context with its hash and lineage; of a pool every one."""
     source: ContextSource = build_plug(dict(plug))
-    context = source.context("", 0)
+    described = [_described(context) for context in source.contexts()]
+    if len(described) == 1:
+        return {**described[0], "lineage": dict(source.lineage)}
+    return {
+        "pool": described,
+        "content_hash": content_hash(source),
+        "lineage": dict(source.lineage),
+    }
+
+
+def _described(context: Context) -> dict[str, Any]:
     return {
         "system": context.system,
         "demonstrations": [list(pair) for pair in context.demonstrations],
+        "experience": context.experience,
+        "wrap": context.wrap,
         "content_hash": context.content_hash,
-        "lineage": {"written_by": "a person, in the configuration", "source": plug["_target_"]},
     }
 
 
 def as_context(described: Mapping[str, Any], where: str) -> Context:
-    """The inverse of `describe_context`.
+    """The inverse of `describe_context`; of a pool the first context.
 
     Raises:
         ValueError: it is not what `describe_context` makes, or its hash is not its content's.
     """
     try:
-        system, pairs = described["system"], described["demonstrations"]
+        described = described["pool"][0] if "pool" in described else described
+        pairs = described["demonstrations"]
         context = Context(
-            system=None if system is None else str(system),
+            system=_text(described["system"]),
             demonstrations=tuple((str(asked), str(answered)) for asked, answered in pairs),
+            experience=_text(described.get("experience")),
+            wrap=_text(described.get("wrap")),
         )
         stated = described["content_hash"]
     except (LookupError, TypeError, ValueError) as error:
@@ -105,6 +134,10 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
             f"{where}: content_hash is {stated}; allowed: that of its text, {context.content_hash}"
         )
     return context
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def base_licence(path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import read_metrics
 
 _VERSIONS = ("opcd-nemo", "torch", "megatron-core", "nemo-toolkit", "lightning", "numpy")
@@ -75,7 +76,11 @@ def write_curves(path: Path, metrics: Path) -> None:
 
     lines = read_metrics(metrics)
     losses = sorted({name for line in lines for name in line if name.startswith("loss/")})
+    shares = [name for name in losses if name == CAPTURED_MASS]
+    losses = [name for name in losses if name not in shares]
     panels = [losses, ["rollout/response_tokens"], ["optim/grad_norm"], ["perf/tokens_per_s"]]
+    if shares:
+        panels.append(shares)
     if any("validation/score" in line for line in lines):
         panels.append(["validation/score", "validation/retention"])
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")

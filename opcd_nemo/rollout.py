@@ -6,8 +6,9 @@ Shape letters: `R` rows (sequences), `V` vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal, Protocol
 
 import torch
@@ -108,17 +109,19 @@ class Conversation:
     max_positions: int
 
     def prompts(
-        self, episode: Episode, *, with_context: bool = True
+        self, episode: Episode, step: int = 0, *, with_context: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Student's and teacher's prompt ids of the episode's turn.
+        """Student's and teacher's prompt ids of the episode's turn, at a step of the run.
 
         Without context the teacher reads what the student reads.
         """
-        return self._render(episode.turn(self.source.context(episode.uid, 0)), with_context)
+        return self._render(episode.turn(self.source.context(episode.uid, step)), with_context)
 
     def longest_prompts(self, episode: Episode) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """As `prompts`, of the longest turn that the episode may come to."""
-        return self._render(episode.longest_turn(self.source.context(episode.uid, 0)), True)
+        """As `prompts`, of the longest turn that the episode may come to, over all contexts."""
+        turns = [episode.longest_turn(context) for context in self.source.contexts()]
+        sides = [self._render(turn, True) for turn in turns]
+        return sides[0][0], max((teacher for _, teacher in sides), key=len)
 
     def _render(self, turn: Turn, with_context: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         student = self.tokenizer.render(turn.student_messages)
@@ -173,7 +176,7 @@ def collect_rollouts(
     live = list(enumerate(episodes))
     turn = 0
     while live:
-        sides = [conversation.prompts(e, with_context=place < anchored) for place, e in live]
+        sides = [conversation.prompts(e, step, with_context=place < anchored) for place, e in live]
         asked = [student if sampler == "student" else teacher for student, teacher in sides]
         for _, teacher in sides:
             conversation.check_fits(teacher, sampling.max_new_tokens)
@@ -201,10 +204,7 @@ def collect_rollouts(
     return rollouts
 
 
-def context_prefix(
-    render: Callable[[str], tuple[int, ...]], probes: tuple[str, str] = ("A", "7")
-) -> tuple[int, ...]:
-    """The token ids every teacher prompt starts with: what two different questions share."""
-    first, second = (render(probe) for probe in probes)
-    count = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
-    return first[:count]
+def shared_start(prompts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The token ids that all prompts start with."""
+    shared = takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+    return tuple(ids[0] for ids in shared)

@@ -111,11 +111,10 @@ def check_top_k(kind: str, tail: str, k: int, num_columns: int | None) -> None:
     """Raises ValueError unless the top-k options name a divergence; None skips the vocabulary."""
     if kind not in ("reverse_kl", "forward_kl"):
         raise ValueError(f"kind is {kind!r}; allowed with a top-k: reverse_kl, forward_kl")
-    if tail not in ("bucket", "renorm"):
-        raise ValueError(
-            f"tail is {tail!r}; allowed: bucket, renorm. A truncated sum without a tail is no "
-            "divergence: it turns negative when the student leaves the teacher's support"
-        )
+    if tail not in ("bucket", "renorm", "drop", "stop_gradient"):
+        raise ValueError(f"tail is {tail!r}; allowed: bucket, renorm, drop, stop_gradient")
+    if tail == "stop_gradient" and kind != "reverse_kl":
+        raise ValueError(f"tail is {tail!r} with kind {kind!r}; allowed: with reverse_kl alone")
     check_integer("k", k)
     if not 1 <= k <= MAX_TOP_K:
         raise ValueError(f"k is {k}; allowed: 1 to {MAX_TOP_K}")

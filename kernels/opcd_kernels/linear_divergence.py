@@ -71,6 +71,40 @@ def linear_divergence(
     Source: the divergences are those of GKD (arXiv 2306.13649); gradients, kernels/README.md.
     """
     objective = make_objective(kind, beta, temperature, student_map, teacher_map)
+    heads = (student_hidden_NH, student_weight_VH, teacher_hidden_NG, teacher_weight_VG)
+    weight_N, width = check_heads(*heads, weight_N, num_valid_columns)
+    num_rows, active = len(student_hidden_NH), active_rows(weight_N)
+    chunk = chunk_size(chunk_tokens, student_weight_VH, num_rows, group)
+    loss = _TeacherDivergence(
+        teacher=TeacherLogits(
+            hidden_NG=take_rows(teacher_hidden_NG.detach(), active),
+            weight_VG=teacher_weight_VG.detach()[:width],
+            chunk_tokens=chunk,
+        ),
+        objective=objective,
+        group=group,
+        token_weight_N=None if weight_N is None else take_rows(weight_N, active),
+        engine=backend.choose(student_hidden_NH),
+    )
+    plan = ChunkPlan(chunk_tokens=chunk, width=width, group=group, weight_N=loss.token_weight_N)
+    student_hidden = take_rows(student_hidden_NH, active)
+    loss_A = linear_loss(student_hidden, student_weight_VH, loss, plan)
+    return spread_rows(loss_A, active, num_rows)
+
+
+def check_heads(
+    student_hidden_NH: Tensor,
+    student_weight_VH: Tensor,
+    teacher_hidden_NG: Tensor,
+    teacher_weight_VG: Tensor,
+    weight_N: Tensor | None,
+    num_valid_columns: int | None,
+) -> tuple[Tensor | None, int]:
+    """(Contiguous weights, number of valid columns) of two heads over the same tokens.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    """
     check_head("student_hidden_NH", student_hidden_NH, "student_weight_VH", student_weight_VH)
     check_head("teacher_hidden_NG", teacher_hidden_NG, "teacher_weight_VG", teacher_weight_VG)
     num_rows, num_columns = len(student_hidden_NH), len(student_weight_VH)
@@ -82,65 +116,65 @@ def linear_divergence(
     check_same("device", "teacher_hidden_NG", devices[0], "student_hidden_NH", devices[1])
     if weight_N is not None:
         weight_N = check_weight(weight_N, num_rows, student_hidden_NH.device)
-    width = valid_columns(num_valid_columns, num_columns)
-    active = active_rows(weight_N)
-    loss = _TeacherDivergence(
-        hidden_NG=take_rows(teacher_hidden_NG.detach(), active),
-        weight_VG=teacher_weight_VG.detach()[:width],
-        objective=objective,
-        group=group,
-        token_weight_N=None if weight_N is None else take_rows(weight_N, active),
-        engine=backend.choose(student_hidden_NH),
-        chunk_tokens=chunk_size(chunk_tokens, student_weight_VH, num_rows, group),
-    )
-    plan = ChunkPlan(
-        chunk_tokens=loss.chunk_tokens, width=width, group=group, weight_N=loss.token_weight_N
-    )
-    student_hidden = take_rows(student_hidden_NH, active)
-    loss_A = linear_loss(student_hidden, student_weight_VH, loss, plan)
-    return spread_rows(loss_A, active, num_rows)
+    return weight_N, valid_columns(num_valid_columns, num_columns)
 
 
 @dataclass(slots=True, kw_only=True)
-class _TeacherDivergence:
-    """A `ChunkLoss`: the divergence from a teacher whose logits of one chunk live in a buffer."""
+class TeacherLogits:
+    """The teacher's logits of one chunk, in a buffer that every chunk uses again."""
 
     hidden_NG: Tensor
     weight_VG: Tensor
-    objective: Objective
-    group: dist.ProcessGroup | None
-    token_weight_N: Tensor | None
-    engine: Backend
     chunk_tokens: int
     buffer_CV: Tensor | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.hidden_NG, self.weight_VG
-
     def restore(self, rows: slice) -> None:
+        """Computes the logits of `rows`."""
         if self.buffer_CV is None:
             rows_at_once = min(self.chunk_tokens, self.hidden_NG.shape[0])
             self.buffer_CV = self.weight_VG.new_empty((rows_at_once, self.weight_VG.shape[0]))
         chunk_logits(self.hidden_NG, self.weight_VG, rows, self.buffer_CV)
 
     def release(self) -> None:
+        """Frees the buffer."""
         self.buffer_CV = None
+
+    def logits(self, num_rows: int) -> Tensor:
+        """What `restore` computed."""
+        assert self.buffer_CV is not None, "restore() comes before"
+        return self.buffer_CV[:num_rows]
+
+
+@dataclass(slots=True, kw_only=True)
+class _TeacherDivergence:
+    """A `ChunkLoss`: the divergence from a teacher whose logits exist a chunk at a time."""
+
+    teacher: TeacherLogits
+    objective: Objective
+    group: dist.ProcessGroup | None
+    token_weight_N: Tensor | None
+    engine: Backend
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.teacher.hidden_NG, self.teacher.weight_VG
+
+    def restore(self, rows: slice) -> None:
+        self.teacher.restore(rows)
+
+    def release(self) -> None:
+        self.teacher.release()
 
     def measure(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         self.restore(rows)
         weight = None if self.token_weight_N is None else self.token_weight_N[rows]
-        teacher = self._teacher_logits(logits_CV)
+        teacher = self.teacher.logits(len(logits_CV))
         return measure(logits_CV, teacher, self.objective, self.group, weight, self.engine)
 
     def differentiate_(
         self, logits_CV: Tensor, constants_CX: Tensor, upstream_C: Tensor, rows: slice
     ) -> None:
-        teacher = self._teacher_logits(logits_CV)
+        teacher = self.teacher.logits(len(logits_CV))
         self.engine.divergence_gradient_(
             logits_CV, teacher, constants_CX, upstream_C, self.objective
         )
-
-    def _teacher_logits(self, logits_CV: Tensor) -> Tensor:
-        assert self.buffer_CV is not None, "restore() comes before"
-        return self.buffer_CV[: logits_CV.shape[0]]

@@ -72,6 +72,10 @@ def topk_divergence_and_gradient(
     chosen = torch.zeros_like(first, dtype=torch.bool).scatter_(
         1, first.topk(k, dim=1).indices, True
     )
+    mass = first.exp().masked_fill(~chosen, 0.0).sum(1)
+    if tail in ("drop", "stop_gradient"):
+        loss, gradient = _cut_off(student_log_NV, teacher_log_NV, chosen, kind, tail)
+        return loss, gradient, mass
     logs = []
     for log in (first, second):
         kept = log.masked_fill(~chosen, -torch.inf)
@@ -86,4 +90,21 @@ def topk_divergence_and_gradient(
     if tail == "renorm":
         share = torch.zeros_like(share)
     gradient = class_gradient[:, :-1] + share.nan_to_num(0.0) * class_gradient[:, -1:]
-    return loss, gradient, first.exp().masked_fill(~chosen, 0.0).sum(1)
+    return loss, gradient, mass
+
+
+def _cut_off(
+    student_log_NV: Tensor, teacher_log_NV: Tensor, chosen_NV: Tensor, kind: Kind, tail: str
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of a sum over the chosen tokens alone, by the derivative of each term."""
+    student, teacher = student_log_NV.exp(), teacher_log_NV.exp()
+    if kind == "forward_kl":
+        terms = (teacher * log_ratio(teacher_log_NV, student_log_NV)).masked_fill(~chosen_NV, 0.0)
+        of_log = (-teacher).masked_fill(~chosen_NV, 0.0)
+    else:
+        ratio = log_ratio(student_log_NV, teacher_log_NV)
+        terms = (student * ratio).masked_fill(~chosen_NV, 0.0)
+        slope = ratio if tail == "stop_gradient" else ratio + 1.0
+        of_log = (student * slope).masked_fill(~chosen_NV, 0.0)
+    # d log p_u / d x_v = 1[u = v] - p_v
+    return terms.sum(1), of_log - student * of_log.sum(1, keepdim=True)

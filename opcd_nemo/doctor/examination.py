@@ -97,9 +97,9 @@ def without_weights(
         inputs = open_inputs(config, world_size)
     except ValueError as error:
         return [*checks, refusal("inputs", error)], None
-    source = inputs.conversation.source.context("", 0)
+    source = inputs.conversation.source
     episodes = inputs.task.episodes("train", 0, min(_prompts(config), settings.num_prompts))
-    chat = episodes[0].turn(source).teacher_messages
+    chat = episodes[0].turn(source.context(episodes[0].uid, 0)).teacher_messages
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
     checks += [
         attempt("chat template", lambda: text.templates(student, teacher, chat)),

@@ -20,7 +20,7 @@ from opcd_nemo.doctor.checks import Check, judge
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
 from opcd_nemo.hf import Checkpoint
 from opcd_nemo.inputs import Inputs
-from opcd_nemo.losses import BAD_TOKENS, Head, Loss
+from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Head, Loss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.rollout import collect_rollouts
@@ -105,7 +105,8 @@ def _loss(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> float:
     scores = run.teacher.score(batches) if loss.needs_teacher else []
     run.optimizer.zero_grad()
     stats = over_ranks(run.parallel, accumulate_gradients(run, batches, scores, loss))
-    (name,) = (one for one in stats.sums if one.startswith("loss/") and one not in BAD_TOKENS)
+    others = {*BAD_TOKENS, CAPTURED_MASS}
+    (name,) = (one for one in stats.sums if one.startswith("loss/") and one not in others)
     return Stats(stats.sums).mean(name)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opcd_nemo.config import TrainConfig
+from opcd_nemo.context import ContextSource
 from opcd_nemo.doctor.checks import Check, judge
 from opcd_nemo.hf import ModelConfig, open_checkpoint, padded_vocab_size
 from opcd_nemo.inputs import Inputs
-from opcd_nemo.tasks import Context, Episode
+from opcd_nemo.tasks import Episode
 from opcd_nemo.tokenizer import ChatTokenizer
 from opcd_nemo.types import Message
 
@@ -100,7 +101,9 @@ def lengths(inputs: Inputs, episodes: Sequence[Episode], new_tokens: int) -> Che
     return judge("prompt lengths", max(student, teacher) + new_tokens <= limit, found, mend)
 
 
-def same_suffix(tokenizer: ChatTokenizer, source: Context, episodes: Sequence[Episode]) -> Check:
+def same_suffix(
+    tokenizer: ChatTokenizer, source: ContextSource, episodes: Sequence[Episode]
+) -> Check:
     """Whether the template leaves a response as it is, byte for byte, under both prompts.
 
     A run concatenates token ids and renders no response; demonstrations in a context, later turns
@@ -110,7 +113,7 @@ def same_suffix(tokenizer: ChatTokenizer, source: Context, episodes: Sequence[Ep
     mend = "use a chat template that writes the assistant's content unchanged"
     heads: set[str] = set()
     for episode in episodes:
-        turn = episode.turn(source)
+        turn = episode.turn(source.context(episode.uid, 0))
         spans = [_span(tokenizer, chat) for chat in (turn.student_messages, turn.teacher_messages)]
         if spans[0] != spans[1]:
             found = f"{episode.uid}: {spans[0]!r} without context, {spans[1]!r} with it"

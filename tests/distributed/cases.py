@@ -41,7 +41,7 @@ LAYOUTS = {
 SHARDED = [name for name in LAYOUTS if name != "one"]
 
 Size = Literal["odd", "even"]
-LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard"]
+LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard", "top4_drop", "top4_renorm"]
 Life = Literal["frozen", "hard_sync", "ema", "live"]
 
 _SHAPES: dict[str, dict[str, int]] = {
@@ -266,6 +266,8 @@ HEAD_LOSSES: list[tuple[LossName, float, float]] = [  # kind, beta, temperature
     ("forward_kl", 0.5, 1.3),
     ("jsd", 0.3, 1.0),
     ("hard", 0.5, 0.7),
+    ("top4_drop", 0.5, 0.7),
+    ("top4_renorm", 0.5, 1.0),
 ]
 HEAD_MODELS = ["qwen2-untied-odd", "llama-untied-even", "nine-words"]
 HEAD_TOKENS, HEAD_CHUNK = 17, 5

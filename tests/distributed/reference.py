@@ -18,7 +18,12 @@ def divergence(
 ) -> torch.Tensor:
     """Per-token divergence of two sets of logits, in nats."""
     s, t = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
-    if kind == "reverse_kl":
+    if kind.startswith("top4"):  # of the student's; the choice is no part of the gradient
+        chosen = s.topk(4).indices
+        s, t = s.gather(-1, chosen), t.gather(-1, chosen)
+        if kind == "top4_renorm":
+            s, t = s.log_softmax(-1), t.log_softmax(-1)
+    if kind == "reverse_kl" or kind.startswith("top4"):
         return (s.exp() * (s - t)).sum(-1)
     if kind == "forward_kl":
         return (t.exp() * (t - s)).sum(-1)

@@ -14,7 +14,7 @@ import torch
 from opcd_nemo import checkpoint
 from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss
+from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss, TopKLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.optim import NonFiniteError, StudentOptimizer
 from opcd_nemo.parallel import Parallel
@@ -148,6 +148,10 @@ def make_loss(kind: str, beta: float = 0.5, temperature: float = 1.0, chunk: int
     """The loss of a case."""
     if kind == "hard":
         return HardLabelLoss(temperature, chunk)
+    if kind == "top4_drop":
+        return TopKLoss("reverse_kl", 4, "drop", temperature, chunk)
+    if kind == "top4_renorm":
+        return TopKLoss("reverse_kl", 4, "renorm", temperature, chunk)
     assert kind in ("reverse_kl", "forward_kl", "jsd")
     return DivergenceLoss(kind, beta, temperature, chunk)
 

@@ -105,14 +105,14 @@ FAULTS = (
     ),
     Fault(
         name="dropped tail: no bucket in the top-k loss",
-        file="topk.py",
+        file="topk_classes.py",
         old="loss = loss + torch.where(share > 0, share * ratio, 0.0)",
         new="loss = loss + 0.0 * share",
         tests=TOPK,
     ),
     Fault(
         name="dropped tail: no bucket in the top-k gradient",
-        file="topk.py",
+        file="topk_classes.py",
         old='if plan.tail == "renorm":\n        tail',
         new="if True:\n        tail",
         tests=TOPK,
@@ -140,7 +140,7 @@ FAULTS = (
     ),
     Fault(
         name="teacher and student swapped: top-k of the wrong model",
-        file="topk.py",
+        file="topk_classes.py",
         old='return self.objective.kind == "reverse_kl"',
         new='return self.objective.kind == "forward_kl"',
         tests=TOPK,

@@ -24,6 +24,7 @@ from opcd_kernels import (
     divergence,
     linear_divergence,
     linear_token_logprob,
+    linear_topk_divergence,
     token_logprob,
     topk_divergence,
 )
@@ -246,7 +247,7 @@ def even_shards_need_no_first_token_id(group: dist.ProcessGroup, _shards: Shards
 def topk_equals_the_whole(group: dist.ProcessGroup, shards: Shards) -> None:
     data = matrices()
     for kind in ("reverse_kl", "forward_kl"):
-        for tail in ("bucket", "renorm"):
+        for tail in ("bucket", "renorm", "drop" if kind == "forward_kl" else "stop_gradient"):
             for k, temperature in ((1, 1.0), (12, 2.0), (700, 0.7)):
                 whole, local = data["student"].clone(), shards.columns(data["student"])
                 whole.requires_grad_()
@@ -266,6 +267,35 @@ def topk_equals_the_whole(group: dist.ProcessGroup, shards: Shards) -> None:
                 shards.check(local.grad, whole.grad)
                 assert sent == [("all_gather", (8 * k + 24) * num_tokens)]
                 assert_same_bits(torch.stack(result), group)
+
+
+def linear_topk_equals_the_whole(group: dist.ProcessGroup, shards: Shards) -> None:
+    data = matrices()
+    for tail in ("renorm", "drop"):
+        whole = data["hidden"].clone().requires_grad_(), data["weight"].clone().requires_grad_()
+        hidden = data["hidden"].clone().requires_grad_()
+        head = shards.rows(data["weight"]).requires_grad_()
+        options: dict[str, Any] = {"kind": "reverse_kl", "tail": tail, "k": 12, "weight_N": WEIGHT}
+        options["chunk_tokens"] = 4
+        teacher = data["teacher_hidden"], data["teacher_weight"]
+        expected = linear_topk_divergence(*whole, *teacher, **options)
+        result = linear_topk_divergence(
+            hidden,
+            head,
+            teacher[0],
+            shards.rows(teacher[1]),
+            group=group,
+            num_valid_columns=shards.valid,
+            **options,
+        )
+        expected.loss_N.sum().backward()
+        result.loss_N.sum().backward()
+        assert_close(tuple(result), tuple(expected), **CLOSE)
+        assert_close(hidden.grad, whole[0].grad, **CLOSE)
+        assert head.grad is not None
+        assert whole[1].grad is not None
+        shards.check(head.grad.T, whole[1].grad.T)
+        assert_same_bits(torch.stack(result), group)
 
 
 def topk_of_many_rows_sends_the_same_blocks_on_every_rank(
@@ -345,6 +375,7 @@ CASES: tuple[Callable[[dist.ProcessGroup, Shards], None], ...] = (
     tokens_equal_the_whole,
     even_shards_need_no_first_token_id,
     topk_equals_the_whole,
+    linear_topk_equals_the_whole,
     topk_of_many_rows_sends_the_same_blocks_on_every_rank,
     topk_without_tokens_or_with_too_few_columns,
     topk_ties_over_shards_are_broken_the_same_way,

@@ -153,7 +153,7 @@ def test_template_that_alters_the_response_fails(how: str, folder: Path, inputs:
     template = CHAT_TEMPLATE.replace(*ALTERED[how])
     assert template != CHAT_TEMPLATE
     broken = side(folder, how.replace(" ", "_"), chat_template=template).tokenizer
-    source = inputs.conversation.source.context("", 0)
+    source = inputs.conversation.source
     episodes = inputs.task.episodes("train", 0, 2)
     assert text.same_suffix(inputs.tokenizer, source, episodes).status == "pass"
     assert text.same_suffix(broken, source, episodes).status == "fail"
@@ -164,7 +164,7 @@ def test_what_a_template_puts_before_the_response_is_told(folder: Path, inputs: 
         "{{ message.content }}", "<think></think>{{ message.content }}"
     )
     thinking = side(folder, "thinking", chat_template=template).tokenizer
-    source = inputs.conversation.source.context("", 0)
+    source = inputs.conversation.source
     row = text.same_suffix(thinking, source, inputs.task.episodes("train", 0, 2))
     assert row.status == "pass"
     assert "<think></think>" in row.found

@@ -54,6 +54,18 @@ def test_opens_a_good_folder(model: Path, tmp_path: Path) -> None:
     assert inputs.student_config.num_layers == 2
 
 
+def test_a_top_k_above_the_vocabulary(model: Path, tmp_path: Path) -> None:
+    size = opened(model, tmp_path).student_config.vocab_size
+    top_k = "loss=reverse_kl_top256"
+    opened(model, tmp_path, top_k, f"loss.k={size}")
+    assert refused(model, tmp_path, top_k, f"loss.k={size + 1}") == (
+        f"loss.k={size + 1}: allowed: at most the student's vocabulary of {size}"
+    )
+    assert "loss.tail=stop_gradient" in refused(
+        model, tmp_path, top_k, "loss.k=4", "loss.kind=forward_kl", "loss.tail=stop_gradient"
+    )
+
+
 def test_keeps_layers(model: Path, tmp_path: Path) -> None:
     inputs = opened(model, tmp_path, "student.keep_layers=[1]")
     assert (inputs.student_config.num_layers, inputs.teacher.config.num_layers) == (1, 2)

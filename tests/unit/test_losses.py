@@ -10,11 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Head, Loss
+from opcd_kernels.reference import topk_divergence_and_gradient
+from opcd_nemo.losses import CAPTURED_MASS, DivergenceLoss, HardLabelLoss, Head, Loss, TopKLoss
 from tests.bars import check, relative_error
 
 TOKENS, STUDENT, TEACHER, VOCABULARY, PADDED = 40, 12, 20, 61, 64
-KINDS = ["reverse_kl", "forward_kl", "jsd", "hard"]
+TOP_K = 9
+TOP_KINDS = [
+    *(f"reverse_kl top-k {tail}" for tail in ("bucket", "renorm", "drop", "stop_gradient")),
+    *(f"forward_kl top-k {tail}" for tail in ("bucket", "renorm", "drop")),
+]
+KINDS = ["reverse_kl", "forward_kl", "jsd", "hard", *TOP_KINDS]
 
 
 class OneProcess:
@@ -24,6 +30,9 @@ class OneProcess:
 def make(kind: str, chunk_tokens: int, temperature: float = 1.0, beta: float = 0.4) -> Loss:
     if kind == "hard":
         return HardLabelLoss(temperature, chunk_tokens)
+    if kind in TOP_KINDS:
+        divergence, _, tail = kind.split()
+        return TopKLoss(divergence, TOP_K, tail, temperature, chunk_tokens)  # type: ignore[arg-type]
     return DivergenceLoss(kind, beta, temperature, chunk_tokens)  # type: ignore[arg-type]
 
 
@@ -77,7 +86,16 @@ def closed_form(
     teacher = inputs.teacher_hidden.double() @ inputs.teacher_weight[:VOCABULARY].double().T
     t = (teacher / temperature).log_softmax(-1)
     p, q = s.exp(), t.exp()
-    if kind == "reverse_kl":
+    if kind in TOP_KINDS:
+        divergence, _, tail = kind.split()
+        loss_N, slope, _ = topk_divergence_and_gradient(
+            s,
+            t,
+            kind=divergence,  # type: ignore[arg-type]
+            k=TOP_K,
+            tail=tail,
+        )
+    elif kind == "reverse_kl":
         loss_N = (p * (s - t)).sum(-1)
         slope = p * (s - t - loss_N[:, None])
     elif kind == "forward_kl":
@@ -107,14 +125,15 @@ def test_loss_and_gradients_equal_the_float64_closed_form(
     check("losses: hidden gradient", relative_error(hidden, true_hidden), 5e-6, kind)
     check("losses: weight gradient", relative_error(weight[:VOCABULARY], true_weight), 5e-6, kind)
     assert (weight[VOCABULARY:] == 0).all()
-    name = "loss/nll" if kind == "hard" else f"loss/{kind}"
+    name = "loss/nll" if kind == "hard" else f"loss/{kind.split()[0]}"
     assert stats.mean(name) == pytest.approx(
         true_total.item() / inputs.weight_N.double().sum().item(), rel=1e-5
     )
 
 
-# JSD saturates here: its true gradient is far below fp32's rounding of its terms
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "jsd"])
+# JSD saturates here, and the tail of a top-k vanishes: true gradients are far below the rounding
+# of fp32
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "hard"])
 def test_confident_models_give_finite_exact_gradients(kind: str) -> None:
     inputs = Inputs(scale=30.0)
     total, _, hidden, weight = inputs.run(make(kind, 7))
@@ -155,8 +174,33 @@ def test_no_tensor_of_the_batchs_logits_is_allocated(kind: str) -> None:
 
 def test_a_loss_that_needs_a_teacher_says_so() -> None:
     assert {kind: make(kind, 5).needs_teacher for kind in KINDS} == {
-        "reverse_kl": True,
-        "forward_kl": True,
-        "jsd": True,
+        **dict.fromkeys(KINDS, True),
         "hard": False,
     }
+
+
+@pytest.mark.parametrize("kind", TOP_KINDS)
+def test_the_captured_mass_is_that_of_the_model_that_chooses(kind: str) -> None:
+    inputs = Inputs()
+    _, stats, *_ = inputs.run(make(kind, 7, temperature=0.6))
+    hidden, weight = inputs.hidden, inputs.weight
+    if kind.startswith("forward"):
+        hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
+    p = (hidden.double() @ weight[:VOCABULARY].double().T / 0.6).softmax(-1)
+    mass_N = p.topk(TOP_K).values.sum(-1)
+    true = (mass_N * inputs.weight_N).sum() / inputs.weight_N.sum()
+    assert 0.3 < true < 0.999
+    assert stats.mean(CAPTURED_MASS) == pytest.approx(true.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "tail"),
+    [
+        ("reverse_kl", 0, "drop"),
+        ("reverse_kl", 1025, "drop"),
+        ("forward_kl", 256, "stop_gradient"),
+    ],
+)
+def test_a_top_k_that_is_no_divergence_is_refused(kind: Any, k: int, tail: Any) -> None:
+    with pytest.raises(ValueError, match=rf"loss.k={k}, loss.tail={tail}: .*allowed"):
+        TopKLoss(kind, k, tail, 1.0, 5)

@@ -66,7 +66,8 @@ def test_samples_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:
     with MetricLogger(tmp_path / "metrics.jsonl") as metrics:
-        for step, loss in enumerate(["loss/forward_kl", "loss/reverse_kl"]):
+        names = ["loss/forward_kl", "loss/reverse_kl", "loss/captured_mass"]
+        for step, loss in enumerate(names):
             metrics.log(
                 step,
                 {

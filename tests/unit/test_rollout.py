@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opcd_nemo.rollout import Conversation, SamplingParams, collect_rollouts, context_prefix
+from opcd_nemo.rollout import Conversation, SamplingParams, collect_rollouts, shared_start
 from opcd_nemo.types import Message, Prompt, Sample, Turn
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
@@ -136,9 +136,6 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_lengths() -> None:
         )
 
 
-def test_the_context_prefix_is_what_two_questions_share() -> None:
-    def render(question: str) -> tuple[int, ...]:
-        return (5, 6, 7, *ids(question), 8)
-
-    assert context_prefix(render) == (5, 6, 7)
-    assert context_prefix(lambda question: ids(question)) == ()
+def test_the_shared_start_is_what_two_questions_share() -> None:
+    assert shared_start([(5, 6, 7, *ids(question), 8) for question in ("A", "7")]) == (5, 6, 7)
+    assert shared_start([ids("A"), ids("7")]) == ()
