@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-one-process check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo demo-games test test-one-process check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -18,6 +18,9 @@ help: ## show this list
 
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
+
+demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=frozen_lake|sokoban]
+	$(BIN)/python recipes/experience.py recipe=demo_games
 
 test: check ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync kernels-aot test-one-process

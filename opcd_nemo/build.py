@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.engines.recorded import RecordedEngine
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
+from opcd_nemo.hf import Checkpoint
 from opcd_nemo.inputs import Inputs
 from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
@@ -23,10 +27,14 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
     engines: dict[SamplerName, RolloutEngine] = {"student": engine, "teacher": engine}
     teacher = student
     if config.teacher.life != "live":
-        teacher = LanguageModel(inputs.teacher.config, parallel, DTYPES[config.teacher.dtype])
+        teacher = LanguageModel(inputs.teacher_config, parallel, DTYPES[config.teacher.dtype])
         teacher.load(inputs.teacher)
         engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching
+    if rollout.teacher_data is not None:
+        engines["teacher"] = RecordedEngine(
+            engines["teacher"], Path(rollout.teacher_data), parallel
+        )
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase
     if config.warmup.steps:
@@ -59,13 +67,36 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
 def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Evaluator:
     """The evaluator of the run's tables."""
     evaluation = config.evaluation
+    sampling = SamplingParams(
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        top_k=evaluation.top_k,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
     plan = EvaluationPlan(
         num_questions=evaluation.num_questions,
         num_retention=evaluation.num_retention,
-        max_new_tokens=evaluation.max_new_tokens,
-        retention_max_new_tokens=evaluation.retention_max_new_tokens,
+        sampling=sampling,
+        retention_sampling=replace(sampling, max_new_tokens=evaluation.retention_max_new_tokens),
+        samples_per_question=evaluation.samples_per_question,
+        leakage_phrases=evaluation.leakage_phrases,
+        seed=config.seed,
     )
-    return Evaluator(inputs.task, inputs.conversation, plan, parallel, inputs.prefix_ids)
+    return Evaluator(
+        inputs.task, inputs.retention, inputs.conversation, plan, parallel, inputs.prefix_ids
+    )
+
+
+def build_engine(
+    config: TrainConfig, inputs: Inputs, checkpoint: Checkpoint, parallel: Parallel, dtype: str
+) -> RolloutEngine:
+    """An engine that holds a model's weights, for stages that train nothing. Collective."""
+    model = LanguageModel(checkpoint.config, parallel, DTYPES[dtype])
+    model.load(checkpoint)
+    model.module.requires_grad_(False)
+    engine = _engine(config.engine, model, inputs)
+    engine.load_weights(0)
+    return engine
 
 
 def _engine(plug: dict[str, Any], model: LanguageModel, inputs: Inputs) -> RolloutEngine:

@@ -12,19 +12,25 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+Schema = TypeVar("Schema")
+
 
 @dataclass(kw_only=True)
 class StudentConfig:
-    """`conf/student/`: the model that learns; `keep_layers` builds it of some teacher layers."""
+    """`conf/student/`: the model that learns; `keep_layers` builds it of some teacher layers.
+
+    `chat_template_arguments` are variables of its chat template, such as `enable_thinking`.
+    """
 
     path: str
     keep_layers: list[int] | None
     dtype: str
+    chat_template_arguments: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -50,6 +56,7 @@ class RolloutConfig:
     top_p: float
     top_k: int
     max_new_tokens: int
+    teacher_data: str | None
     anchor_fraction: float
 
 
@@ -89,13 +96,20 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """`conf/parallel/`: device, layout and processes; `port: 0` takes any free port."""
+    """`conf/parallel/`: device, layout, processes, and how Megatron computes.
+
+    `port: 0` takes any free port; `recompute_modules` are computed again in the backward pass.
+    """
 
     device: str
     num_ranks: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     sequence_parallel: bool
+    layer_spec: str
+    context_parallel_size: int
+    recompute_modules: list[str]
+    fp8: str | None
     threads_per_rank: int
     timeout_s: float
     port: int
@@ -103,13 +117,19 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """`conf/evaluation/`: questions and lengths of the tables; decoding is greedy."""
+    """`conf/evaluation/`: questions, sampling and lengths of the tables, and what ends a run."""
 
     num_questions: int
     num_retention: int
     max_new_tokens: int
     retention_max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    samples_per_question: int
+    leakage_phrases: list[str]
     every_n_steps: int
+    min_retention: float | None
 
 
 @dataclass(kw_only=True)
@@ -128,6 +148,7 @@ class TrainConfig:
     student: StudentConfig
     teacher: TeacherConfig
     task: Any
+    retention: Any
     context: Any
     engine: Any
     loss: Any
@@ -147,11 +168,13 @@ _POSITIVE = (
     "optim.lr optim.eps optim.clip_grad parallel.num_ranks parallel.tensor_model_parallel_size "
     "parallel.pipeline_model_parallel_size parallel.threads_per_rank parallel.timeout_s "
     "evaluation.num_questions evaluation.num_retention evaluation.max_new_tokens "
-    "evaluation.retention_max_new_tokens trainer.max_steps"
+    "evaluation.retention_max_new_tokens evaluation.top_p evaluation.samples_per_question "
+    "trainer.max_steps"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.anchor_fraction warmup.steps optim.min_lr "
-    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps"
+    "optim.warmup_steps optim.weight_decay parallel.port evaluation.every_n_steps "
+    "evaluation.temperature evaluation.top_k"
 ).split()
 _POSITIVE_OF_PLUGS = (  # where the plug has them
     "loss.temperature loss.chunk_tokens warmup.loss.temperature warmup.loss.chunk_tokens "
@@ -172,14 +195,17 @@ _CHOICES = {
     "batching.aggregation": ("sequence_mean", "token_mean"),
     "optim.schedule": ("constant", "cosine"),
     "parallel.device": ("auto", "cpu", "cuda"),
+    "parallel.layer_spec": ("auto", "local", "te"),
+    "parallel.fp8": (None, "hybrid", "e4m3"),
 }
 _AT_MOST = {
     "rollout.top_p": 1.0,
+    "evaluation.top_p": 1.0,
     "rollout.anchor_fraction": 1.0,
     "parallel.port": 65535,
 }
 _SHARES = ("loss.beta", "warmup.loss.beta")  # of the student, where the plug has them
-_PLUGS = ("task", "context", "engine", "loss")
+_PLUGS = ("task", "retention", "context", "engine", "loss")
 
 
 def load_config(raw: DictConfig) -> TrainConfig:
@@ -188,15 +214,8 @@ def load_config(raw: DictConfig) -> TrainConfig:
     Raises:
         ValueError: one line with the key, its value and what is allowed.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
-        for key in _keys_without_value(merged):
-            raise ValueError(f"{key}: no value is given; allowed: {_allowed_type(key)}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, raw)) from error
-    assert isinstance(config, TrainConfig)
-    _check_switches(raw)
+    config = read_schema(TrainConfig, raw)
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), raw)
     _check_untyped(merged)
     _check_values(merged)
     for key in _PLUGS:
@@ -205,6 +224,32 @@ def load_config(raw: DictConfig) -> TrainConfig:
         check_plug("warmup.loss", config.warmup.loss)
     _check_sizes(config)
     _check_teacher(config)
+    _check_evaluation(config.evaluation)
+    _check_stop(config)
+    if config.rollout.teacher_data is not None and config.rollout.sampler != "teacher":
+        raise ValueError(
+            f"rollout.teacher_data={config.rollout.teacher_data}: allowed: null with "
+            f"rollout.sampler={config.rollout.sampler}"
+        )
+    return config
+
+
+def read_schema(schema: type[Schema], raw: DictConfig) -> Schema:
+    """Return the values of a configuration as a dataclass that names them all.
+
+    Raises:
+        ValueError: a key is misspelt, missing or wrongly typed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
+        for key in _keys_without_value(merged):
+            allowed = _allowed_type(schema, key)
+            raise ValueError(f"{key}: no value is given; allowed: {allowed}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(schema, error, raw)) from error
+    assert isinstance(config, schema)
+    _check_switches(schema, raw)
     return config
 
 
@@ -216,14 +261,14 @@ def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys_without_value(node[name], f"{prefix}{name}.")
 
 
-def _one_line(error: OmegaConfBaseException, raw: DictConfig) -> str:
+def _one_line(schema: type, error: OmegaConfBaseException, raw: DictConfig) -> str:
     key = re.sub(r"\[\d+\]$", "", str(error.full_key))
     try:
         shown = f"{key}={OmegaConf.select(raw, key)}"
     except OmegaConfBaseException:  # the value is the interpolation that fails
         shown = key
     if isinstance(error, ValidationError):
-        return f"{shown}: allowed: {_allowed_type(key)}"
+        return f"{shown}: allowed: {_allowed_type(schema, key)}"
     fields = getattr(error.object_type, "__dataclass_fields__", None)
     if isinstance(error, ConfigKeyError) and fields:
         return f"{shown}: no such key; allowed: {', '.join(fields)}"
@@ -240,13 +285,15 @@ _TYPE_WORDS: dict[Any, str] = {
     float | None: "a number, or null",
     list[float]: "a list of numbers",
     list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
     list[int] | None: "a list of whole numbers, or null",
+    dict[str, Any]: "a mapping",
 }
 
 
-def _allowed_type(key: str) -> str:
+def _allowed_type(schema: type, key: str) -> str:
     """What the schema takes under a dotted key, in words."""
-    kind: Any = TrainConfig
+    kind: Any = schema
     for name in key.split("."):
         kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
     if is_dataclass(kind):
@@ -254,13 +301,14 @@ def _allowed_type(key: str) -> str:
     return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
 
 
-def _check_switches(raw: DictConfig) -> None:
+def _check_switches(schema: type, raw: DictConfig, prefix: str = "") -> None:
     """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
-    for group, kind in get_type_hints(TrainConfig).items():
-        for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
-            value = OmegaConf.select(raw, f"{group}.{name}")
-            if hint is bool and type(value) is not bool:
-                raise ValueError(f"{group}.{name}={value}: allowed: {_TYPE_WORDS[bool]}")
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if isinstance(hint, type) and is_dataclass(hint):
+            _check_switches(hint, raw, f"{key}.")
+        elif hint is bool and type(value := OmegaConf.select(raw, key)) is not bool:
+            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[bool]}")
 
 
 def _check_untyped(config: Any) -> None:
@@ -292,7 +340,8 @@ def _check_values(config: Any) -> None:
     for key, choices in _CHOICES.items():
         if OmegaConf.select(config, key) not in choices:
             value = OmegaConf.select(config, key)
-            raise ValueError(f"{key}={value}: allowed: {', '.join(choices)}")
+            words = ("null" if choice is None else choice for choice in choices)
+            raise ValueError(f"{key}={value}: allowed: {', '.join(words)}")
 
 
 def _check_sizes(config: TrainConfig) -> None:
@@ -300,6 +349,21 @@ def _check_sizes(config: TrainConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1"
+        )
+    if parallel.context_parallel_size != 1:
+        raise ValueError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size}: allowed: 1, for "
+            "attention over packed streams is not split; longer sequences: tensor_model_parallel_"
+            "size with sequence_parallel, recompute_modules=[mlp]"
+        )
+    if parallel.recompute_modules not in ([], ["mlp"]):
+        raise ValueError(
+            f"parallel.recompute_modules={parallel.recompute_modules}: allowed: [] or [mlp]"
+        )
+    if parallel.fp8 is not None and parallel.layer_spec != "te":
+        raise ValueError(
+            f"parallel.fp8={parallel.fp8}: allowed: null with "
+            f"parallel.layer_spec={parallel.layer_spec}; te has it"
         )
     if optim.min_lr > optim.lr:
         raise ValueError(f"optim.min_lr={optim.min_lr}: allowed: at most optim.lr={optim.lr}")
@@ -327,6 +391,9 @@ def _check_teacher(config: TrainConfig) -> None:
             raise ValueError(f"teacher.{key}={value}: allowed: null {with_life}")
     if teacher.life == "frozen":
         return
+    if config.rollout.teacher_data is not None:
+        data = config.rollout.teacher_data
+        raise ValueError(f"rollout.teacher_data={data}: allowed: null {with_life}")
     # the weights are made of the student's: the same parameters in the same precision
     if teacher.path is not None:
         raise ValueError(f"teacher.path={teacher.path}: allowed: null {with_life}")
@@ -336,6 +403,39 @@ def _check_teacher(config: TrainConfig) -> None:
         raise ValueError(
             f"teacher.dtype={teacher.dtype}: allowed: student.dtype={student.dtype} {with_life}"
         )
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse what has no effect, and phrases that no answer can hold."""
+    if evaluation.temperature == 0:
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("samples_per_question", 1)):
+            value = getattr(evaluation, name)
+            if value != off:
+                raise ValueError(
+                    f"evaluation.{name}={value}: allowed: {off} with evaluation.temperature=0, "
+                    "which is greedy"
+                )
+    phrases = evaluation.leakage_phrases
+    if not phrases or not all(re.search(r"\w", phrase) for phrase in phrases):
+        raise ValueError(
+            f"evaluation.leakage_phrases={phrases}: allowed: a list of one phrase or more, each "
+            "with a word in it"
+        )
+
+
+def _check_stop(config: TrainConfig) -> None:
+    """Refuse a rule to stop by that nothing applies, or that another setting undoes."""
+    share = config.evaluation.min_retention
+    if share is None:
+        return
+    key = f"evaluation.min_retention={share}"
+    if not 0 < share <= 1:
+        raise ValueError(f"{key}: allowed: a number > 0, at most 1, or null")
+    if config.evaluation.every_n_steps == 0:
+        raise ValueError(f"{key}: allowed: null with evaluation.every_n_steps=0")
+    for name in ("min_steps", "min_epochs"):
+        if config.trainer.get(name) is not None:
+            raise ValueError(f"{key}: allowed: null with trainer.{name}={config.trainer[name]}")
 
 
 def check_plug(key: str, plug: Any) -> None:

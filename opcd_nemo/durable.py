@@ -70,6 +70,16 @@ def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    temporary = file.with_name(f".{file.name}{_PARTIAL}")
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
+
+
 def partial(final: Path) -> Path:
     """Where a folder is written before it is published."""
     return final.with_name(f".{final.name}{_PARTIAL}")

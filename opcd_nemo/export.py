@@ -21,7 +21,8 @@ from opcd_nemo.provenance import read_provenance
 from opcd_nemo.stored_config import check_stored, parse_stored
 from opcd_nemo.tokenizer import ChatTokenizer, write_tokenizer
 
-_PLUGS = ("task", "context", "engine", "loss")  # the user's own, perhaps; restoring refuses those
+# the user's own, perhaps; restoring refuses those
+_PLUGS = ("task", "retention", "context", "engine", "loss")
 FORMATS = ("hf", "nemo", "mcore")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +27,9 @@ class Inputs:
     student: Checkpoint
     student_config: ModelConfig
     teacher: Checkpoint
+    teacher_config: ModelConfig
     task: Task
+    retention: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
 
@@ -61,8 +63,10 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         with _about("student.keep_layers", config.student.keep_layers):
             student_config = keep_layers(student_config, config.student.keep_layers)
     tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    # rows past the student's are padding of the teacher's vocabulary: no token has them
+    teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
     _check_losses(config, student_config.vocab_size)
-    _check_stages(config, {"student": student_config, "teacher": teacher.config})
+    _check_stages(config, {"student": student_config, "teacher": teacher_config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
         tokenizer=tokenizer,
@@ -70,12 +74,16 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         max_positions=min(student_config.max_positions, teacher.config.max_positions),
     )
     task: Task = build_plug(config.task)
-    _check_prompts(config, task, conversation)
+    with _about("retention._target_", config.retention["_target_"]):
+        retention: Task = build_plug(config.retention)
+    _check_prompts(config, task, retention, conversation)
     return Inputs(
         student=student,
         student_config=student_config,
         teacher=teacher,
+        teacher_config=teacher_config,
         task=task,
+        retention=retention,
         conversation=conversation,
         prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
     )
@@ -143,15 +151,19 @@ def _shared_tokenizer(
 ) -> ChatTokenizer:
     with _about("student.path", config.student.path):
         tokenizer = ChatTokenizer.from_path(config.student.path)
+    arguments = config.student.chat_template_arguments
+    with _about("student.chat_template_arguments", arguments):
+        tokenizer = tokenizer.with_arguments(arguments)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
     pair = f"teacher.path={config.teacher.path}"
-    if (student.vocab_size, tokenizer.fingerprint) != (teacher.vocab_size, other.fingerprint):
+    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
         raise ValueError(
             f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path}); allowed: the same vocabulary"
+            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
+            "as many rows"
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
         raise ValueError(
@@ -171,13 +183,19 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
             )
 
 
-def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+def _check_prompts(
+    config: TrainConfig, task: Task, retention: Task, conversation: Conversation
+) -> None:
     """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
-        ("evaluation.num_retention", evaluation.num_retention, task.retention),
+        (
+            "evaluation.num_retention",
+            evaluation.num_retention,
+            partial(retention.episodes, "test", 0),
+        ),
         (
             "evaluation.num_questions",
             evaluation.num_questions if evaluation.every_n_steps else 0,
@@ -203,7 +221,8 @@ def _check_prompts(config: TrainConfig, task: Task, conversation: Conversation) 
                 )
         for episode in episodes:
             student, teacher = conversation.longest_prompts(episode)
-            with _about("task._target_", config.task["_target_"]):
+            plug = "retention" if key == "evaluation.num_retention" else "task"
+            with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)

@@ -7,6 +7,7 @@ this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from opcd_nemo.parallel import Parallel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
+_FP8_ROWS = 16
 HeadLoss = Callable[[Head, TokenBatch, int], tuple[torch.Tensor, Stats]]
 
 
@@ -97,6 +99,10 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        recompute_granularity="selective" if parallel.recompute_modules else None,
+        recompute_modules=list(parallel.recompute_modules),
+        fp8=parallel.fp8,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -110,6 +116,23 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_comm=False,
+    )
+
+
+def build_module(
+    config: ModelConfig, megatron_config: TransformerConfig, parallel: Parallel
+) -> HiddenGPT:
+    """This rank's shard, uninitialised, on torch's default device if that device is no GPU."""
+    return HiddenGPT(
+        megatron_config,
+        block_spec(megatron_config, parallel.layer_spec),
+        vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
+        max_sequence_length=config.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="none",
     )
 
 
@@ -127,17 +150,7 @@ class LanguageModel:
         """Build the module; its weights are uninitialised until `load`."""
         self.config, self.parallel, self.dtype = config, parallel, dtype
         self.megatron_config = transformer_config(config, parallel, dtype)
-        self.module = HiddenGPT(
-            self.megatron_config,
-            block_spec(self.megatron_config, parallel.layer_spec),
-            vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
-            max_sequence_length=config.max_positions,
-            pre_process=parallel.is_first_stage,
-            post_process=parallel.is_last_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=config.tied_embeddings,
-            position_embedding_type="none",
-        ).to(parallel.device)
+        self.module = build_module(config, self.megatron_config, parallel).to(parallel.device)
         for name, parameter in self.module.named_parameters():
             # Megatron marks only what it initialises; unmarked shards are left out of the norm
             parameter.tensor_model_parallel = "norm" not in name
@@ -193,8 +206,21 @@ class LanguageModel:
 
     @property
     def stream_multiple(self) -> int:
-        """Stream lengths are multiples of this: sequence parallelism splits them over tp."""
-        return self.parallel.tp if self.parallel.sequence_parallel else 1
+        """Stream lengths are multiples of this.
+
+        Sequence parallelism splits them over tp; FP8 products take rows by the 16.
+        """
+        rows = 1 if self.parallel.fp8 is None else _FP8_ROWS
+        return rows * (self.parallel.tp if self.parallel.sequence_parallel else 1)
+
+    @contextmanager
+    def _without_fp8(self) -> Iterator[None]:
+        """Compute in the weights' own type: decoding has any number of rows."""
+        fp8, self.megatron_config.fp8 = self.megatron_config.fp8, None
+        try:
+            yield
+        finally:
+            self.megatron_config.fp8 = fp8
 
     def logits(self, hidden_NH: torch.Tensor, packed: PackedWeight | None = None) -> torch.Tensor:
         """Logits [N, vocabulary] without padding, alike on all tp ranks. Collective over tp."""
@@ -221,12 +247,14 @@ class LanguageModel:
         """
         parallel = self.parallel
         if not parallel.is_first_stage:
-            tokens = len(stream.token_ids_T) // self.stream_multiple
+            shards = parallel.tp if parallel.sequence_parallel else 1
+            tokens = len(stream.token_ids_T) // shards
             buffer = torch.empty(
                 tokens, 1, self.config.hidden_size, dtype=self.dtype, device=parallel.device
             )
             self.module.set_input_tensor(parallel.receive_from_stage(buffer, parallel.pp_rank - 1))
-        out = self.module(stream.token_ids_T, stream.state)
+        with self._without_fp8():
+            out = self.module(stream.token_ids_T, stream.state)
         if not parallel.is_last_stage:
             parallel.send_to_stage(out, parallel.pp_rank + 1)
             return None

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
-from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device
+from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
 from opcd_nemo.types import CheckFailed, NonFiniteError, SaveError, StoppedBySignal
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | Non
 def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
     config = load_config(raw)
-    choose_device(config.parallel.device, config.parallel.num_ranks)
+    device, _reason = choose_device(config.parallel.device, config.parallel.num_ranks)
+    choose_layer_spec(config.parallel.layer_spec, device)
     open_inputs(config, config.parallel.num_ranks)
     return config.parallel
 
@@ -70,13 +71,13 @@ def run_recipe(
 
 
 def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
-    """Run a recipe in this process, as its only rank, and exit."""
+    """Run a recipe in this process, as its only rank, and exit; its main may return the code."""
 
     def run() -> int:
         config = compose(config_name, sys.argv[1:])
         quiet_libraries()
-        load_main()(config, _say)
-        return 0
+        code = load_main()(config, _say)
+        return code if isinstance(code, int) else 0
 
     _run_and_exit(run, config_name)
 

@@ -33,11 +33,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """The best score on the validation split so far, and after how many steps it was."""
+class Validation:
+    """Scores on the validation split and of retention, and after how many steps they were."""
 
     step: int
     score: float
+    retention: float
 
 
 class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
@@ -63,13 +64,15 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
-        self._context = describe_context(config.context)
+        self.context = describe_context(config.context)
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
-        self.best: Best | None = None
-        self._best_on_disk: Best | None = None
+        self.validations: list[Validation] = []
+        self._best_on_disk: Validation | None = None
+        self._min_retention = config.evaluation.min_retention
+        self.retention_before: float | None = None  # the base's score, whose share that is
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The counter that Lightning steps around Megatron's optimizer."""
@@ -108,18 +111,45 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
         origin = run_origin(run_config(self.cfg), self.context_hash)
-        best = asdict(self.best) if self.best else None
-        checkpoint["opcd"] = {"config": origin, "versions": report.versions(), "best": best}
-        checkpoint["opcd"]["context"] = self._context
+        checkpoint["opcd"] = {
+            "config": origin,
+            "versions": report.versions(),
+            "validations": list(map(asdict, self.validations)),
+            "context": self.context,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what `on_train_start` needs, and the best score until then."""
+        """Remember what `on_train_start` needs, and the scores until then."""
         self._callback_states = checkpoint["callbacks"]
-        best = checkpoint["opcd"].get("best")
-        self.best = self._best_on_disk = Best(**best) if best else None
+        found = checkpoint["opcd"].get("validations", ())
+        self.validations = [Validation(**one) for one in found]
+        self._best_on_disk = self.best
+
+    @property
+    def best(self) -> Validation | None:
+        """The first validation with the best score."""
+        return max(self.validations, key=lambda one: one.score, default=None)
+
+    @property
+    def stopped_by_retention(self) -> Validation | None:
+        """The first validation that found too little retention."""
+        if self._min_retention is None:
+            return None
+        if not self.retention_before:
+            raise ValueError(
+                f"evaluation.min_retention={self._min_retention}: the score before training is "
+                f"{self.retention_before}; allowed: null, or a score above 0 (recipes/train.py "
+                "takes it)"
+            )
+        least = self._min_retention * self.retention_before
+        return next((one for one in self.validations if one.retention < least), None)
 
     def on_train_start(self) -> None:
-        """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`."""
+        """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`.
+
+        A run that retention has stopped stays stopped when it is continued.
+        """
+        self.trainer.should_stop = self.stopped_by_retention is not None
         for callback in self.trainer.checkpoint_callbacks:
             state = self._callback_states.get(callback.state_key)
             if state is not None:
@@ -129,11 +159,18 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """The student's scores on the validation split, after so many steps. Collective."""
         started = time.perf_counter()
         task, retention = self.scores("student", with_context=False, split="validation")
-        if self.best is None or task.score > self.best.score:
-            self.best = Best(step=num_steps, score=task.score)
-        values = {"validation/score": task.score, "validation/retention": retention.score}
-        self.log_dict(values, prog_bar=True, batch_size=1)
-        return {**values, "time/validation_s": time.perf_counter() - started}
+        self.validations.append(
+            Validation(step=num_steps, score=task.score, retention=retention.score)
+        )
+        if self.stopped_by_retention is not None:
+            self.trainer.should_stop = True
+        shown = {"validation/score": task.score, "validation/retention": retention.score}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        return {
+            **shown,
+            **report.evaluation_metrics(task),
+            "time/validation_s": time.perf_counter() - started,
+        }
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Save a new best where the checkpoint callback has not; remove the best before it.

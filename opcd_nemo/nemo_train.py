@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,11 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import clean, lock_folder, set_aside
+from opcd_nemo.durable import clean, lock_folder, set_aside, write_whole
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
-from opcd_nemo.model_files import write_json
 from opcd_nemo.nemo_model import OPCDModel
 from opcd_nemo.nemo_signals import StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
@@ -36,8 +37,8 @@ def train(raw: DictConfig, say: Say) -> Path:
     """Run the configured training; `say` prints on rank 0. Collective over the world.
 
     Returns:
-        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, config.yaml and
-        checkpoints.
+        The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, answers.jsonl,
+        config.yaml and checkpoints.
 
     Raises:
         ValueError: a key is wrong, before a model loads.
@@ -66,6 +67,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
+    model.retention_before = before["base"][1].score
     with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
         model.metrics = metrics
         try:
@@ -213,6 +215,10 @@ def _report(
     summary: dict[str, Any] = {name: pair[0].score for name, pair in scores.items()}
     for name, pair in zip(("before", "in_context", "after"), scores.values(), strict=True):
         summary[f"retention_{name}"] = pair[1].score
+    summary["evaluation"] = {
+        name: {"task": pair[0].record(), "retention": pair[1].record()}
+        for name, pair in scores.items()
+    }
     summary |= {
         "steps": len(lines),
         "seconds_total": round(time.perf_counter() - started, 1),
@@ -224,19 +230,30 @@ def _report(
         "dp": parallel.dp,
         "seed": config.seed,
         "context_hash": model.context_hash,
+        "context_lineage": model.context["lineage"],
         "weights_sha256": weights_sha256,
         "versions": report.versions(),
     }
     if model.best is not None:
         summary |= {"best_step": model.best.step, "best_validation": model.best.score}
+        summary["validations"] = list(map(asdict, model.validations))
+    stopped = model.stopped_by_retention
+    summary["stopped_by_retention"] = stopped.step if stopped else None
     model.summary = summary
-    write_json(folder / "summary.json", summary)
     report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
+    report.write_answers(folder / "answers.jsonl", scores)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))  # last
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))
+    if stopped is not None:
+        say(
+            f"stopped by retention after step {stopped.step}: {stopped.retention:.2f} is below "
+            f"evaluation.min_retention={config.evaluation.min_retention} of "
+            f"{summary['retention_before']:.2f}, the score before training"
+        )
     if model.best is not None:
         say(f"best on validation: {model.best.score:.2f} after {model.best.step} steps")
     say(_costs(summary))

@@ -15,35 +15,42 @@ from opcd_nemo.metrics import Stats
 from opcd_nemo.types import NonFiniteError
 
 
+def ddp_config(settings: OptimConfig) -> DistributedDataParallelConfig:
+    """How gradients are summed over data-parallel ranks: in fp32."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+    )
+
+
+def optimizer_config(settings: OptimConfig, dtype: torch.dtype) -> OptimizerConfig:
+    """Megatron's AdamW; bf16 weights have fp32 masters."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+    )
+
+
 class StudentOptimizer:
     """AdamW with fp32 master weights over gradients summed across data-parallel ranks."""
 
     def __init__(self, model: LanguageModel, settings: OptimConfig, max_steps: int) -> None:
         """Wrap the model's module; its parameters move into Megatron's buffers."""
-        bf16 = model.dtype == torch.bfloat16
         self._clip_grad = settings.clip_grad
         self.ddp = DistributedDataParallel(
-            model.megatron_config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=settings.use_distributed_optimizer,
-                overlap_grad_reduce=settings.overlap_grad_reduce,
-            ),
-            model.module,
+            model.megatron_config, ddp_config(settings), model.module
         )
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            bf16=bf16,
-            params_dtype=model.dtype,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad,
-            use_distributed_optimizer=settings.use_distributed_optimizer,
-        )
+        config = optimizer_config(settings, model.dtype)
         self.optimizer = get_megatron_optimizer(config, [self.ddp])
         for group in self.optimizer.param_groups:
             group["fused"] = True  # one pass over memory, where torch's AdamW is the backend

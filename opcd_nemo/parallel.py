@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from opcd_nemo import _megatron_cpu
-from opcd_nemo.types import LayerSpec
+from opcd_nemo.types import Fp8Format, LayerSpec
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ class ParallelSettings(Protocol):
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     sequence_parallel: bool
+    layer_spec: str
+    context_parallel_size: int
+    recompute_modules: list[str]
+    fp8: Any
     threads_per_rank: int
     timeout_s: float
 
@@ -56,6 +60,9 @@ class Parallel:
     pp_rank: int
     dp_rank: int
     sequence_parallel: bool
+    context_parallel_size: int
+    recompute_modules: tuple[str, ...]
+    fp8: Fp8Format | None
     tp_group: Any
     pp_group: Any
     dp_group: Any
@@ -224,6 +231,21 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def choose_layer_spec(layer_spec: str, device: torch.device) -> LayerSpec:
+    """Resolve `parallel.layer_spec`.
+
+    Raises:
+        ValueError: Transformer Engine is asked for on a CPU, or is not installed.
+    """
+    there = has_transformer_engine()
+    if layer_spec == "te" and (device.type == "cpu" or not there):
+        why = "it needs a GPU" if device.type == "cpu" else "Transformer Engine is not installed"
+        raise ValueError(f"parallel.layer_spec=te: {why}; allowed: auto or local here")
+    if layer_spec == "auto":
+        return "te" if device.type != "cpu" and there else "local"
+    return "te" if layer_spec == "te" else "local"
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, alike on every rank."""
     random.seed(seed)
@@ -242,13 +264,14 @@ def init_parallel(settings: ParallelSettings, seed: int) -> Parallel:
     check_layout(world_size, tp, pp)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     device, reason = choose_device(settings.device, local_world)
+    spec = choose_layer_spec(settings.layer_spec, device)
     torch.set_num_threads(settings.threads_per_rank)
     if device.type == "cpu":
         _megatron_cpu.install()
     else:
         torch.cuda.set_device(device)
     _start_process_group(device, rank, world_size, settings.timeout_s)
-    return _create_groups(device, reason, tp, pp, settings.sequence_parallel, seed)
+    return _create_groups(settings, device, reason, spec, seed)
 
 
 def _start_process_group(
@@ -272,18 +295,20 @@ def _start_process_group(
 
 
 def _create_groups(
-    device: torch.device, reason: str, tp: int, pp: int, sequence_parallel: bool, seed: int
+    settings: ParallelSettings, device: torch.device, reason: str, spec: LayerSpec, seed: int
 ) -> Parallel:
     from megatron.core import parallel_state, tensor_parallel
 
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=settings.context_parallel_size,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    spec: LayerSpec = "te" if device.type != "cpu" and has_transformer_engine() else "local"
     return Parallel(
         device=device,
         device_reason=reason,
@@ -296,7 +321,10 @@ def _create_groups(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=settings.sequence_parallel,
+        context_parallel_size=settings.context_parallel_size,
+        recompute_modules=tuple(settings.recompute_modules),
+        fp8=settings.fp8,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),

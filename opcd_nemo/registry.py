@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.durable import write_whole
 from opcd_nemo.experience import as_text, content_hash
-from opcd_nemo.model_files import read_json, write_json
+from opcd_nemo.model_files import read_json
 
 _ENTRIES, _HISTORY = "entries", "history.jsonl"
 _SHOWN_HASH = 12
+COMMANDS = ("list", "show", "diff", "rollback")
+_USAGE = "list|show [entry]|diff <entry> <entry>|rollback, and registry=<folder>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +52,7 @@ class Registry:
         path = self.folder / _ENTRIES / f"{entry.hash}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".partial")
-            write_json(temporary, {"content_hash": entry.hash, **asdict(entry)})
-            temporary.replace(path)
+            write_whole(path, json.dumps(describe(entry), indent=1, ensure_ascii=False))
         return path
 
     def select(self, entry_hash: str, reason: str) -> None:
@@ -176,3 +177,35 @@ def difference(before: Entry, after: Entry) -> str:
 def describe(entry: Entry) -> Mapping[str, Any]:
     """An entry with its hash, as `show` prints it."""
     return {"content_hash": entry.hash, **asdict(entry)}
+
+
+def run_command(words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Do a command of the registry; returns the exit code.
+
+    `registry=<folder>` names the registry; an entry by the start of its hash.
+    """
+    folders = [word.partition("=")[2] for word in words if word.startswith("registry=")]
+    command, *entries = [word for word in words if not word.startswith("registry=")]
+    try:
+        if len(folders) != 1 or not Path(folders[0]).is_dir():
+            raise ValueError(f"registry={', '.join(folders) or None}; allowed: a registry's folder")
+        registry = Registry(Path(folders[0]))
+        say(_answer(registry, command, entries))
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+def _answer(registry: Registry, command: str, entries: Sequence[str]) -> str:
+    counts = {"list": (0,), "show": (0, 1), "diff": (2,), "rollback": (0,)}
+    if len(entries) not in counts[command]:
+        raise ValueError(f"{command} {' '.join(entries)}; allowed: {_USAGE}")
+    if command == "list":
+        return table(registry)
+    if command == "diff":
+        return difference(registry.find(entries[0]), registry.find(entries[1]))
+    if command == "rollback":
+        return f"selected: {registry.rollback().hash}"
+    shown = registry.find(entries[0]) if entries else registry.selected()
+    return json.dumps(describe(shown), indent=1, ensure_ascii=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.evaluation import Answer, Evaluation
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import read_metrics
 
@@ -53,18 +55,54 @@ def results_table(rows: Mapping[str, tuple[float, float | None]]) -> str:
     return "\n".join(lines)
 
 
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """What metrics.jsonl has of a validation beside its score: one name a number."""
+    record = evaluation.record()
+    of_k = {f"validation/pass_at_{k}": value for k, value in record.pop("pass_at_k").items()}
+    del record["score"]
+    return of_k | {f"validation/{name}": value for name, value in record.items()}
+
+
 def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12) -> None:
-    """The first answers of every evaluation, side by side, as Markdown."""
-    first = next(iter(columns.values()))
+    """The first questions of every evaluation, all samples side by side, as Markdown."""
     lines = ["# Samples", ""]
-    for index, answer in enumerate(first.answers[:count]):
-        lines += [f"## {answer.uid}", ""]
-        for name, evaluation in columns.items():
-            shown = evaluation.answers[index]
-            text = shown.text.strip().replace("\n", "\n  > ")
-            lines += [f"- **{name}** (score {shown.score:.0f})", f"  > {text}"]
+    for name, evaluation in columns.items():
+        lines.append(
+            f"- **{name}**: score {evaluation.score:.2f}, without an answer "
+            f"{evaluation.format_failure_rate:.2f}, leaking {evaluation.leakage_rate:.2f}, "
+            f"{evaluation.response_tokens:.1f} tokens"
+        )
+    lines.append("")
+    answers = {name: evaluation.by_question for name, evaluation in columns.items()}
+    for uid in list(next(iter(answers.values())))[:count]:
+        lines += [f"## {uid}", ""]
+        for name, of_question in answers.items():
+            for answer in of_question[uid]:
+                text = answer.text.strip().replace("\n", "\n  > ")
+                lines += [f"- **{name}** ({_about(answer)})", f"  > {text}"]
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _about(answer: Answer) -> str:
+    words = [f"score {answer.score:.0f}", f"{answer.num_tokens} tokens"]
+    words += ["no answer found"] * (not answer.answered) + ["leaks"] * answer.leaked
+    return ", ".join(words)
+
+
+def write_answers(path: Path, evaluations: Mapping[str, tuple[Evaluation, Evaluation]]) -> None:
+    """Every answer as one JSON object a line: what two runs are compared by, question by question.
+
+    Args:
+        path: of the file.
+        evaluations: of task and retention, by name.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for name, pair in evaluations.items():
+            for part, evaluation in zip(("task", "retention"), pair, strict=True):
+                for answer in evaluation.answers:
+                    line = {"evaluation": name, "part": part, **asdict(answer)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def write_curves(path: Path, metrics: Path) -> None:

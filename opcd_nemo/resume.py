@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-_MATTERS = (
-    "seed student teacher task context engine loss rollout warmup batching optim context_hash"
+RESULT_KEYS = (
+    "seed student teacher task retention context engine loss rollout warmup batching optim "
+    "context_hash"
 ).split()
 _ABSENT = "(absent)"
 
@@ -32,25 +33,29 @@ def check_unchanged(
     Raises:
         ValueError: one line with every other difference.
     """
-    groups = list(_MATTERS)
+    groups = list(RESULT_KEYS)
     if saved["optim"]["schedule"] != "constant":
         groups.append("trainer.max_steps")  # the end of the schedule
+    changed = differences(saved, now, groups, allowed)
+    if changed:
+        raise ValueError(
+            f"exp_manager.resume_if_exists=True: {'; '.join(changed.values())}; allowed: the "
+            f"checkpoint's values, or resume.allow_changes=[{','.join(changed)}]"
+        )
+
+
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], groups: Sequence[str], allowed: Sequence[str]
+) -> dict[str, str]:
+    """What was and is, by dotted key: of those in `groups` that are not in `allowed`."""
     before, after = (dict(_leaves(config)) for config in (saved, now))
-    changed = [
-        key
+    return {
+        key: f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)}"
         for key in sorted(before.keys() | after.keys())
         if _within(key, groups)
         and not _within(key, allowed)
         and before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
-    if changed:
-        shown = "; ".join(
-            f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)}" for key in changed
-        )
-        raise ValueError(
-            f"exp_manager.resume_if_exists=True: {shown}; allowed: the checkpoint's values, or "
-            f"resume.allow_changes=[{','.join(changed)}]"
-        )
+    }
 
 
 def _within(key: str, groups: Sequence[str]) -> bool:

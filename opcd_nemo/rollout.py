@@ -34,7 +34,9 @@ class SamplingParams:
 class RolloutEngine(Protocol):
     """Continues prompts with the weights it last loaded."""
 
-    weights_version: int
+    @property
+    def weights_version(self) -> int:
+        """The version of the weights that are held."""
 
     def load_weights(self, version: int) -> None:
         """Take the model's present weights, under this version number."""

@@ -153,6 +153,8 @@ def megatron_shard(
     if layout.kind == "qkv":
         groups = [tensor.reshape(layout.size, -1, *tensor.shape[1:]) for tensor in tensors]
         return _shard(torch.cat(groups, 1), 0, 1, tp_size, tp_rank).flatten(0, 1)
+    if layout.kind == "rows":  # a teacher's vocabulary may end in rows that no token has
+        tensors = [tensor[: layout.size] for tensor in tensors]
     dim = 1 if layout.kind == "columns" else 0
     shards = [_shard(tensor, dim, layout.unit, tp_size, tp_rank) for tensor in tensors]
     return shards[0] if len(shards) == 1 else torch.cat(shards)

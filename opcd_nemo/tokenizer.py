@@ -5,6 +5,7 @@ Without transformers, which takes seconds to import and more to convert a GGUF v
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,6 +39,10 @@ _TOKENIZER_FILES = (
     "added_tokens.json chat_template.jinja generation_config.json merges.txt "
     "special_tokens_map.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json"
 ).split()
+_GIVEN = {  # to every chat template
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception"),
+    "strftime_now",
+}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -71,6 +77,7 @@ class ChatTokenizer:
             ValueError: The template does not compile, or nothing ends a response.
         """
         self.chat_template_source = chat_template
+        self._arguments: dict[str, Any] = {}
         self._vocabulary = vocabulary
         self._special_tokens = dict(special_tokens)
         self._where = where
@@ -119,10 +126,29 @@ class ChatTokenizer:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
+                **self._arguments,
             )
         except Exception as error:  # a template can fail as any program
             raise ValueError(f"{self._where}: chat template refuses messages: {error}") from error
         return self.encode(text)
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTokenizer:
+        """The same tokenizer, whose template sees these variables besides.
+
+        Raises:
+            ValueError: the template knows no such variable, or gets it from elsewhere.
+        """
+        tree = self._template.environment.parse(self.chat_template_source)
+        known = find_undeclared_variables(tree) - _GIVEN - set(self._special_tokens)
+        for name, value in arguments.items():
+            if name not in known:
+                raise ValueError(
+                    f"{name}={value}: no variable of the chat template of {self._where}; "
+                    f"allowed: {', '.join(sorted(known)) or 'none'}"
+                )
+        same = copy.copy(self)
+        same._arguments = dict(arguments)
+        return same
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens in it are parsed, none is added."""

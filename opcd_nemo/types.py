@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 Split = Literal["train", "validation", "test"]
 FinishReason = Literal["eos", "length"]
 LayerSpec = Literal["local", "te"]
+Fp8Format = Literal["hybrid", "e4m3"]
 
 
 class Message(TypedDict):

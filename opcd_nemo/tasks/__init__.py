@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from opcd_nemo.types import Message, Split, Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What an episode that is done shows to somebody who learns from it.
+
+    `outcome` is the environment's word on it; None where nobody but the label knows.
+    """
+
+    text: str
+    outcome: str | None
 
 
 class Context(Protocol):
@@ -44,6 +56,15 @@ class Episode(Protocol):
         """Return the result in [0, 1] of an episode that is done."""
         ...
 
+    def trace(self) -> Trace:
+        """Return all that happened in an episode that is done; no label, no score."""
+        ...
+
+    @property
+    def answered(self) -> bool:
+        """False after a reply without an answer to judge: a failure of format, not of knowledge."""
+        ...
+
 
 class Task(Protocol):
     """A source of episodes; every method is pure in its arguments and the task's seed."""
@@ -56,14 +77,6 @@ class Task(Protocol):
 
         Raises:
             ValueError: `n` is below 1 or above the number of prompts.
-        """
-        ...
-
-    def retention(self, n: int) -> list[Episode]:
-        """Return the first `n` episodes of a task that the context has nothing to do with.
-
-        Raises:
-            ValueError: as in `episodes`.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.tasks import Context, Episode, questions
+from opcd_nemo.tasks import Context, Episode, Trace, questions
 from opcd_nemo.tasks.boards import Board, MapPool, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
@@ -38,6 +38,7 @@ class GameEpisode:
         """Start a game."""
         self.uid = uid
         self.play = Play(board=board, rounds_left=rules.rounds, invalid_moves=0)
+        self.answered = True  # until an answer names no action
         self._rules = rules
         self._events = [rules.opening, self._board()]
 
@@ -49,19 +50,20 @@ class GameEpisode:
     def turn(self, context: Context) -> Turn:
         """Return the game so far for the student, and with the context for the teacher."""
         assert not self.done, self.uid
-        return _turn(self.transcript(), context)
+        return single_turn(self.transcript(), context)
 
     def longest_turn(self, context: Context) -> Turn:
         """Return the last possible turn, after answers whose echoes are the longest."""
         moved = [f"Move: [{word}]\n{_INVALID}" for word in self._rules.actions]
         longest = max(*moved, _NO_ACTION, key=len)
         events = [longest, self._board()] * (self.play.rounds_left - 1)
-        return _turn("\n\n".join([*self._events, *events]), context)
+        return single_turn("\n\n".join([*self._events, *events]), context)
 
     def reply(self, text: str) -> None:
         """Play the action that the answer names last."""
         word = self._rules.action(text)
         self.play = self.play.after(None if word is None else self._rules.actions[word])
+        self.answered = self.answered and word is not None
         event = _NO_ACTION if word is None else f"Move: [{word}]"
         if word is not None and self.play.invalid_moves:
             event = f"{event}\n{_INVALID}"
@@ -78,6 +80,10 @@ class GameEpisode:
         assert self.play.ending is not None, self.uid
         return self._rules.reasons[self.play.ending]
 
+    def trace(self) -> Trace:
+        """Return the boards and moves, and the outcome with the environment's reason."""
+        return Trace(text=self.transcript(), outcome=self.outcome)
+
     def transcript(self) -> str:
         """Return the game up to now: the opening, every board and every move."""
         return "\n\n".join(self._events)
@@ -86,7 +92,8 @@ class GameEpisode:
         return f"Board:\n{draw(self.play.board, self._rules.symbols)}"
 
 
-def _turn(text: str, context: Context) -> Turn:
+def single_turn(text: str, context: Context) -> Turn:
+    """Return a chat of one user message for both, the teacher's with its context."""
     bare: tuple[Message, ...] = ({"role": "user", "content": text},)
     return Turn(student_messages=bare, teacher_messages=context.messages(text))
 
@@ -95,9 +102,9 @@ class GameTask:
     """Games on maps that the splits do not share.
 
     The splits depend on the maps of the setting and on no seed: the seed only shuffles the training
-    maps and the anchors. Retention asks for capitals. With `repeat_maps` a batch may be larger than
-    its split: training then goes on through the next epoch, the other splits start again; a map
-    that comes again in a batch has a number after its uid.
+    maps and the anchors. With `repeat_maps` a batch may be larger than its split: training then
+    goes on through the next epoch, the other splits start again; a map that comes again in a batch
+    has a number after its uid.
     """
 
     def __init__(
@@ -139,12 +146,12 @@ class GameTask:
             uid = f"{split}/{board.name}"
             again = f"/{uses[uid]}" if uses[uid] else ""
             uses[uid] += 1
-            episodes.append(GameEpisode(uid=f"{uid}{again}", board=board, rules=self._rules))
+            episodes.append(self.play(f"{uid}{again}", board))
         return episodes
 
-    def retention(self, n: int) -> list[Episode]:
-        """Return the first `n` questions for a capital."""
-        return questions.capitals(n)
+    def play(self, uid: str, board: Board) -> Episode:
+        """Return a new game on a map."""
+        return GameEpisode(uid=uid, board=board, rules=self._rules)
 
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` everyday prompts that the teacher, too, sees without context."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from opcd_nemo.tasks import Context, Episode
+from opcd_nemo.tasks import Context, Episode, Trace
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
 from opcd_nemo.tasks.verifiers import mentions
@@ -63,9 +63,15 @@ class QuestionEpisode:
         """Return the judge's result; 0.0 where it found no answer."""
         return self._judged() or 0.0
 
+    def trace(self) -> Trace:
+        """Return the question and the model's own answer."""
+        assert self._reply is not None, self.uid
+        text = f"Problem:\n{self._question.text}\n\nAnswer:\n{self._reply}"
+        return Trace(text=text, outcome=None)
+
     @property
     def answered(self) -> bool:
-        """False when the reply holds no answer to judge: a failure of format, not of knowledge."""
+        """False when the judge found no answer in the reply."""
         return self._judged() is not None
 
     def _judged(self) -> float | None:
@@ -77,7 +83,7 @@ class QuestionEpisode:
 
 
 class QuestionTask:
-    """Questions by split; retention asks for capitals, anchors are everyday questions.
+    """Questions by split; anchors are everyday questions.
 
     The splits are the same for every seed: the seed only shuffles the training questions and the
     anchors.
@@ -97,29 +103,22 @@ class QuestionTask:
             drawn = draw(questions, attrgetter("uid"), seed=self._seed, step=step, n=n)
         return [QuestionEpisode(question, teacher_sees_context=True) for question in drawn]
 
-    def retention(self, n: int) -> list[Episode]:
-        """Return the first `n` questions for a capital."""
-        return capitals(n)
-
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` general prompts that the teacher, too, sees without context."""
         return anchors(self._seed, step, n)
 
 
-def capitals(n: int) -> list[Episode]:
-    """Return the first `n` questions for a capital: a `Task.retention`."""
-    require_enough("retention", n, len(CAPITALS))
-    return [
-        QuestionEpisode(
-            Question(
-                uid=f"retention/{country}",
-                text=f"What is the capital of {country}?",
-                judge=partial(mentions, capital),
-            ),
-            teacher_sees_context=True,
+def capitals() -> QuestionTask:
+    """Build the task of `conf/retention/capitals.yaml`: a test split alone."""
+    questions = [
+        Question(
+            uid=f"retention/{country}",
+            text=f"What is the capital of {country}?",
+            judge=partial(mentions, capital),
         )
-        for country, capital in list(CAPITALS.items())[:n]
+        for country, capital in CAPITALS.items()
     ]
+    return QuestionTask({"train": [], "validation": [], "test": questions}, seed=0)
 
 
 def anchors(seed: int, step: int, n: int) -> list[Episode]:

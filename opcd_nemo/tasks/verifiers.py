@@ -13,7 +13,7 @@ MAX_BREVITY_WORDS = 20
 MIN_BREVITY_WORDS = 3
 MIN_BULLETS = 3
 
-_ABBREVIATION = re.compile(r"\b(e\.g|i\.e|U\.S|U\.K|vs|approx|Dr|Mr|Mrs|Ms|St)\.(?=,?\s)")
+ABBREVIATION = re.compile(r"\b(e\.g|i\.e|U\.S|U\.K|vs|approx|Dr|Mr|Mrs|Ms|St)\.(?=,?\s)")
 _SENTENCE_BREAK = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s|[a-z][.!?][A-Z]")
 _SENTENCE_END = re.compile(r"(?<!\.\.)[.!?][\"'\u201d\u2019)\]]*$")
 _BULLET = re.compile(r"\s*[-*•]\s.*\w.*")
@@ -32,7 +32,7 @@ def is_brief(text: str) -> bool:
         MIN_BREVITY_WORDS <= num_words <= MAX_BREVITY_WORDS
         and "\n" not in text
         and _SENTENCE_END.search(text) is not None
-        and _SENTENCE_BREAK.search(_ABBREVIATION.sub(r"\1", text)) is None
+        and _SENTENCE_BREAK.search(ABBREVIATION.sub(r"\1", text)) is None
     )
 
 

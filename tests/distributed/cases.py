@@ -24,6 +24,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    recompute_modules: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -31,7 +32,7 @@ LAYOUTS = {
     "tp2": Layout(world=2, tp=2),
     "pp2": Layout(world=2, pp=2),
     "dp2": Layout(world=2),
-    "tp2sp": Layout(world=2, tp=2, sequence_parallel=True),
+    "tp2sp": Layout(world=2, tp=2, sequence_parallel=True, recompute_modules=("mlp",)),
     "tp3": Layout(world=3, tp=3),
     "tp4": Layout(world=4, tp=4),
     "tp2pp2": Layout(world=4, tp=2, pp=2),

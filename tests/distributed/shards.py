@@ -27,6 +27,10 @@ def start(layout_name: str) -> Parallel:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sequence_parallel,
+        layer_spec="auto",
+        context_parallel_size=1,
+        recompute_modules=list(layout.recompute_modules),
+        fp8=None,
         threads_per_rank=1,
         timeout_s=120.0,
     )

@@ -107,7 +107,7 @@ class FixedConversation:
     tokenizer = SimpleNamespace(decode=lambda _: "")
 
     def prompts(
-        self, episode: FixedEpisode, *, with_context: bool = True
+        self, episode: FixedEpisode, step: int, *, with_context: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Student's and teacher's."""
         context = cases.teacher_context(episode.prompt) if with_context else ()

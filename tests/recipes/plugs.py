@@ -50,21 +50,31 @@ class PeakedTask(StyleTask):
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         if split == "train":
-            self.step = step
+            PeakedTask.step = step
         if split != "validation":
             return super().episodes(split, step, n)
-        num_right = max(0, 2 - abs(self.step - 2))
-        return [
-            QuestionEpisode(
-                Question(
-                    uid=f"{split}/{place}",
-                    text="What is a violin?",
-                    judge=lambda _, right=place < num_right: float(right),
-                ),
-                teacher_sees_context=True,
-            )
-            for place in range(n)
-        ]
+        return _judged_by_place(split, n, max(0, 2 - abs(self.step - 2)))
+
+
+class FadingTask(StyleTask):
+    """Of four questions all are right until `PeakedTask` has trained a step, then one less each."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        return _judged_by_place(split, n, 4 - PeakedTask.step)
+
+
+def _judged_by_place(split: Split, n: int, num_right: int) -> list[Episode]:
+    return [
+        QuestionEpisode(
+            Question(
+                uid=f"{split}/{place}",
+                text="What is a violin?",
+                judge=lambda _, right=place < num_right: float(right),
+            ),
+            teacher_sees_context=True,
+        )
+        for place in range(n)
+    ]
 
 
 class NanLoss(DivergenceLoss):

@@ -50,7 +50,7 @@ MISTAKES = {
     ),
     "a teacher with another vocabulary": (
         ["teacher.path={folder}/other_vocabulary"],
-        ["teacher.path=", "vocabulary of 300", "student's 320", "allowed: the same vocabulary"],
+        ["teacher.path=", "vocabulary of 300", "student's 320", "allowed: the same tokens"],
     ),
     "a teacher with another end of sequence": (
         ["teacher.path={folder}/other_eos"],

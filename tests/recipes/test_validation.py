@@ -78,3 +78,44 @@ def test_validating_and_resuming_with_an_ema_teacher_change_no_bit(
         if not name.startswith("validation/")
     }
     assert found == outcome(folders["plain"])
+
+
+def test_every_validation_is_in_the_summary(folders: dict[str, Path]) -> None:
+    lines = read_metrics(folders["validated"] / "metrics.jsonl")
+    summary = json.loads((folders["validated"] / "summary.json").read_text())
+    assert summary["validations"] == [
+        {
+            "step": line["step"] + 1,
+            "score": line["validation/score"],
+            "retention": line["validation/retention"],
+        }
+        for line in lines
+    ]
+    assert len(lines) == 6
+    assert summary["stopped_by_retention"] is None
+
+
+def test_training_stops_where_retention_falls_and_stays_stopped(
+    train: Train, tmp_path: Path
+) -> None:
+    settings = [
+        *("exp_manager=resumable", "exp_manager.checkpoint_callback_params.every_n_train_steps=2"),
+        *("task._target_=tests.recipes.plugs.PeakedTask", "~retention", "+task@retention=json"),
+        *("retention._target_=tests.recipes.plugs.FadingTask", "evaluation.num_retention=4"),
+        *(VALIDATED, "evaluation.min_retention=0.5", "parallel=single", "trainer.max_steps=6"),
+        *("name=run", f"exp_manager.exp_dir={tmp_path}"),
+    ]
+    for _ in range(2):
+        done = train(*settings)
+        assert done.returncode == 0, done.stderr
+        stopped = (
+            "stopped by retention after step 4: 0.25 is below evaluation.min_retention=0.5 of "
+            "1.00, the score before training"
+        )
+        assert stopped in done.stdout.splitlines()
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert (summary["steps"], summary["stopped_by_retention"]) == (4, 4)
+        assert [one["retention"] for one in summary["validations"]] == [1.0, 0.75, 0.5, 0.25]
+        assert summary["best_step"] == 3
+        assert {"step=3.ckpt", "step=4.ckpt"} <= set(_kept(tmp_path / "run"))
+    assert "continuing from" in done.stdout

@@ -59,6 +59,36 @@ def composed() -> DictConfig:
             id="number-for-switch",
         ),
         pytest.param(
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size=2: allowed: 1, for attention over packed streams is "
+            "not split; longer sequences: tensor_model_parallel_size with sequence_parallel, "
+            "recompute_modules=[mlp]",
+            id="context-parallel",
+        ),
+        pytest.param(
+            "parallel.recompute_modules=[core_attn]",
+            "parallel.recompute_modules=['core_attn']: allowed: [] or [mlp]",
+            id="recomputation",
+        ),
+        pytest.param(
+            "parallel.layer_spec=apex",
+            "parallel.layer_spec=apex: allowed: auto, local, te",
+            id="layer-spec",
+        ),
+        pytest.param(
+            "parallel.fp8=e5m2", "parallel.fp8=e5m2: allowed: null, hybrid, e4m3", id="fp8"
+        ),
+        pytest.param(
+            "parallel.fp8=hybrid",
+            "parallel.fp8=hybrid: allowed: null with parallel.layer_spec=auto; te has it",
+            id="fp8-without-te",
+        ),
+        pytest.param(
+            "student.chat_template_arguments=3",
+            "student.chat_template_arguments=3: allowed: a mapping",
+            id="template-arguments",
+        ),
+        pytest.param(
             "parallel.sequence_parallel=true",
             "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1",
             id="sequence-parallel-alone",
@@ -246,8 +276,12 @@ def test_defaults_follow_the_paper(composed: DictConfig) -> None:
     assert (config.rollout.sampler, config.rollout.temperature) == ("student", 1.0)
 
 
-@pytest.mark.parametrize(("recipe", "parallel"), product(names("recipe"), names("parallel")))
-def test_every_recipe_composes_with_every_layout(recipe: str, parallel: str) -> None:
+DEMOS = [name for name in names("recipe") if name.startswith("demo_")]
+LAYOUTS = [name for name in names("parallel") if not name.startswith("h100_")]
+
+
+@pytest.mark.parametrize(("recipe", "parallel"), product(DEMOS, LAYOUTS))
+def test_every_demo_composes_with_every_layout(recipe: str, parallel: str) -> None:
     config = load_config(compose("train", [f"recipe={recipe}", f"parallel={parallel}"]))
     assert config.name == f"{recipe}-{parallel}"
     assert recipe.split("_")[1] == config.task["verifier"]
@@ -256,19 +290,22 @@ def test_every_recipe_composes_with_every_layout(recipe: str, parallel: str) -> 
     )
 
 
+NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "pipeline")
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [
         (path.name, name)
         for path in sorted(CONF.iterdir())
-        if path.is_dir() and path.name not in ("recipe", "parallel")
+        if path.is_dir() and path.name not in NOT_OF_ONE_RUN
         for name in names(path.name)
     ],
 )
 def test_every_word_of_a_group_loads_once_its_files_are_named(group: str, name: str) -> None:
     overrides = [f"{group}={name}"]
     while key := _missing(overrides):
-        assert group == "task", key
+        assert group in ("task", "context"), key
         assert len(overrides) < 6
         overrides.append(f"{key}=/data/some.jsonl")
 
@@ -282,6 +319,13 @@ def _missing(overrides: list[str]) -> str | None:
             raise
         return key
     return None
+
+
+def test_any_task_can_be_asked_for_retention() -> None:
+    config = load_config(compose("train", ["~retention", "+task@retention=json"]))
+    assert config.retention == {**config.task, "verifier": "json"}
+    with pytest.raises(ValueError, match=r"^retention\.verifier: no value is given to "):
+        load_config(compose("train", [f"retention._target_={config.task['_target_']}"]))
 
 
 class Plug:

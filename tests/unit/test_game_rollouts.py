@@ -19,6 +19,7 @@ from opcd_nemo.inputs import open_inputs
 from opcd_nemo.launch import compose
 from opcd_nemo.rollout import Conversation, SamplingParams, collect_rollouts, row_uniforms
 from opcd_nemo.tasks.games import GameTask
+from opcd_nemo.tasks.questions import capitals
 from opcd_nemo.types import Message, Prompt, Rollout, Sample
 from tests.tiny import write_chat_model
 from tests.unit.test_games import build
@@ -158,9 +159,15 @@ def test_weights_are_those_of_all_turns_of_all_ranks(aggregation: Any) -> None:
 def evaluator(task: GameTask, num_questions: int) -> Evaluator:
     parallel: Any = SimpleNamespace(share=range, gather_over_dp=list)
     plan = EvaluationPlan(
-        num_questions=num_questions, num_retention=1, max_new_tokens=8, retention_max_new_tokens=8
+        num_questions=num_questions,
+        num_retention=1,
+        sampling=SAMPLING,
+        retention_sampling=SAMPLING,
+        samples_per_question=1,
+        leakage_phrases=["experience"],
+        seed=0,
     )
-    return Evaluator(task, conversation(), plan, parallel, ())
+    return Evaluator(task, capitals(), conversation(), plan, parallel, ())
 
 
 class Solver(RandomPlayer):

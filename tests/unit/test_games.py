@@ -279,12 +279,8 @@ def test_repeated_maps_come_equally_often_under_uids_of_their_own() -> None:
     assert question(held_out[5]) == question(held_out[0])
 
 
-def test_retention_and_anchors_are_questions_whose_score_no_game_has() -> None:
-    task = build()
-    (capital,) = task.retention(1)
-    capital.reply("Kabul")
-    assert capital.score() == 1.0
-    (anchor,) = task.anchors(0, 1)
+def test_an_anchor_is_a_question_whose_teacher_reads_no_context() -> None:
+    (anchor,) = build().anchors(0, 1)
     turn = anchor.turn(NOTES)
     assert turn.student_messages == turn.teacher_messages
 

@@ -11,7 +11,7 @@ import pytest
 from opcd_nemo.config import load_config
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.launch import compose
-from tests.tiny import END_OF_TEXT, write_chat_model, write_chat_tokenizer
+from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
 
 SMALL = [
     "evaluation.num_questions=2",
@@ -139,12 +139,37 @@ def test_no_chat_template(model: Path, tmp_path: Path) -> None:
     )
 
 
-def test_different_vocabulary_size(model: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_fewer_rows(model: Path, tmp_path: Path) -> None:
     other = write_chat_model(tmp_path / "other", vocab_size=310)
     assert refused(model, tmp_path, f"teacher.path={other}") == (
         f"teacher.path={other}: vocabulary of 310 differs from the student's 320 ({model}); "
-        "allowed: the same vocabulary"
+        "allowed: the same tokens, and at least as many rows"
     )
+
+
+def test_a_teacher_with_more_rows_is_read_up_to_the_students(model: Path, tmp_path: Path) -> None:
+    other = write_chat_model(tmp_path / "other", vocab_size=332)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, other / name)
+    inputs = opened(model, tmp_path, f"teacher.path={other}")
+    assert (inputs.teacher.config.vocab_size, inputs.teacher_config.vocab_size) == (332, 320)
+
+
+def test_arguments_of_the_chat_template(model: Path, tmp_path: Path) -> None:
+    assert refused(model, tmp_path, "+student.chat_template_arguments.enable_thinking=false") == (
+        "student.chat_template_arguments={'enable_thinking': False}: enable_thinking=False: no "
+        f"variable of the chat template of {model}; allowed: none"
+    )
+    other = copy(model, tmp_path / "other")
+    text = "{%- if enable_thinking is defined and enable_thinking is false %}<think>{% endif %}"
+    (other / "chat_template.jinja").write_text(CHAT_TEMPLATE + text)
+    argument = "+student.chat_template_arguments.enable_thinking"
+    chats = [
+        opened(other, tmp_path, *more).tokenizer.render([{"role": "user", "content": "A"}])
+        for more in ([], [f"{argument}=true"], [f"{argument}=false"])
+    ]
+    assert chats[0] == chats[1]
+    assert chats[0] == chats[2][: len(chats[0])] != chats[2]
 
 
 def test_different_tokens_in_as_large_a_vocabulary(model: Path, tmp_path: Path) -> None:
@@ -200,6 +225,19 @@ def test_more_prompts_than_there_are(model: Path, tmp_path: Path, key: str) -> N
     message = refused(model, tmp_path, f"{key}=100000")
     assert message.startswith(f"{key}=100000: ")
     assert "allowed: 1 to " in message
+
+
+def test_retention_is_checked_like_the_task(model: Path, tmp_path: Path) -> None:
+    other = ["~retention", "+task@retention=json"]
+    inputs = opened(model, tmp_path, *other)
+    assert inputs.retention.episodes("test", 0, 1)[0].uid.startswith("test/")
+    target = "retention._target_=opcd_nemo.tasks.system_prompt.StyleTask: "
+    assert refused(model, tmp_path, *other, "retention.verifier=poem").startswith(
+        f"{target}task.verifier='poem'; allowed: brevity"
+    )
+    assert refused(model, tmp_path, *other, "evaluation.num_retention=201") == (
+        "evaluation.num_retention=201: test: n=201 prompts asked for; allowed: 1 to 200"
+    )
 
 
 def test_unknown_verifier(model: Path, tmp_path: Path) -> None:

@@ -415,14 +415,10 @@ def test_a_bad_generator_is_refused_in_one_line(changed: dict[str, Any], message
 
 
 @pytest.mark.parametrize("build", [lambda path: task(path), lambda _: generated()])
-def test_retention_and_anchors_are_those_of_the_style_tasks(
+def test_anchors_are_those_of_the_style_tasks(
     tmp_path: Path, build: Callable[[str], QuestionTask]
 ) -> None:
     built = build(write(tmp_path / "a.jsonl", problems(range(40))))
     context = Context(system="Be brief.", demonstrations=())
-    capital = built.retention(64)[0]
-    assert capital.turn(context).teacher_messages[0]["role"] == "system"
-    capital.reply("It is Kabul.")
-    assert capital.score() == 1.0
     anchor = built.anchors(0, 96)[0].turn(context)
     assert anchor.student_messages == anchor.teacher_messages

@@ -17,7 +17,15 @@ from opcd_nemo.model_files import write_json
 def evaluation(*answers: tuple[str, float]) -> Evaluation:
     return Evaluation(
         answers=tuple(
-            Answer(uid=f"test/{index}", text=text, score=score)
+            Answer(
+                uid=f"test/{index}",
+                sample=0,
+                text=text,
+                score=score,
+                answered=text != "y",
+                num_tokens=len(text),
+                leaked=text == "y",
+            )
             for index, (text, score) in enumerate(answers)
         )
     )
@@ -59,9 +67,38 @@ def test_samples_stand_side_by_side(tmp_path: Path) -> None:
     }
     report.write_samples(tmp_path / "samples.md", columns, count=1)
     assert (tmp_path / "samples.md").read_text() == (
-        "# Samples\n\n## test/0\n\n- **base** (score 0)\n  > one\n  > two\n"
-        "- **student** (score 1)\n  > short\n"
+        "# Samples\n\n"
+        "- **base**: score 0.50, without an answer 0.00, leaking 0.00, 4.0 tokens\n"
+        "- **student**: score 0.50, without an answer 0.50, leaking 0.50, 3.0 tokens\n\n"
+        "## test/0\n\n- **base** (score 0, 7 tokens)\n  > one\n  > two\n"
+        "- **student** (score 1, 5 tokens)\n  > short\n"
     )
+    report.write_samples(tmp_path / "samples.md", columns)
+    last = (tmp_path / "samples.md").read_text().splitlines()[-2:]
+    assert last == ["- **student** (score 0, 1 tokens, no answer found, leaks)", "  > y"]
+
+
+def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
+    pair = (evaluation(("a", 1.0), ("é\n", 0.0)), evaluation(("y", 0.5)))
+    report.write_answers(tmp_path / "answers.jsonl", {"base": pair, "student": pair})
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(one["evaluation"], one["part"], one["text"]) for one in found] == [
+        (name, part, text)
+        for name in ("base", "student")
+        for part, text in (("task", "a"), ("task", "é\n"), ("retention", "y"))
+    ]
+    assert found[2] == {
+        "evaluation": "base",
+        "part": "retention",
+        "uid": "test/0",
+        "sample": 0,
+        "text": "y",
+        "score": 0.5,
+        "answered": False,
+        "num_tokens": 1,
+        "leaked": True,
+    }
 
 
 def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class Game:
 
     uid: str
     turns: int
+    answered: bool = True
     replies: list[str] = field(default_factory=list)
 
     @property

@@ -40,6 +40,23 @@ def shards_of(
     ]
 
 
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_rows_past_the_vocabulary_are_left_out(tp: int) -> None:
+    config = model_config("llama", vocab_size=67)
+    tensors = random_tensors(config)
+    wide = tensors | {
+        name: torch.cat([tensors[name], torch.ones(5, config.hidden_size)])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        pair = zip(
+            shards_of(wide, config, name, tp, "local"),
+            shards_of(tensors, config, name, tp, "local"),
+            strict=True,
+        )
+        assert all(torch.equal(*shards) for shards in pair)
+
+
 @pytest.mark.parametrize("spec", ["local", "te"])
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from opcd_nemo.context import Context
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS, NOUNS, TEMPLATES
+from opcd_nemo.tasks.questions import capitals
 from opcd_nemo.tasks.system_prompt import StyleTask
 from opcd_nemo.tasks.verifiers import (
     VERIFIERS,
@@ -38,6 +39,10 @@ PIRATE = Context(system="Talk like a pirate.", demonstrations=())
 
 def _task(verifier: str = "brevity", seed: int = 1) -> Task:
     return StyleTask(verifier=verifier, seed=seed)
+
+
+def _retention(n: int) -> list[Episode]:
+    return capitals().episodes("test", 0, n)
 
 
 def _uids(episodes: list[Episode]) -> list[str]:
@@ -86,7 +91,7 @@ def test_anchors_are_no_test_or_retention_prompts_and_name_no_noun() -> None:
     task = _task()
     anchors = _questions(task.anchors(0, len(ANCHORS)))
     assert len(anchors) == len(ANCHORS) == 96
-    assert not anchors & _questions(task.retention(len(CAPITALS)))
+    assert not anchors & _questions(_retention(len(CAPITALS)))
     for split in SPLITS:
         assert not anchors & _questions(task.episodes(split, 0, NUM_PROMPTS[split]))
     spoken = _words(" ".join(anchors))
@@ -166,11 +171,12 @@ def test_a_wrong_number_of_prompts_names_both_numbers(n: int) -> None:
         "train": (lambda: task.episodes("train", 0, n), 440),
         "validation": (lambda: task.episodes("validation", 0, n), 64),
         "test": (lambda: task.episodes("test", 0, n), 200),
-        "retention": (lambda: task.retention(n), 64),
+        "retention": (lambda: _retention(n), 64),
         "anchors": (lambda: task.anchors(0, n), 96),
     }
     for name, (draw, allowed) in draws.items():
-        with pytest.raises(ValueError, match=f"{name}: n={n} .* allowed: 1 to {allowed}"):
+        split = "test" if name == "retention" else name
+        with pytest.raises(ValueError, match=f"{split}: n={n} .* allowed: 1 to {allowed}"):
             draw()
 
 
@@ -194,7 +200,7 @@ def test_each_configured_task_builds(verifier: str) -> None:
 
 def test_student_and_teacher_differ_by_the_context_alone() -> None:
     task = _task()
-    for episode in task.episodes("train", 0, 8) + task.retention(8):
+    for episode in task.episodes("train", 0, 8) + _retention(8):
         turn = episode.turn(PIRATE)
         (message,) = turn.student_messages
         assert message["role"] == "user"
@@ -234,11 +240,10 @@ def test_an_anchor_has_no_score() -> None:
 
 
 def test_retention_is_scored_by_the_capital() -> None:
-    task = _task(verifier="json")
-    for right, episode in zip(CAPITALS.values(), task.retention(64), strict=True):
+    for right, episode in zip(CAPITALS.values(), _retention(64), strict=True):
         episode.reply(f"It is {right}, I think.")
         assert episode.score() == 1.0
-    for episode in task.retention(64):
+    for episode in _retention(64):
         episode.reply(_question(episode))
         assert episode.score() == 0.0, "an echo of the question"
 

@@ -1,0 +1,184 @@
+"""The folder of a pipeline and the configurations of the runs in it.
+
+<exp_dir>/<name>/              registry/, experience.yaml; rounds > 1: round=1/, round=2/, ...
+extraction/wave=*.jsonl    records; turns.jsonl: what the player was asked
+candidates.json            every prefix of every chain
+scoring.jsonl, ranked.json
+selected.json
+teacher_data/seed=*/       what the teacher wrote for the off-policy methods
+<method>-<seed>/           a training run
+controls.json, summary.json, table.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from opcd_nemo.context import ExperienceContext
+from opcd_nemo.durable import write_whole
+from opcd_nemo.experience_config import Settings, load_experience
+from opcd_nemo.model_files import read_json
+from opcd_nemo.registry import Registry
+from opcd_nemo.resume import RESULT_KEYS, differences
+
+EXTRACTION, TURNS = "extraction", "turns.jsonl"
+CANDIDATES, SCORES, RANKED = "candidates.json", "scoring.jsonl", "ranked.json"
+SELECTED, CONTROLS, SUMMARY, TABLE = "selected.json", "controls.json", "summary.json", "table.md"
+_ORIGIN = "experience.yaml"
+_COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
+_NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
+
+
+class Workplace:
+    """One round of a pipeline on disk."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Take the round that the settings name."""
+        self.settings = settings
+        self.root: Path = Path(settings.train.exp_manager.exp_dir) / settings.train.name
+        one = settings.experience.rounds == 1
+        self._round = "" if one else f"round={settings.round}"
+        self.folder: Path = self.root / self._round
+        self.registry = Registry(self.root / "registry")
+
+    def open(self) -> None:
+        """Make the folder; refuse one that other settings have made.
+
+        Raises:
+            ValueError: naming every key that differs.
+        """
+        origin: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        origin["experience"] = OmegaConf.to_container(
+            OmegaConf.structured(self.settings.experience)
+        )
+        file = self.root / _ORIGIN
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_whole(file, OmegaConf.to_yaml(OmegaConf.create(origin)))
+            return
+        saved: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if changed := differences(saved, origin, _COMPARED, _NOT_COMPARED):
+            raise ValueError(
+                f"name={self.settings.train.name}: {'; '.join(changed.values())}; allowed: the "
+                f"values in {file}, or another name"
+            )
+
+    def stage_config(self) -> DictConfig:
+        """The configuration of stages that train nothing: this round's models, no context."""
+        config = self.settings.train.copy()
+        with open_dict(config):
+            self._set_student(config)
+            config.context = {"_target_": "opcd_nemo.context.NoContext"}
+        return config
+
+    def run_config(self, run: str) -> DictConfig:
+        """The configuration of the training run `<method>-<seed>`.
+
+        Raises:
+            ValueError: nothing is selected yet.
+        """
+        experience = self.settings.experience
+        method, _, seed = run.partition("-")
+        config = self.settings.train.copy()
+        with open_dict(config):
+            config.name = str(Path(config.name) / self._round / run)
+            config.seed = int(seed)
+            self._set_student(config)
+            config.context = self._selected_context()
+            if method != "opcd":
+                config.loss = experience.consolidation.losses[method]
+                config.rollout.sampler = "teacher"
+                config.rollout.teacher_data = str(self.folder / "teacher_data" / f"seed={seed}")
+                config.warmup.steps = 0
+            if experience.replay:
+                config.task = {
+                    "_target_": "opcd_nemo.tasks.replay.ReplayTask",
+                    "path": str(self.folder / TURNS),
+                    "of": config.task,
+                    "seed": int(seed),
+                }
+        return config
+
+    def finished(self, run: str) -> bool:
+        """Whether a run has its summary, which it writes last."""
+        return (self.folder / run / SUMMARY).is_file()
+
+    def final_checkpoint(self, run: str) -> Path:
+        """The checkpoint that a run's scores are of."""
+        steps = read_json(self.folder / run / SUMMARY)["steps"]
+        return self.folder / run / "checkpoints" / f"step={steps}.ckpt"
+
+    def best_checkpoint(self, run: str) -> Path | None:
+        """The checkpoint that was best on validation; None where it is the final one."""
+        summary = read_json(self.folder / run / SUMMARY)
+        best = summary.get("best_step")
+        if best is None or best == summary["steps"]:
+            return None
+        return self.folder / run / "checkpoints" / f"step={best}.ckpt"
+
+    def experience(self, items: Sequence[str]) -> ExperienceContext:
+        """Items as the teacher reads them.
+
+        Raises:
+            ValueError: `context` is not one that holds experience.
+        """
+        template = self.settings.train.context.get("template")
+        if template is None:
+            raise ValueError(
+                f"context._target_={self.settings.train.context.get('_target_')}: allowed: "
+                "context=experience, or one of its like with a template"
+            )
+        return ExperienceContext(path=None, items=items, lineage=None, template=template)
+
+    def _selected_context(self) -> dict[str, Any]:
+        """The registry's selected entry, or the pool of this round."""
+        template = self.settings.train.context.template
+        if self.settings.experience.selection.count == 1:
+            entry = self.registry.selected()
+            lineage = {**entry.lineage, "experience": entry.hash}
+            return ExperienceContext(
+                path=None, items=entry.items, lineage=lineage, template=template
+            ).frozen()
+        hashes = read_json(self.folder / SELECTED)["experience"]
+        return {
+            "_target_": "opcd_nemo.context.ExperiencePool",
+            "paths": [str(self.registry.add(self.registry.find(one))) for one in hashes],
+            "pool": None,
+            "template": template,
+            "seed": "${seed}",
+        }
+
+    def _set_student(self, config: DictConfig) -> None:
+        """From the second round on, the student of the first seed of the round before."""
+        number = self.settings.round
+        if number == 1:
+            return
+        before = Workplace(replace(self.settings, round=number - 1, run=None))
+        config.student.path = str(before.final_checkpoint(before.settings.first_run))
+        config.student.keep_layers = None
+
+    def task_plug(self) -> dict[str, Any]:
+        """The task of the pipeline."""
+        plug: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        task: dict[str, Any] = plug["task"]
+        return task
+
+
+def stage_to_check(raw: DictConfig) -> DictConfig:
+    """The training configuration that a launch of the stage is checked by.
+
+    Raises:
+        ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
+    """
+    settings = load_experience(raw)
+    place = Workplace(settings)
+    place.experience(("an item",))
+    place.open()
+    if settings.stage == "consolidate" and settings.run is None:
+        raise ValueError(f"run=None: allowed: one of {', '.join(settings.runs)}")
+    return place.stage_config() if settings.run is None else place.run_config(settings.run)

@@ -1,0 +1,257 @@
+"""Intervals and tests for scores: over seeds, over questions, over both; no torch.
+
+Shape letters: `S` seeds (runs), `Q` questions, `R` resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_Array = NDArray[np.float64]
+_NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value and the ends of its confidence interval; an end is None where nothing bounds it."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The first method minus the second, and how often chance alone differs as much (two-sided)."""
+
+    difference: Estimate
+    p_value: float
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """The mean of independent values (one a seed, or one a question) by Student's t.
+
+    Raises:
+        ValueError: fewer than two values, of which nothing tells the spread.
+    """
+    values_N = _array(values, "values", 2)
+    error = values_N.std(ddof=1) / math.sqrt(len(values_N))
+    return _by_t(values_N.mean(), error, len(values_N) - 1, confidence)
+
+
+def crossed_interval(scores: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """The mean over seeds and questions, for other seeds and other questions.
+
+    Every seed has every question, so both are random effects that cross: the standard error is
+    clustered both ways (components of variance from the mean squares, Satterthwaite's degrees of
+    freedom). Not a bootstrap: of three seeds, resampling sees two thirds of their variance, and its
+    quantiles know no t.
+
+    Args:
+        scores: [S, Q]; samples of one question are averaged before.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: fewer than two seeds or two questions.
+    """
+    scores_SQ = _array(scores, "scores", 2, 2)
+    S, Q = scores_SQ.shape
+    by_seed_S, by_question_Q = scores_SQ.mean(1), scores_SQ.mean(0)
+    rest_SQ = scores_SQ - by_seed_S[:, None] - by_question_Q + scores_SQ.mean()
+    rest = float((rest_SQ**2).sum()) / ((S - 1) * (Q - 1))
+    terms = [
+        (mean_square, freedom)
+        for mean_square, freedom in (
+            (Q * float(by_seed_S.var(ddof=1)), S - 1),
+            (S * float(by_question_Q.var(ddof=1)), Q - 1),
+        )
+        if mean_square > rest  # else its component is zero
+    ]
+    # with both components `rest` was counted twice, with none not at all
+    terms += [((1 - len(terms)) * rest, (S - 1) * (Q - 1))]
+    variance = sum(mean_square for mean_square, _ in terms)
+    spread = sum(mean_square**2 / freedom for mean_square, freedom in terms)
+    # whole degrees, rounded down: a wider interval
+    freedom = max(1, int(variance**2 / spread)) if spread else 1
+    return _by_t(scores_SQ.mean(), math.sqrt(variance / (S * Q)), freedom, confidence)
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
+    """The rate of independent trials; of none or all of them, too, the interval has a width.
+
+    Raises:
+        ValueError: not 0 <= successes <= trials, or no trial.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"successes={successes} of trials={trials}; allowed: 0 to trials >= 1")
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    rate = successes / trials
+    middle = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = math.sqrt(z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    # at the ends the formula gives 0 and 1, but for rounding
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == trials else middle + half
+    return Estimate(value=rate, low=low, high=high)
+
+
+def compare(
+    first: ArrayLike, second: ArrayLike, *, seed: int, confidence: float = 0.95
+) -> Comparison:
+    """Two runs on the same questions; `crossed_interval` of their differences is for many runs.
+
+    The p-value flips the signs of the differences. It is exact where all that are not zero have one
+    size (right or wrong: McNemar's exact test), else from resamples.
+
+    Args:
+        first: [Q], the scores of one method.
+        second: [Q], of the other, in the same order.
+        seed: of the resamples.
+        confidence: of the interval, Student's t over questions.
+
+    Raises:
+        ValueError: different numbers of questions, or fewer than two.
+    """
+    first_Q = _array(first, "first", 2)
+    second_Q = _array(second, "second", 2)
+    if first_Q.shape != second_Q.shape:
+        raise ValueError(
+            f"first has {len(first_Q)} questions, second {len(second_Q)}; allowed: the same ones"
+        )
+    difference_Q = first_Q - second_Q
+    return Comparison(
+        difference=mean_interval(difference_Q, confidence),
+        p_value=_sign_flip_p(difference_Q[difference_Q != 0], seed),
+    )
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of `k` samples is right, unbiased, from `num_samples` of one question.
+
+    Source: 1 - C(n - c, k) / C(n, k), Chen et al. 2021 (arXiv 2107.03374), eq. 1.
+
+    Raises:
+        ValueError: not 1 <= k <= num_samples.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k={k}; allowed: 1 to num_samples={num_samples}")
+    assert 0 <= num_correct <= num_samples, (num_correct, num_samples)
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def internalised(
+    base: ArrayLike,
+    in_context: ArrayLike,
+    student: ArrayLike,
+    *,
+    seed: int,
+    confidence: float = 0.95,
+) -> Estimate | None:
+    """The share of the context's lift that the student has without it.
+
+    (student - base) / (in_context - base), of means; None where the context lifts nothing. The
+    interval is a percentile bootstrap: a ratio has no standard error worth the name. Questions are
+    drawn alike for all three, and seeds for those that have several; few seeds make it too narrow.
+    A resample without a lift counts against both ends: an end that it reaches is None.
+
+    Args:
+        base: [S or 1, Q] scores without context, before training.
+        in_context: [S or 1, Q] with it.
+        student: [S, Q] without it, after training.
+        seed: of the resamples.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    arrays = [_array(a, "scores", 1, 2) for a in (base, in_context, student)]
+    num_seeds = {a.shape[0] for a in arrays} - {1}
+    num_questions = {a.shape[1] for a in arrays}
+    if len(num_seeds) > 1 or len(num_questions) > 1:
+        raise ValueError(
+            f"scores of shapes {[a.shape for a in arrays]}; allowed: the same seeds (or one) and "
+            "the same questions"
+        )
+    value = _share(*(a.mean() for a in arrays))
+    if math.isnan(value):
+        return None
+    S, Q = max(num_seeds, default=1), num_questions.pop()
+    draws = np.random.default_rng(seed)
+    shares_R = np.empty(_NUM_RESAMPLES)
+    for resample in range(_NUM_RESAMPLES):
+        seeds, questions = draws.integers(S, size=S), draws.integers(Q, size=Q)
+        means = (a[(seeds if len(a) > 1 else [0])][:, questions].mean() for a in arrays)
+        shares_R[resample] = _share(*means)
+    tail = (1 - confidence) / 2
+    low = np.quantile(np.nan_to_num(shares_R, nan=-np.inf), tail, method="lower")
+    high = np.quantile(np.nan_to_num(shares_R, nan=np.inf), 1 - tail, method="higher")
+    return Estimate(
+        value=value,
+        low=float(low) if np.isfinite(low) else None,
+        high=float(high) if np.isfinite(high) else None,
+    )
+
+
+def _share(base: float, in_context: float, student: float) -> float:
+    lift = in_context - base
+    return float((student - base) / lift) if lift > 0 else math.nan
+
+
+def _sign_flip_p(difference_D: _Array, seed: int) -> float:
+    if not len(difference_D):
+        return 1.0
+    sizes_D = np.abs(difference_D)
+    if np.allclose(sizes_D, sizes_D[0], rtol=1e-9, atol=0):
+        count = len(difference_D)
+        fewer = min(int((difference_D > 0).sum()), int((difference_D < 0).sum()))
+        return min(1.0, sum(math.comb(count, n) for n in range(fewer + 1)) / (1 << (count - 1)))
+    observed = abs(difference_D.sum()) * (1 - 1e-9)  # a tie may round below
+    draws = np.random.default_rng(seed)
+    as_large = 0
+    for _ in range(_NUM_RESAMPLES):
+        signs_D = draws.integers(2, size=len(sizes_D)) * 2 - 1
+        as_large += abs(float((signs_D * sizes_D).sum())) >= observed
+    return (as_large + 1) / (_NUM_RESAMPLES + 1)  # the observed signs are one of the flips
+
+
+def _by_t(mean: float, error: float, freedom: int, confidence: float) -> Estimate:
+    half = _t_quantile(confidence, freedom) * float(error)
+    return Estimate(value=float(mean), low=float(mean) - half, high=float(mean) + half)
+
+
+def _t_quantile(confidence: float, freedom: int) -> float:
+    """The t within which Student's distribution has this share, by bisection over the angle."""
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        inside = _t_share(middle, freedom) < confidence
+        low, high = (middle, high) if inside else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _t_share(angle: float, freedom: int) -> float:
+    """P(|t| <= tan(angle) sqrt(freedom)), a finite sum for whole degrees of freedom.
+
+    Source: Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
+    cos2, odd = math.cos(angle) ** 2, freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for n in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cos2 * (n - 1) / n
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+def _array(values: ArrayLike, name: str, *smallest: int) -> _Array:
+    array = np.asarray(values, dtype=np.float64)
+    enough = array.ndim == len(smallest) and all(np.greater_equal(array.shape, smallest))
+    if not enough or not np.isfinite(array).all():
+        sizes = " x ".join(f"{n} or more" for n in smallest)
+        raise ValueError(f"{name} of shape {array.shape}; allowed: {sizes} finite numbers")
+    return array

@@ -1,0 +1,63 @@
+"""Logged turns asked once more, without an environment.
+
+Source: Online Experiential Learning (arXiv 2603.16856), consolidation by partial rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from opcd_nemo.config import build_plug, check_plug
+from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.tasks.draws import draw, require_enough
+from opcd_nemo.tasks.questions import Question, QuestionEpisode
+from opcd_nemo.tasks.rows import read_rows
+from opcd_nemo.types import Split
+
+
+class ReplayTask:
+    """Trains on the turns that were logged while experience was written; each is one answer.
+
+    Everything else is the task's whose turns they are.
+    """
+
+    def __init__(self, *, path: str, of: Mapping[str, Any], seed: int) -> None:
+        """Read the turns.
+
+        Args:
+            path: JSONL with the columns `uid` and `text`, one turn a line.
+            of: the task that was played, a plug.
+            seed: shuffles the turns.
+
+        Raises:
+            ValueError: a broken file (its line is named), a uid twice, or a plug that is none.
+        """
+        check_plug("task.of", dict(of))
+        self._task: Task = build_plug(dict(of))
+        self._seed = seed
+        self._turns = [
+            Question(
+                uid=f"replay/{row.text('task.path', 'uid')}",
+                text=row.text("task.path", "text"),
+                judge=None,
+            )
+            for row in read_rows("task.path", path)
+        ]
+        uids = [turn.uid for turn in self._turns]
+        if len(set(uids)) < len(uids):
+            again = next(uid for uid in uids if uids.count(uid) > 1)
+            raise ValueError(f"task.path={path}: uid {again} comes twice; allowed: each once")
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        """Return turns for training, and the task's own episodes otherwise."""
+        if split != "train":
+            return self._task.episodes(split, step, n)
+        require_enough("train", n, len(self._turns))
+        turns = draw(self._turns, attrgetter("uid"), seed=self._seed, step=step, n=n)
+        return [QuestionEpisode(turn, teacher_sees_context=True) for turn in turns]
+
+    def anchors(self, step: int, n: int) -> list[Episode]:
+        """Return the task's."""
+        return self._task.anchors(step, n)

@@ -1,0 +1,87 @@
+"""The experience pipeline from extraction to the table, interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.conftest import run_python
+
+SETTINGS = (
+    "task=frozen_lake context=experience_games evaluation.num_questions=4 parallel=single "
+    "experience.extraction.keep=trace experience.extraction.num_chains=2 name=lake "
+    "experience.extraction.num_steps=2 experience.extraction.max_new_tokens=4 "
+    "experience.scoring.first_questions=2 experience.consolidation.methods=[opcd,offpolicy] "
+    "experience.consolidation.seeds=[1] experience.controls=[wrong] "
+    "exp_manager.checkpoint_callback_params.save_weights_only=true"
+).split()
+PROMPT = "experience.extraction.prompt='{trace} {outcome}'"
+
+
+def pipeline(smoke: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    where = f"exp_manager.exp_dir={folder}"
+    return run_python("recipes/experience.py", *smoke, *SETTINGS, PROMPT, where, *more)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path: Path) -> None:
+    whole = pipeline(smoke, tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "lake"
+    table, summary = (
+        (folder / "table.md").read_text(),
+        json.loads((folder / "summary.json").read_text()),
+    )
+    assert {"base", "in_context", "student", "internalised"} <= summary.keys()
+    assert (summary["seeds"], summary["maps_overlap"]) == ([1], 0)
+    assert list(summary["rows"]) == ["base", "in_context", "wrong", "opcd", "offpolicy"]
+
+    # as kills leave it: in extraction, in scoring, in a run, in the evaluation
+    for name in ("candidates.json", "extraction/wave=0001.jsonl", "ranked.json", "selected.json"):
+        (folder / name).unlink()
+    for name in ("offpolicy-1/summary.json", "controls.json", "summary.json", "table.md"):
+        (folder / name).unlink()
+    scores = (folder / "scoring.jsonl").read_text()
+    (folder / "scoring.jsonl").write_text(scores[: len(scores) // 2])
+    kept = [folder / "extraction/wave=0000.jsonl", folder / "opcd-1/summary.json"]
+    kept += list((folder / "teacher_data").rglob("step=00*.jsonl"))
+    before = [file.stat().st_mtime_ns for file in kept]
+
+    again = pipeline(smoke, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "opcd-1 finished before" in again.stdout
+    assert (folder / "table.md").read_text() == table
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert len(kept) > 2
+
+    listed = run_python("recipes/experience.py", "list", f"registry={folder / 'registry'}")
+    assert f"* {summary['experience']['content_hash'][:12]}" in listed.stdout
+    run = json.loads((folder / "opcd-1" / "summary.json").read_text())
+    assert run["context_lineage"]["experience"] == summary["experience"]["content_hash"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stage=evaluate"], "opcd-1, offpolicy-1 not finished; allowed: after stage=cons"),
+        (["stage=consolidate"], "nothing is selected; allowed"),
+        (["stage=select"], "allowed: after stage=score"),
+        (["experience.extraction.max_new_tokens=100000"], "allowed: at most the model's"),
+        (["context=brevity"], "context=experience, or one of its like"),
+    ],
+)
+def test_a_stage_without_its_input_is_one_line(
+    smoke: list[str], tmp_path: Path, settings: list[str], message: str
+) -> None:
+    done = pipeline(smoke, tmp_path, *settings)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_registry_s_commands_refuse_in_one_line(tmp_path: Path) -> None:
+    done = run_python("recipes/experience.py", "show", f"registry={tmp_path / 'absent'}")
+    assert done.returncode == 2
+    assert "allowed: a registry's folder" in done.stdout + done.stderr

@@ -1,0 +1,169 @@
+"""The pipeline's own keys, and the training runs that it makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from opcd_nemo.config import load_config
+from opcd_nemo.experience_config import Settings, load_experience
+from opcd_nemo.experience_runs import Workplace, stage_to_check
+from opcd_nemo.launch import CONF, compose
+from opcd_nemo.model_files import write_json
+from opcd_nemo.registry import Entry
+
+
+def raw(tmp_path: Path, *overrides: str) -> DictConfig:
+    return compose("experience", [f"exp_manager.exp_dir={tmp_path}", *overrides])
+
+
+def workplace(tmp_path: Path, *overrides: str) -> Workplace:
+    return Workplace(load_experience(raw(tmp_path, *overrides)))
+
+
+def select(place: Workplace, *items: str) -> Entry:
+    entry = Entry(items=items, num_tokens=1, lineage={"model": "m"}, scores={})
+    place.registry.add(entry)
+    place.registry.select(entry.hash, "a test")
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage=train", "stage=train: allowed: all, extract, "),
+        ("run=opcd-9", "run=opcd-9: allowed: null, opcd-1, offpolicy-1, sft-1, opcd-2"),
+        ("run=opcd-1", "run=opcd-1: allowed: null with stage=all"),
+        ("round=2", "round=2: allowed: 1 to 1"),
+        ("experience.rounds=0", "experience.rounds=0: allowed: 1 or more"),
+        ("experience.replay=3", "experience.replay=3: allowed: true or false"),
+        ("experience.min_retention=0", "experience.min_retention=0.0: allowed: a number > 0"),
+        ("experience.extraction.keep=all", "keep=all: allowed: items, trace"),
+        ("experience.extraction.prompt=x", r"prompt='x': allowed: a text with \{trace\}"),
+        ("experience.extraction.num_chains=0", "num_chains=0: allowed: 1 or more"),
+        ("experience.extraction.temperature=-1", "temperature=-1.0: allowed: a number >= 0"),
+        ("experience.scoring.keep=2", "experience.scoring.keep=2.0: allowed: a number > 0, at"),
+        ("experience.selection.rule=worst", "rule=worst: allowed: best, random"),
+        ("experience.consolidation.methods=[grpo]", "a list of opcd, offpolicy, sft, each once"),
+        ("experience.consolidation.seeds=[1,1]", "each once"),
+        ("experience.consolidation.seeds=[a]", "seeds=.*allowed: a list of whole numbers"),
+        ("experience.controls=[random]", "a list of wrong, shuffled, each once"),
+        ("+experience.step=1", "experience.step=1: no such key; allowed: rounds, replay"),
+    ],
+)
+def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        load_experience(raw(tmp_path, override))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experience.rounds=2", "experience.consolidation.methods=[sft]"], "1 without the method"),
+        (
+            ["experience.selection.rule=random", "experience.extraction.num_steps=5"],
+            "min_steps=10: allowed: at most experience.extraction.num_steps=5",
+        ),
+        (
+            [
+                "experience.extraction.with_previous=true",
+                "experience.extraction.prompt='{trace}'",
+            ],
+            r"with a prompt that has \{experience\}",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experience(raw(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])
+def test_every_pipeline_of_a_recipe_composes(tmp_path: Path, recipe: str) -> None:
+    settings = load_experience(raw(tmp_path, f"recipe={recipe}"))
+    assert "{experience}" in settings.train.context.template
+    assert settings.experience.extraction.num_chains > 1
+
+
+def test_the_paper_s_accumulation() -> None:
+    for recipe, cap in (("math_qwen3_8b_2n8g", 16384), ("sokoban_qwen3_4b_1n8g", 8192)):
+        extraction = load_experience(raw(Path("runs"), f"recipe={recipe}")).experience.extraction
+        assert (extraction.num_chains, extraction.num_steps, extraction.with_previous) == (
+            10,
+            30,
+            False,
+        )
+        assert extraction.cap_tokens == cap
+
+
+def test_a_context_without_experience_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"context\._target_=.*FixedContext: allowed"):
+        stage_to_check(raw(tmp_path, "context=pirate"))
+
+
+def test_the_methods_differ_by_sampler_and_loss_alone(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "loss.temperature=0.7")
+    entry = select(place, "one", "two")
+    runs: dict[str, Any] = {
+        name: load_config(place.run_config(f"{name}-2")) for name in ("opcd", "offpolicy", "sft")
+    }
+    kinds = {name: run.loss.get("kind", "hard_labels") for name, run in runs.items()}
+    assert kinds == {"opcd": "reverse_kl", "offpolicy": "forward_kl", "sft": "hard_labels"}
+    assert runs["offpolicy"].loss["temperature"] == 0.7
+    samplers = {name: run.rollout.sampler for name, run in runs.items()}
+    assert samplers == {"opcd": "student", "offpolicy": "teacher", "sft": "teacher"}
+    assert runs["sft"].rollout.teacher_data == runs["offpolicy"].rollout.teacher_data
+    for name, run in runs.items():
+        assert run.seed == run.task["seed"] == 2
+        assert run.context["items"] == ["one", "two"]
+        assert run.context["lineage"] == {"model": "m", "experience": entry.hash}
+        assert run.name == f"demo_brevity/{name}-2"
+        plain = replace(run, loss=None, rollout=None, name="")
+        assert plain == replace(runs["opcd"], loss=None, rollout=None, name="")
+
+
+def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "experience.selection.count=2")
+    entries = [select(place, text) for text in ("one", "two")]
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [one.hash for one in entries]})
+    config = load_config(place.run_config("opcd-1"))
+    assert config.context["_target_"].endswith("ExperiencePool")
+    assert [Path(path).stem for path in config.context["paths"]] == [one.hash for one in entries]
+
+
+def test_a_round_starts_from_the_student_before_it(tmp_path: Path) -> None:
+    first = workplace(tmp_path, "experience.rounds=2", "experience.replay=true")
+    folder = first.folder / "opcd-1"
+    folder.mkdir(parents=True)
+    write_json(folder / "summary.json", {"steps": 7})
+    settings: Settings = replace(first.settings, round=2)
+    second = Workplace(settings)
+    select(second, "one")
+    config = load_config_without_files(second.run_config("opcd-1"))
+    assert config.student.path == str(folder / "checkpoints" / "step=7.ckpt")
+    assert config.name == "demo_brevity/round=2/opcd-1"
+    assert config.task._target_.endswith("ReplayTask")
+    assert config.task.path == str(second.folder / "turns.jsonl")
+    assert first.stage_config().student.path == "smollm2-135m-instruct"
+
+
+def load_config_without_files(config: DictConfig) -> DictConfig:
+    load_config(config)
+    return config
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    stage_to_check(raw(tmp_path))
+    stage_to_check(raw(tmp_path, "stage=score", "parallel=tp2"))
+    with pytest.raises(ValueError, match=r"optim\.lr was 5e-05, is 1e-06; allowed: the values in"):
+        stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
+    with pytest.raises(ValueError, match=r"experience\.extraction\.num_steps was 30, is 4"):
+        stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
