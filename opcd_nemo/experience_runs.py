@@ -73,6 +73,7 @@ class Workplace:
         config = self.settings.train.copy()
         with open_dict(config):
             self._set_student(config)
+            config.seed += self.settings.round - 1  # other problems in every round
             config.context = {"_target_": "opcd_nemo.context.NoContext"}
         return config
 

@@ -76,6 +76,7 @@ def train(raw: DictConfig, say: Say) -> Path:
             strategy.finish_save()
             raise
         strategy.finish_save()
+        _save_final(trainer, strategy, config, folder / "checkpoints")
     after = model.scores("student", with_context=False)
     _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
@@ -84,6 +85,18 @@ def train(raw: DictConfig, say: Say) -> Path:
         quiet(f"written: {package}")
     parallel.barrier()
     return folder
+
+
+def _save_final(
+    trainer: pl.Trainer, strategy: MegatronStrategy, config: TrainConfig, folder: Path
+) -> None:
+    """Save the last step where the interval of checkpoints has not. Collective over the world."""
+    path = folder / f"step={trainer.global_step}.ckpt"
+    if strategy.parallel.gather_objects(path.exists())[0]:
+        return
+    weights_only = config.exp_manager["checkpoint_callback_params"]["save_weights_only"]
+    trainer.save_checkpoint(path, weights_only)
+    strategy.finish_save()
 
 
 def _silent(_: str) -> None: ...

@@ -23,7 +23,7 @@ from opcd_nemo.inputs import Inputs
 from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Head, Loss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import collect_rollouts
+from opcd_nemo.rollout import SamplingParams, collect_rollouts
 from opcd_nemo.sharding import hf_names
 from opcd_nemo.step import Run, accumulate_gradients, distill_batches, over_ranks
 from opcd_nemo.teacher import Teacher
@@ -128,14 +128,15 @@ def head_gradient(run: Run, inputs: Inputs, probe: Probe, limit: float) -> Check
             loss, _wide(shard), [_wide(one) for one in heads], run.parallel, keywords
         )
         alone = replace(run.parallel, tp=1, tp_rank=0, tp_group=None)
-        whole = [_whole_head(inputs.teacher, one) for one in heads]
-        student = _whole_head(inputs.student, shard)
+        rows = inputs.student_config.vocab_size
+        whole = [_whole_head(inputs.teacher, one, rows) for one in heads]
+        student = _whole_head(inputs.student, shard, rows)
         expected = _gradients(loss, student, whole, alone, keywords)
         start = run.parallel.tp_rank * len(shard.weight_VH)
-        rows = slice(start, start + shard.num_valid_columns)
+        mine = slice(start, start + shard.num_valid_columns)
         error = max(
             _error(parts[0], expected[0]),
-            _error(parts[1][: shard.num_valid_columns], expected[1][rows]),
+            _error(parts[1][: shard.num_valid_columns], expected[1][mine]),
         )
     worst = worst_over_ranks(run.parallel, error)
     found = f"error {worst:.1e} of the largest entry at tp {run.parallel.tp} (allowed {limit:.2g})"
@@ -147,10 +148,10 @@ def _wide(head: Head) -> Head:
     return replace(head, hidden_NH=head.hidden_NH.float(), weight_VH=head.weight_VH.float())
 
 
-def _whole_head(checkpoint: Checkpoint, shard: Head) -> Head:
+def _whole_head(checkpoint: Checkpoint, shard: Head, num_rows: int) -> Head:
     """The head as it is in the files, over the same hidden states, rounded as the shard is."""
     (name,) = hf_names(checkpoint.config, "output_layer.weight", layer=None, spec="local")
-    weight = checkpoint.tensor(name).to(shard.hidden_NH.device, shard.weight_VH.dtype)
+    weight = checkpoint.tensor(name)[:num_rows].to(shard.hidden_NH.device, shard.weight_VH.dtype)
     return _wide(Head(hidden_NH=shard.hidden_NH, weight_VH=weight, num_valid_columns=len(weight)))
 
 
@@ -214,13 +215,19 @@ def replicated_gradients(run: Run, limit: float) -> Check:
 
 def context_scores(run: Run, inputs: Inputs, num_prompts: int, max_new_tokens: int) -> Check:
     """Whether the teacher's greedy answers are better with the context, on validation prompts."""
+    greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens)
     plan = EvaluationPlan(
         num_questions=num_prompts,
         num_retention=1,
-        max_new_tokens=max_new_tokens,
-        retention_max_new_tokens=1,
+        sampling=greedy,
+        retention_sampling=greedy,
+        samples_per_question=1,
+        leakage_phrases=(),
+        seed=run.seed,
     )
-    evaluator = Evaluator(inputs.task, inputs.conversation, plan, run.parallel, inputs.prefix_ids)
+    evaluator = Evaluator(
+        inputs.task, inputs.retention, inputs.conversation, plan, run.parallel, inputs.prefix_ids
+    )
     engine = run.engines["teacher"]
     engine.load_weights(0)
     without, given = (

@@ -41,7 +41,7 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
     """
     if _are_there(config) and settings.student_config is None:
         inputs = open_inputs(config, config.parallel.num_ranks)
-        models = inputs.student_config, inputs.teacher.config
+        models = inputs.student_config, inputs.teacher_config
         tokens = _rendered(config, settings, inputs)
         return _work(config, settings, models, tokens), "models and prompts as they are"
     student, where = _shape("student", config.student.path, settings.student_config)
@@ -155,8 +155,8 @@ def _work(
         packs_weights=bool(config.engine.get("pack")) and config.parallel.device != "cuda",
         chunk_tokens=config.loss["chunk_tokens"],
         steps=steps,
-        evaluated=evaluation.num_questions,
-        retained=evaluation.num_retention,
+        evaluated=evaluation.num_questions * evaluation.samples_per_question,
+        retained=evaluation.num_retention * evaluation.samples_per_question,
         validations=steps // every if every else 0,
     )
 
@@ -181,5 +181,5 @@ def layout_of(config: TrainConfig) -> Layout:
         micro_batch_size=config.batching.micro_batch_size,
         distributed_optimizer=config.optim.use_distributed_optimizer,
         overlap=config.optim.overlap_grad_reduce,
-        recompute_mlp="mlp" in getattr(parallel, "recompute_modules", []),
+        recompute_mlp="mlp" in parallel.recompute_modules,
     )

@@ -52,7 +52,7 @@ def side(folder: Path, name: str, **changes: object) -> text.Side:
         there = json.loads((path / file).read_text()) if (path / file).exists() else {}
         known = {key: value for key, value in changes.items() if (key in there) or "tok" in file}
         (path / file).write_text(json.dumps(there | known))
-    return text._open_side(str(path))
+    return text.open_side(str(path))
 
 
 def doctor(folder: Path, *overrides: str, only: bool = False) -> dict[str, Check]:
@@ -96,20 +96,20 @@ def test_context_longer_than_the_positions_fails(folder: Path) -> None:
 
 
 def test_vocabulary_is_padded_for_the_layout(folder: Path) -> None:
-    tiny = text._open_side(str(folder / "tiny"))
+    tiny = text.open_side(str(folder / "tiny"))
     row = text.vocabularies(tiny, tiny, tp=3)
     assert row.status == "pass"
     assert "321 and 321 padded for tp 3" in row.found
 
 
 def test_token_without_a_row_fails(folder: Path) -> None:
-    tiny = text._open_side(str(folder / "tiny"))
-    few = text.Side(model=text._open_side(str(folder / "other")).model, tokenizer=tiny.tokenizer)
+    tiny = text.open_side(str(folder / "tiny"))
+    few = text.Side(model=text.open_side(str(folder / "other")).model, tokenizer=tiny.tokenizer)
     assert text.vocabularies(few, few, tp=1).status == "fail"
 
 
 def test_other_ends_fail(folder: Path) -> None:
-    tiny = text._open_side(str(folder / "tiny"))
+    tiny = text.open_side(str(folder / "tiny"))
     other = side(folder, "ends", eos_token="<|endoftext|>")
     assert text.ends(tiny, tiny).status == "pass"
     assert text.ends(tiny, other).status == "fail"
@@ -118,13 +118,13 @@ def test_other_ends_fail(folder: Path) -> None:
 def test_end_that_only_the_model_knows_is_a_warning(folder: Path) -> None:
     path = write_chat_model(folder / "unknown", eos_token_ids=(2, 7))
     (path / "generation_config.json").unlink(missing_ok=True)
-    row = text.ends(*[text._open_side(str(path))] * 2)
+    row = text.ends(*[text.open_side(str(path))] * 2)
     assert row.status == "warn"
     assert "[7]" in row.found
 
 
 def test_other_template_is_a_warning(folder: Path) -> None:
-    tiny = text._open_side(str(folder / "tiny"))
+    tiny = text.open_side(str(folder / "tiny"))
     other = side(folder, "template", chat_template=CHAT_TEMPLATE.replace("tiny", "large"))
     same = side(folder, "comment", chat_template="{#- the same -#}" + CHAT_TEMPLATE)
     assert "one template" in text.templates(tiny, tiny, CHAT).found
@@ -219,7 +219,7 @@ def test_checkpoints_that_are_kept_need_room(
     manager: str, bytes_each: int, count: int, folder: Path
 ) -> None:
     config = load_config(compose("train", settings(folder, f"exp_manager={manager}")))
-    tiny = text._open_side(str(folder / "tiny"))
+    tiny = text.open_side(str(folder / "tiny"))
     parameters = _checkpoints_gib(config, tiny) * 2**30 / (bytes_each * count)
     assert parameters == pytest.approx(2 * (320 * 24) + 2 * _layer_parameters() + 24)
 
