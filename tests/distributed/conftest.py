@@ -92,7 +92,9 @@ def results(run_job: Callable[[str], Path]) -> Callable[[str], Any]:
 
     def load(name: str) -> Any:
         if name not in loaded:
-            prefix = next((one for one in ("teachers", "doctor") if name.startswith(one)), "world")
+            prefix = next(
+                (one for one in ("teachers", "doctor", "plan") if name.startswith(one)), "world"
+            )
             source, *moved = name.removeprefix(f"{prefix}-").split("-to-")
             kind = "moves" if moved else prefix
             job = f"{kind} {cases.LAYOUTS[source].world}"

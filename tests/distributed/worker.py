@@ -66,6 +66,7 @@ def _run_rank(job: str, world: int, models: Path, results: Path) -> None:
             "moves": programs.run_moves,
             "teachers": programs.run_teachers,
             "doctor": programs.run_doctor,
+            "plan": programs.run_plan,
         }
         jobs[job](world, models, results)
     except BaseException:  # reported by the parent
