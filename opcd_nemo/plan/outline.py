@@ -165,7 +165,7 @@ def layout_of(config: TrainConfig) -> Layout:
     """The layout of a configuration.
 
     Raises:
-        ValueError: tp and pp do not divide the ranks.
+        ValueError: tp and pp do not divide the ranks, or these the batch.
     """
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -173,10 +173,17 @@ def layout_of(config: TrainConfig) -> Layout:
         raise ValueError(
             f"parallel.num_ranks={parallel.num_ranks}: allowed: a multiple of tp {tp} x pp {pp}"
         )
+    batch, micro = config.batching.global_batch_size, config.batching.micro_batch_size
+    dp = parallel.num_ranks // (tp * pp)
+    if batch % (micro * dp):
+        raise ValueError(
+            f"batching.global_batch_size={batch}: allowed: a multiple of "
+            f"batching.micro_batch_size={micro} x {dp} data-parallel ranks"
+        )
     return Layout(
         tp=tp,
         pp=pp,
-        dp=parallel.num_ranks // (tp * pp),
+        dp=dp,
         sequence_parallel=parallel.sequence_parallel,
         micro_batch_size=config.batching.micro_batch_size,
         distributed_optimizer=config.optim.use_distributed_optimizer,

@@ -67,7 +67,7 @@ def _advice(slowest: str) -> str:
 def layouts(work: Work) -> Iterator[Layout]:
     """Every layout of the same number of ranks that the models and the batch allow.
 
-    tp up to 8 that pads no KV group; pp that divides the layers of both models.
+    tp up to 8 that pads no KV group, with sequence parallelism; pp that divides all layers.
     """
     own = work.layout
     for tp in (1, 2, 4, 8):
@@ -89,7 +89,7 @@ def layouts(work: Work) -> Iterator[Layout]:
                         pp=pp,
                         dp=dp,
                         micro_batch_size=micro,
-                        sequence_parallel=own.sequence_parallel or tp > 1,
+                        sequence_parallel=tp > 1,
                     )
 
 
@@ -97,7 +97,7 @@ def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
     """The best layouts first: those that fit by the time of a step, then the others by memory."""
     rows = []
     for layout in layouts(work):
-        one = work.on(replace(layout, sequence_parallel=layout.tp > 1))
+        one = work.on(layout)
         memory, duration = peak_memory(one, accelerator), run_duration(one, accelerator)
         room = fits(one, accelerator)
         slowest = max(duration.step, key=duration.step.__getitem__)
