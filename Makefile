@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-one-process check format golden crash-test cluster-test image-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo demo-games test test-one-process check format golden crash-test cluster-test image-test clean \
+	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -19,7 +20,7 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=frozen_lake|sokoban]
+demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart
 	$(BIN)/python recipes/experience.py recipe=demo_games
 
 test: check ## every check, the kernels compiled for GPUs, then every test
@@ -30,14 +31,13 @@ test-one-process: $(DEV) # the tests that use one core
 	for folder in unit kernels; do $(PYTEST) tests/$$folder; done
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
 
-check: $(DEV) ## lint, format, types, import floors, duplicates
+check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pylint --score=no --disable=all --enable=duplicate-code --min-similarity-lines=8 \
 		opcd_nemo kernels/opcd_kernels recipes/*.py
-
 	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* .ci/run
 	$(BIN)/hadolint Dockerfile
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace, questions
-from opcd_nemo.tasks.boards import Board, MapPool, draw, images
+from opcd_nemo.tasks.boards import Board, MapPool, Symbols, draw, images
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
@@ -40,7 +41,8 @@ class GameEpisode:
         self.play = Play(board=board, rounds_left=rules.rounds, invalid_moves=0)
         self.answered = True  # until an answer names no action
         self._rules = rules
-        self._events = [rules.opening, self._board()]
+        hint = [] if rules.hint is None else [rules.hint]
+        self._events = [rules.opening, *hint, self._board()]
 
     @property
     def done(self) -> bool:
@@ -203,6 +205,29 @@ class GameTask:
         return chosen
 
 
+def lake_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Frozen Lake.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, LAKE_LETTERS)
+    won = "{player} reached {goal}.".format(**symbols)
+    lost = "{player} stepped on {hole}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost)
+
+
+def room_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence[str]]) -> Rules:
+    """Build the rules of Sokoban.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    check_symbols(symbols, ROOM_LETTERS)
+    won = "every {box} was pushed onto an {target}.".format(**symbols)
+    return make_rules(rounds, symbols, controls, won, lost="")
+
+
 def frozen_lake(
     *,
     size: int,
@@ -215,6 +240,7 @@ def frozen_lake(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/frozen_lake.yaml`.
@@ -223,16 +249,13 @@ def frozen_lake(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, LAKE_LETTERS)
     pool = frozen_lake_maps(
         size=size, num_holes=num_holes, rounds=rounds, num_maps=num_maps, map_seed=map_seed
     )
     _check_found(pool, num_maps)
-    won = "{player} reached {goal}.".format(**symbols)
-    lost = "{player} stepped on {hole}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost),
+        rules=replace(lake_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,
@@ -254,6 +277,7 @@ def sokoban(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/sokoban.yaml`.
@@ -262,7 +286,6 @@ def sokoban(
         ValueError: naming the key, its value and what is allowed.
     """
     _check_num_maps(num_maps)
-    check_symbols(symbols, ROOM_LETTERS)
     pool = sokoban_maps(
         size=size,
         num_boxes=num_boxes,
@@ -273,10 +296,9 @@ def sokoban(
         map_seed=map_seed,
     )
     _check_found(pool, num_maps)
-    won = "every {box} was pushed onto an {target}.".format(**symbols)
     return GameTask(
         pool=pool,
-        rules=make_rules(rounds, symbols, controls, won, lost=""),
+        rules=replace(room_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,

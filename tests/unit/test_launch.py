@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from opcd_nemo import launch
 from opcd_nemo.cluster import ATTEMPT_ENV, Nodes
 from opcd_nemo.config import load_config
-from opcd_nemo.types import NonFiniteError, StoppedByFile, StoppedBySignal
+from opcd_nemo.types import CheckFailed, NonFiniteError, StoppedByFile, StoppedBySignal
 
 
 def failure(folder: Path, rank: int, message: str | None, nanoseconds: int = 0) -> ProcessFailure:
@@ -59,6 +59,7 @@ def test_only_messages_that_say_what_is_allowed_blame_the_user() -> None:
         (NonFiniteError("loss is nan"), 1, "error: loss is nan\n"),
         (StoppedBySignal("stopped"), 75, "stopped\n"),
         (StoppedByFile("stopped"), 93, "stopped\n"),
+        (CheckFailed("1 of 2 checks failed"), 1, "error: 1 of 2 checks failed\n"),
     ],
 )
 @pytest.mark.parametrize("rank", [None, "0", "1"])

@@ -1,0 +1,151 @@
+"""The shipped game model: its vocabulary, what it is trained on, and that it plays by notes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from opcd_nemo.context import ExperienceContext
+from opcd_nemo.experience_config import ExtractionConfig
+from opcd_nemo.hf import open_checkpoint
+from opcd_nemo.tasks.boards import STEPS, Board
+from opcd_nemo.tasks.frozen_lake import FrozenLake
+from opcd_nemo.tokenizer import ChatTokenizer
+from recipes.game_model.network import Weights, losses, make_batch
+from recipes.game_model.samples import Answer, Maps, Sampler, Tree
+from recipes.game_model.settings import draw_setting, good_moves, held_out
+from recipes.game_model.trial import Trial
+from recipes.game_model.vocabulary import SYMBOLS, USER, drawn, make_tokenizer, words
+from tests.unit.test_games import build
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "recipes/game_model"
+CHAT = ChatTokenizer.from_path(str(MODEL))
+LAKES = {"size": 4, "num_holes": 4, "rounds": 8, "num_validation": 80, "num_test": 80}
+
+
+@cache
+def maps() -> dict[str, list[Board]]:
+    return build("frozen_lake", **LAKES).maps
+
+
+def sampler() -> Sampler:
+    return Sampler(make_tokenizer(), [Maps(boards=maps()["train"], rounds=8, weight=1.0)])
+
+
+def trees() -> list[Tree]:
+    rng, draws = Random(1), sampler()
+    return [
+        make(rng, *count, hidden=True)
+        for _ in range(4)
+        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction, 2))
+    ]
+
+
+@cache
+def trial() -> Trial:
+    checkpoint = open_checkpoint(str(MODEL))
+    weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    return Trial(checkpoint.config, weights, sampler(), seed=3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["upper left, 漢字 😀\t\r\n\n x", "\n- H\n-", *words(), "".join(map(chr, range(32, 256)))],
+)
+def test_any_text_comes_back(text: str) -> None:
+    ids = CHAT.encode(text)
+    assert CHAT.decode(ids, skip_special=False) == text
+
+
+def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:
+    made = make_tokenizer()
+    assert {made.id_to_token(index) for index in range(made.get_vocab_size())} == set(
+        CHAT._vocabulary.token_ids()
+    )
+    for symbol in SYMBOLS:
+        assert all(len(CHAT.encode(token)) == 1 for token in drawn(symbol))
+
+
+def test_training_reads_what_the_project_asks() -> None:
+    rng, draws = Random(5), sampler()
+    tree = draws.game(rng, hidden=True)
+    answer = tree.answers[-1]
+    read = tree.trunk[: answer.fork] + answer.tokens[: answer.given]
+    text = CHAT.decode(read, skip_special=False)
+    assert text.startswith(USER)
+    assert text.endswith("<|assistant|>")
+    question = text.removeprefix(USER).removesuffix("<|assistant|>")
+    assert list(CHAT.render(({"role": "user", "content": question},))) == read
+
+
+def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
+    setting = draw_setting(Random(2), maps()["train"][0], 8)
+    notes = list(setting.facts().values())
+    config = OmegaConf.load(ROOT / "conf/context/experience_games.yaml")
+    context = ExperienceContext(path=None, items=notes, lineage={}, template=config.template)
+    turn = setting.game(maps()["train"][0]).turn(context.context("", 0))
+    asked = turn.teacher_messages[-1]["content"]
+    assert all(f"\n- {note}\n" in asked for note in notes)
+    prompt = OmegaConf.load(ROOT / "conf/pipeline/demo_games.yaml").experience.extraction.prompt
+    assert ExtractionConfig.filled(_Prompt(prompt), "T", "O", "") == prompt.format(
+        trace="T", outcome="O"
+    )
+
+
+class _Prompt:
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+
+def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
+    checkpoint = open_checkpoint(str(MODEL))
+    weights: Weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    together = losses(checkpoint.config, weights, make_batch(trees()))
+    place = 0
+    for tree in trees():
+        for answer in tree.answers:
+            alone = Tree(trunk=tree.trunk[: answer.fork], answers=[_answer(answer, answer.fork)])
+            expected = losses(checkpoint.config, weights, make_batch([alone]))
+            found = together[place : place + len(expected)]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            place += len(expected)
+    assert place == len(together)
+
+
+def _answer(answer: Answer, fork: int) -> Answer:
+    return Answer(fork=fork, tokens=answer.tokens, given=answer.given)
+
+
+def test_training_has_no_map_letter_or_symbol_that_is_held_out() -> None:
+    rng = Random(4)
+    for _ in range(200):
+        setting = draw_setting(rng, maps()["train"][0], 8)
+        assert not held_out("controls", setting.controls.values())
+        assert not held_out("symbols", setting.symbols.values())
+    for name in "abc":
+        task = OmegaConf.load(ROOT / f"conf/task/hidden_lake_{name}.yaml")
+        assert held_out("controls", [task.controls[direction][0] for direction in STEPS])
+        assert held_out("symbols", list(task.symbols.values()))
+
+
+def test_a_good_move_comes_nearer() -> None:
+    lake = FrozenLake(size=3, holes=frozenset({(0, 1), (2, 1)}))
+    assert good_moves(lake, lake) == ["down"]
+
+
+def test_the_model_wins_by_notes_and_not_without() -> None:
+    boards = maps()["test"][:24]
+    assert trial().win_rate(boards, 8, about=None, hidden=True) >= 0.75
+    assert trial().win_rate(boards, 8, about=(), hidden=True) <= 0.15
+
+
+def test_the_model_writes_mostly_what_is_right() -> None:
+    items = trial().items(maps()["validation"][:24], 8, hidden=True)
+    assert items.num_without <= 4
+    assert items.num_right / items.num_written >= 0.5
