@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
@@ -67,7 +68,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
-    exp_manager(trainer, _exp_manager_config(raw, folder))
+    _start_exp_manager(trainer, raw, folder)
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
@@ -149,6 +150,12 @@ def _check_names(group: str, settings: Mapping[str, Any], allowed: Collection[st
     for name, value in settings.items():
         if name not in allowed:
             raise ValueError(f"{group}.{name}={value}: no such key; allowed: {', '.join(allowed)}")
+
+
+def _start_exp_manager(trainer: pl.Trainer, raw: DictConfig, folder: Path) -> None:
+    # on several nodes it complains that Slurm did not start every rank; nothing depends on that
+    with nemo_logging.temp_verbosity(nemo_logging.CRITICAL):
+        exp_manager(trainer, _exp_manager_config(raw, folder))
 
 
 def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
