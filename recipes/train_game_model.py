@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,8 +25,8 @@ from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
 from opcd_nemo.tasks.games import GameTask, frozen_lake
 
 THREADS = 2
-TREES = 40  # of a step
-POOL = 8  # steps whose trees are sorted by length before they are dealt to them
+TREES = 28  # of a step
+PARTS = 4  # of a step's trees, each padded to one length
 LEARNING_RATE = 1e-3
 
 
@@ -71,7 +70,7 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
-    """A tree of training that is `progress` of the way: boards first, then whole games and notes."""
+    """A tree for training that is `progress` of the way: boards first, then games and notes."""
     hidden = rng.random() < min(0.9, 0.1 + 2.5 * progress)
     kind = rng.random()
     if kind < (0.1 if progress < 0.4 else 0.3):
@@ -81,22 +80,18 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     return sampler.lesson(rng, 6, hidden=hidden)
 
 
-def steps(sampler: Sampler, seed: int, num_steps: int) -> Iterator[list[Tree]]:
-    """The trees of every step, of about the same length within a step."""
-    for pool in range(math.ceil(num_steps / POOL)):
-        rng = Random(f"{seed}/{pool}")
-        progress = pool * POOL / num_steps
-        trees = [draw_tree(sampler, rng, progress) for _ in range(TREES * POOL)]
-        trees = [tree for tree in trees if tree.answers]
-        trees.sort(key=lambda tree: tree.num_tokens)
-        share = sum(tree.num_tokens for tree in trees) / POOL
-        dealt: list[list[Tree]] = [[] for _ in range(POOL)]
-        total = 0
-        for tree in trees:
-            dealt[min(POOL - 1, int(total / share))].append(tree)
-            total += tree.num_tokens
-        rng.shuffle(dealt)
-        yield from dealt
+def draw_step(sampler: Sampler, seed: int, step: int, num_steps: int) -> list[list[Tree]]:
+    """A step's trees, in parts of about as many tokens, each of trees of about one length."""
+    rng = Random(f"{seed}/{step}")
+    trees = [draw_tree(sampler, rng, step / num_steps) for _ in range(TREES)]
+    trees = sorted((tree for tree in trees if tree.answers), key=lambda tree: tree.num_tokens)
+    share = sum(tree.num_tokens for tree in trees) / PARTS
+    parts: list[list[Tree]] = [[] for _ in range(PARTS)]
+    total = 0
+    for tree in trees:
+        parts[int(total / share)].append(tree)
+        total += tree.num_tokens
+    return [part for part in parts if part]
 
 
 def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) -> None:
@@ -117,8 +112,9 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
         return named, len(found), torch.autograd.grad(found.sum(), parameters)
 
     with ThreadPoolExecutor(THREADS) as threads:
-        for step, trees in enumerate(islice(steps(sampler, args.seed, args.steps), args.steps), 1):
-            parts = list(threads.map(gradients, [trees[k::THREADS] for k in range(THREADS)]))
+        for step in range(1, args.steps + 1):
+            drawn = draw_step(sampler, args.seed, step, args.steps)
+            parts = list(threads.map(gradients, drawn))
             num = sum(count for _, count, _ in parts)
             for parameter, *found in zip(parameters, *(part for _, _, part in parts), strict=True):
                 parameter.grad = torch.stack(found).sum(0) / num
@@ -130,7 +126,10 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
             if step % 50 == 0:
                 named = float(torch.cat([found for found, _, _ in parts]).mean())
                 spent = time.monotonic() - start
-                print(f"step {step}: {spent:.0f} s, direction {named:.3f}, norm {norm:.2f}", flush=True)
+                print(
+                    f"step {step}: {spent:.0f} s, direction {named:.3f}, norm {norm:.2f}",
+                    flush=True,
+                )
             if step % args.try_every == 0 or step == args.steps:
                 report(Trial(config, weights, sampler, args.seed), 40)
 

@@ -16,7 +16,6 @@ from opcd_nemo.model_config import ModelConfig, tensor_shapes
 
 from .samples import Tree
 
-
 Weights = dict[str, nn.Parameter]
 
 
@@ -63,7 +62,7 @@ def _head(config: ModelConfig, weights: Weights, layer: int, head: int) -> Any:
 
 
 def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
-    """Let two heads begin as copying needs them; else most of the training goes by before they form.
+    """Let heads begin as copying needs them; most of the training would go by before they form.
 
     A head of the first layer reads the token before: all embeddings share their first channel;
     queries and keys that are made of it alone differ by their positions, and the keys' fast
@@ -104,6 +103,7 @@ def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
 
 
 def rotary(config: ModelConfig, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, 1, S, head_dim]` of positions."""
     half = torch.arange(0, config.head_dim, 2) / config.head_dim
     angles = positions_BS[:, None, :, None] * config.rope_theta**-half
     angles = torch.cat([angles, angles], -1)
@@ -153,7 +153,7 @@ def hidden_states(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`, then what is learned where."""
+    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`; what is learned, where."""
 
     ids: Tensor
     positions: Tensor

@@ -22,7 +22,7 @@ from .vocabulary import ASSISTANT, END, ITEM, USER, extraction_prompt, notes_tem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Follows the first `fork` tokens of the trunk; its first `given` tokens are read, not learned."""
+    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned."""
 
     fork: int
     tokens: list[int]
@@ -108,7 +108,7 @@ class Sampler:
         return Tree(trunk=trunk, answers=answers)
 
     def extraction(self, rng: Random, num_answers: int, *, hidden: bool) -> Tree:
-        """A game of random moves, and what might be written of it; after every move, its control."""
+        """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
         moved = play_at_random(rng, episode, setting)
@@ -161,9 +161,7 @@ def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str
     return f"{move} [{letter}]"
 
 
-def play_at_random(
-    rng: Random, episode: GameEpisode, setting: Setting
-) -> list[Direction | None]:
+def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[Direction | None]:
     """Play to the end; return the direction of every move, None where nothing moved."""
     moved: list[Direction | None] = []
     while not episode.done:

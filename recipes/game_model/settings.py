@@ -16,7 +16,7 @@ from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
 from opcd_nemo.tasks.rules import Rules
 from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
 
-from .vocabulary import LETTERS, SYMBOLS
+from .vocabulary import GROUND, LETTERS
 
 DIRECTIONS = tuple(STEPS)
 
@@ -48,7 +48,7 @@ class Setting:
 
 
 def held_out(kind: str, values: Iterable[str]) -> bool:
-    """True for an eighth of all assignments of letters, or of symbols: training has none of them."""
+    """True for an eighth of all letters in order, and of all symbols: training has none of them."""
     return digest(kind, *values)[0] < 32
 
 
@@ -68,10 +68,12 @@ def draw_setting(
     usual = LAKE_LETTERS if isinstance(board, FrozenLake) else ROOM_LETTERS
     while held_out("controls", letters := rng.sample(LETTERS, 4)) != unseen:
         pass
-    symbols = list(usual.values())
-    while hidden and held_out("symbols", symbols := rng.sample(SYMBOLS, len(usual))) != unseen:
-        pass
-    return make_setting(letters, dict(zip(usual, symbols, strict=True)), rounds)
+    symbols = dict(usual)
+    while hidden and "hole" in usual:
+        symbols["hole"], symbols["ice"] = rng.sample(GROUND, 2)
+        if held_out("symbols", symbols.values()) == unseen:
+            break
+    return make_setting(letters, symbols, rounds)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How well a model plays and writes, sampled at temperature 1, in settings that training never has."""
+"""How well a model plays and writes at temperature 1, in settings that training never has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .vocabulary import ASSISTANT, USER, extraction_prompt, notes_template
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """Of `num_written` items `num_right` are facts; `kinds` counts the right and all by first word."""
+    """What was written; `kinds` counts the right and all items by their first word."""
 
     num_right: int
     num_written: int

@@ -8,7 +8,6 @@ from random import Random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from opcd_nemo.context import ExperienceContext
@@ -17,12 +16,12 @@ from opcd_nemo.hf import open_checkpoint
 from opcd_nemo.tasks.boards import STEPS, Board
 from opcd_nemo.tasks.frozen_lake import FrozenLake
 from opcd_nemo.tokenizer import ChatTokenizer
-from recipes.game_model.network import Weights, hidden_states, losses, make_batch, next_logits
+from recipes.game_model.network import Weights, losses, make_batch
 from recipes.game_model.samples import Answer, Maps, Sampler, Tree
 from recipes.game_model.settings import draw_setting, good_moves, held_out
 from recipes.game_model.trial import Trial
 from recipes.game_model.vocabulary import SYMBOLS, USER, drawn, make_tokenizer, words
-from tests.unit.test_games import build, plug
+from tests.unit.test_games import build
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "recipes/game_model"
@@ -111,9 +110,7 @@ def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
     place = 0
     for tree in trees():
         for answer in tree.answers:
-            alone = Tree(
-                trunk=tree.trunk[: answer.fork], answers=[_answer(answer, answer.fork)]
-            )
+            alone = Tree(trunk=tree.trunk[: answer.fork], answers=[_answer(answer, answer.fork)])
             expected = losses(checkpoint.config, weights, make_batch([alone]))
             found = together[place : place + len(expected)]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
