@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from game_model.network import Weights, losses, make_batch, new_weights
 from game_model.samples import Maps, Sampler, Tree
+from game_model.settings import Hidden
 from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
@@ -27,7 +27,8 @@ from opcd_nemo.tasks.games import GameTask, frozen_lake
 THREADS = 2
 TREES = 28  # of a step
 PARTS = 4  # of a step's trees, each padded to one length
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
+MATRIX_LEARNING_RATE = 0.02  # of Muon
 
 
 def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask:
@@ -71,11 +72,13 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     """A tree for training that is `progress` of the way: boards first, then games and notes."""
-    hidden = rng.random() < min(0.9, 0.1 + 2.5 * progress)
+    easy = rng.random() > min(0.9, 0.1 + 3.0 * progress)
+    hidden: Hidden = "none" if easy else "all" if rng.random() < 2.0 * progress else "ground"
     kind = rng.random()
-    if kind < (0.1 if progress < 0.4 else 0.3):
-        return sampler.extraction(rng, 4, hidden=hidden)
-    if kind < (0.2 if progress < 0.4 else 0.6):
+    late = progress > 0.4
+    if kind < (0.35 if late else 0.15):
+        return sampler.extraction(rng, 2, hidden=hidden)
+    if kind < (0.6 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
 
@@ -97,9 +100,12 @@ def draw_step(sampler: Sampler, seed: int, step: int, num_steps: int) -> list[li
 def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) -> None:
     """Minimise the cross-entropy of the answers; two threads share every step's trees."""
     parameters = list(weights.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    matrices = [weights[name] for name in weights if name.endswith("_proj.weight")]
+    others = [weights[name] for name in weights if not name.endswith("_proj.weight")]
+    optimizers = {
+        torch.optim.Muon(matrices, weight_decay=0.0): MATRIX_LEARNING_RATE,
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0): LEARNING_RATE,
+    }
     torch.set_num_threads(1)
     start = time.monotonic()
 
@@ -119,10 +125,11 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
             for parameter, *found in zip(parameters, *(part for _, _, part in parts), strict=True):
                 parameter.grad = torch.stack(found).sum(0) / num
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, step / 50) * decay
-            optimizer.step()
+            scale = min(1.0, step / 50, 2.0 * (1.0 - step / args.steps) + 0.01)
+            for optimizer, learning_rate in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * scale
+                optimizer.step()
             if step % 50 == 0:
                 named = float(torch.cat([found for found, _, _ in parts]).mean())
                 spent = time.monotonic() - start
@@ -137,12 +144,15 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 def report(trial: Trial, num_games: int) -> None:
     """Print what the model can do on maps, letters and symbols that training never has."""
     maps = lake(4, 4, 8, 80).maps["test"][:num_games]
-    for hidden in (False, True):
+    kinds: tuple[Hidden, ...] = ("none", "ground", "all")
+    for hidden in kinds:
         rates = {
             name: trial.win_rate(maps, 8, about=about, hidden=hidden)
             for name, about in (("all", None), ("none", ()))
         }
-        print(f"  hidden {hidden}: wins {rates}, {trial.items(maps, 8, hidden=hidden)}", flush=True)
+        print(
+            f"  hidden: {hidden}, wins {rates}, {trial.items(maps, 8, hidden=hidden)}", flush=True
+        )
 
 
 def main() -> None:

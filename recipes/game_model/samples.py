@@ -16,7 +16,7 @@ from opcd_nemo.experience import as_text
 from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.games import GameEpisode
 
-from .settings import Setting, draw_setting, good_moves, noted_move, open_boards
+from .settings import Hidden, Setting, draw_setting, good_moves, noted_move, open_boards
 from .vocabulary import ASSISTANT, END, ITEM, USER, extraction_prompt, notes_template
 
 
@@ -68,7 +68,7 @@ class Sampler:
         """Text of token ids, without special ones."""
         return str(self._tokenizer.decode(ids))
 
-    def lesson(self, rng: Random, num_boards: int, *, hidden: bool) -> Tree:
+    def lesson(self, rng: Random, num_boards: int, *, hidden: Hidden) -> Tree:
         """Notes, and first boards with a player anywhere: each the prompt of a game of its own."""
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
         setting = draw_setting(rng, maps.boards[0], maps.rounds, hidden=hidden)
@@ -87,7 +87,7 @@ class Sampler:
             )
         return Tree(trunk=trunk, answers=answers)
 
-    def game(self, rng: Random, *, hidden: bool) -> Tree:
+    def game(self, rng: Random, *, hidden: Hidden) -> Tree:
         """A whole game of a player who is more or less careless, with an answer at every turn."""
         start, setting = self._drawn(rng, hidden)
         known, notes = draw_notes(rng, setting)
@@ -107,7 +107,7 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def extraction(self, rng: Random, num_answers: int, *, hidden: bool) -> Tree:
+    def extraction(self, rng: Random, num_answers: int, *, hidden: Hidden) -> Tree:
         """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
@@ -125,11 +125,13 @@ class Sampler:
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
         shown = facts_shown(rng, episode, moved, facts)
+        for text in shown.values():
+            answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
         for text in dict.fromkeys(written(rng, shown) for _ in range(num_answers)):
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def _drawn(self, rng: Random, hidden: bool) -> tuple[Board, Setting]:
+    def _drawn(self, rng: Random, hidden: Hidden) -> tuple[Board, Setting]:
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
         start = rng.choice(maps.boards)
         return start, draw_setting(rng, start, maps.rounds, hidden=hidden)
@@ -189,6 +191,6 @@ def written(rng: Random, shown: Mapping[str, str]) -> str:
     names = list(shown)
     chosen = rng.sample(names, min(len(names), rng.choice((1, 2))))
     rare = [name for name in ("hole", "goal") if name in shown]
-    if rare and rng.random() < 0.3 and not set(rare) & set(chosen):
+    if rare and rng.random() < 0.5 and not set(rare) & set(chosen):
         chosen[-1] = rng.choice(rare)
     return "\n".join(f"{ITEM}{shown[name]}" for name in chosen)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
+from typing import Literal
 
 from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.draws import digest
@@ -16,7 +17,10 @@ from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
 from opcd_nemo.tasks.rules import Rules
 from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
 
-from .vocabulary import GROUND, LETTERS
+from .vocabulary import LETTERS, SYMBOLS
+
+Hidden = Literal["none", "ground", "all"]
+GROUND = ("hole", "ice", "wall", "floor")
 
 DIRECTIONS = tuple(STEPS)
 
@@ -62,15 +66,17 @@ def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int
 
 
 def draw_setting(
-    rng: Random, board: Board, rounds: int, *, unseen: bool = False, hidden: bool = True
+    rng: Random, board: Board, rounds: int, *, hidden: Hidden, unseen: bool = False
 ) -> Setting:
-    """Draw letters, and symbols unless they are not `hidden`; `unseen` ones are held out."""
+    """Draw letters, and symbols of what is hidden; `unseen` ones are held out."""
     usual = LAKE_LETTERS if isinstance(board, FrozenLake) else ROOM_LETTERS
     while held_out("controls", letters := rng.sample(LETTERS, 4)) != unseen:
         pass
+    roles = [role for role in usual if hidden == "all" or (hidden == "ground" and role in GROUND)]
     symbols = dict(usual)
-    while hidden and "hole" in usual:
-        symbols["hole"], symbols["ice"] = rng.sample(GROUND, 2)
+    while roles:
+        free = [symbol for symbol in SYMBOLS if hidden == "all" or symbol not in "PGX"]
+        symbols |= dict(zip(roles, rng.sample(free, len(roles)), strict=True))
         if held_out("symbols", symbols.values()) == unseen:
             break
     return make_setting(letters, symbols, rounds)
