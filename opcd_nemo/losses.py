@@ -101,7 +101,7 @@ class TopKLoss:
     """Divergence over the k likeliest tokens: the student's for reverse_kl, else the teacher's.
 
     Source: On-Policy Context Distillation (arXiv 2602.12275) sums eq. 2 over the student's k = 256;
-    its code drops the tail, whose other treatments are in docs/method.md.
+    its code drops the tail, whose other treatments are in kernels/README.md.
     """
 
     needs_teacher = True

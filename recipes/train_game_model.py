@@ -44,6 +44,7 @@ def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask
         repeat_maps=False,
         symbols=LAKE_LETTERS,
         controls={"up": ["w"], "down": ["s"], "left": ["a"], "right": ["d"]},
+        hint=None,
         seed=0,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -40,7 +41,8 @@ class GameEpisode:
         self.play = Play(board=board, rounds_left=rules.rounds, invalid_moves=0)
         self.answered = True  # until an answer names no action
         self._rules = rules
-        self._events = [rules.opening, self._board()]
+        hint = [] if rules.hint is None else [rules.hint]
+        self._events = [rules.opening, *hint, self._board()]
 
     @property
     def done(self) -> bool:
@@ -238,6 +240,7 @@ def frozen_lake(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/frozen_lake.yaml`.
@@ -252,7 +255,7 @@ def frozen_lake(
     _check_found(pool, num_maps)
     return GameTask(
         pool=pool,
-        rules=lake_rules(rounds=rounds, symbols=symbols, controls=controls),
+        rules=replace(lake_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,
@@ -274,6 +277,7 @@ def sokoban(
     repeat_maps: bool,
     symbols: Mapping[str, str],
     controls: Mapping[str, Sequence[str]],
+    hint: str | None,
     seed: int,
 ) -> GameTask:
     """Build the task of `conf/task/sokoban.yaml`.
@@ -294,7 +298,7 @@ def sokoban(
     _check_found(pool, num_maps)
     return GameTask(
         pool=pool,
-        rules=room_rules(rounds=rounds, symbols=symbols, controls=controls),
+        rules=replace(room_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
         num_validation=num_validation,
         num_test=num_test,
         repeat_maps=repeat_maps,

@@ -73,13 +73,14 @@ class Rules:
     """What the episodes of a game share.
 
     `actions` are the words in brackets that are moves; `reasons` say in the symbols of the board
-    why a game has ended.
+    why a game has ended. `hint` is told to every player, with or without a context.
     """
 
     rounds: int
     symbols: Symbols
     actions: Mapping[str, Direction]
     reasons: Mapping[Ending, str]
+    hint: str | None = None
 
     @property
     def opening(self) -> str:

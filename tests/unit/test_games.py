@@ -609,3 +609,15 @@ def test_the_command_line_reaches_symbols_and_controls(name: str) -> None:
     (episode,) = build_plug(composed).episodes("test", 0, 1)
     assert "you are the @" in question(episode)
     assert "[u]" in question(episode)
+
+
+def test_a_hint_is_read_by_student_and_teacher() -> None:
+    episode = build(hint="Notes: none.").episodes("test", 0, 1)[0]
+    context = Context(system="Look.", demonstrations=())
+    turn = episode.turn(context)
+    opening, hint, board = turn.student_messages[-1]["content"].split("\n\n")
+    assert hint == "Notes: none."
+    assert (opening[-1], board[:6]) == (".", "Board:")
+    assert turn.teacher_messages[-1] == turn.student_messages[-1]
+    bare = build().episodes("test", 0, 1)[0].turn(context)
+    assert "Notes" not in bare.student_messages[-1]["content"]
