@@ -74,11 +74,11 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     """A tree for training that is `progress` of the way: boards first, then games and notes."""
     easy = rng.random() > min(0.9, 0.1 + 3.0 * progress)
-    hidden: Hidden = "none" if easy else "all" if rng.random() < 2.0 * progress else "ground"
+    hidden: Hidden = "none" if easy else "ground"
     kind = rng.random()
     late = progress > 0.4
     if kind < (0.35 if late else 0.15):
-        return sampler.extraction(rng, 2, hidden=hidden)
+        return sampler.extraction(rng, hidden=hidden)
     if kind < (0.6 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
@@ -145,7 +145,7 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 def report(trial: Trial, num_games: int) -> None:
     """Print what the model can do on maps, letters and symbols that training never has."""
     maps = lake(4, 4, 8, 80).maps["test"][:num_games]
-    kinds: tuple[Hidden, ...] = ("none", "ground", "all")
+    kinds: tuple[Hidden, ...] = ("none", "ground")
     for hidden in kinds:
         rates = {
             name: trial.win_rate(maps, 8, about=about, hidden=hidden)

@@ -107,7 +107,7 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def extraction(self, rng: Random, num_answers: int, *, hidden: Hidden) -> Tree:
+    def extraction(self, rng: Random, *, hidden: Hidden) -> Tree:
         """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
@@ -124,11 +124,10 @@ class Sampler:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
-        shown = facts_shown(rng, episode, moved, facts)
+        shown = facts_shown(episode, moved, facts)
         for text in shown.values():
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
-        for text in dict.fromkeys(written(rng, shown) for _ in range(num_answers)):
-            answers.append(self._answer(len(trunk), ASSISTANT, text))
+        answers.append(self._answer(len(trunk), ASSISTANT, written(moved, shown)))
         return Tree(trunk=trunk, answers=answers)
 
     def _drawn(self, rng: Random, hidden: Hidden) -> tuple[Board, Setting]:
@@ -175,22 +174,20 @@ def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[
 
 
 def facts_shown(
-    rng: Random, episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
+    episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
 ) -> dict[str, str]:
     """What a finished game shows; of an unfinished one's goal there is a guess, from its board."""
     shown = {name for name in moved if name is not None}
     if episode.play.ending == "lost":
         shown.add("hole")
-    if episode.play.ending == "won" or not shown or rng.random() < 0.15:
+    if episode.play.ending == "won" or not shown:
         shown.add("goal")
     return {name: facts[name] for name in facts if name in shown}
 
 
-def written(rng: Random, shown: Mapping[str, str]) -> str:
-    """One or two lines."""
-    names = list(shown)
-    chosen = rng.sample(names, min(len(names), rng.choice((1, 2))))
-    rare = [name for name in ("hole", "goal") if name in shown]
-    if rare and rng.random() < 0.5 and not set(rare) & set(chosen):
-        chosen[-1] = rng.choice(rare)
-    return "\n".join(f"{ITEM}{shown[name]}" for name in chosen)
+def written(moved: Sequence[str | None], shown: Mapping[str, str]) -> str:
+    """One or two lines: how the game ended, and the last moves; the same for the same game."""
+    last = [name for name in reversed(moved) if name is not None]
+    ending = [name for name in ("hole", "goal") if name in shown]
+    names = list(dict.fromkeys([*last[:1], *ending, *last]))
+    return "\n".join(f"{ITEM}{shown[name]}" for name in names[:2])
