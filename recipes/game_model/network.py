@@ -186,6 +186,9 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
             rows += [b] * len(learned)
             columns += range(end - len(learned), end)
             targets += learned
+            rows += [b] * len(answer.marks)
+            columns += [place + mark for mark in answer.marks]
+            targets += answer.marks.values()
             place = end
         branch[b, place:] = -1
     index = torch.arange(S)

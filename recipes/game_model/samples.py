@@ -1,7 +1,7 @@
 """What the model is trained on: trees of tokens, whose answers share what stands before them.
 
-An answer does what the notes say and knows no more: without a note on a control its letter is
-drawn, without one on holes it walks into them.
+The direction of an answer is the best there is. Its letter is what the notes say, and where they are
+silent one of those that no note is on.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from opcd_nemo.experience import as_text
 from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.games import GameEpisode
 
-from .settings import Hidden, Setting, draw_setting, good_moves, noted_move, open_boards
+from .settings import Hidden, Setting, draw_setting, good_moves, open_boards
 from .vocabulary import ASSISTANT, END, ITEM, USER, extraction_prompt, notes_template
+
+_MEANINGS = {"hole": "never step on", "goal": "reach", "ice": "to go "}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned."""
+    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned.
+
+    `marks` are what some of the given tokens are known to be, by their place.
+    """
 
     fork: int
     tokens: list[int]
     given: int
+    marks: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,7 @@ class Sampler:
     def __init__(self, tokenizer: Tokenizer, maps: Sequence[Maps]) -> None:
         """Take the training maps of every game."""
         self._tokenizer, self._maps = tokenizer, list(maps)
+        self._meanings = {what: self.encode(word)[0] for what, word in _MEANINGS.items()}
         self._header, _ = notes_template().removeprefix("{opening}").split("{experience}")
 
     def encode(self, text: str) -> list[int]:
@@ -78,13 +85,11 @@ class Sampler:
         for start in rng.choices(maps.boards, k=num_boards):
             board = rng.choice(open_boards(start))
             _, situation = setting.game(board).transcript().split("\n\n", 1)
-            answers.append(
-                self._answer(
-                    len(trunk),
-                    f"\n\n{situation}{ASSISTANT}",
-                    said(rng, noted_move(rng, known, start, board), setting, known),
-                )
-            )
+            text = said(rng, good_moves(start, board)[0], setting, known)
+            answer = self._answer(len(trunk), f"\n\n{situation}{ASSISTANT}", text)
+            if "hole" in known:
+                answer.marks.update(self._marks(board))
+            answers.append(answer)
         return Tree(trunk=trunk, answers=answers)
 
     def game(self, rng: Random, *, hidden: Hidden) -> Tree:
@@ -95,8 +100,7 @@ class Sampler:
         noise = rng.choice((0.1, 0.3, 0.6, 1.0))
         texts = []
         while not episode.done and (good := good_moves(start, episode.play.board)):
-            move = noted_move(rng, known, start, episode.play.board)
-            texts.append(said(rng, move, setting, known))
+            texts.append(said(rng, good[0], setting, known))
             step = rng.choice(list(STEPS) if rng.random() < noise else good)
             episode.reply(f"[{setting.controls[step]}]")
         trunk, answers = self._opened(setting, notes), []
@@ -141,14 +145,22 @@ class Sampler:
 
     def _answer(self, fork: int, given: str, text: str) -> Answer:
         read = self.encode(given)
-        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read))
+        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read), marks={})
+
+    def _marks(self, board: Board) -> dict[int, int]:
+        cells = [(row, column) for row in range(board.size) for column in range(board.size)]
+        return {
+            place: self._meanings[what]
+            for place, cell in enumerate(cells, start=1)
+            if (what := board.what(cell)) in self._meanings
+        }
 
 
 def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
     """What the notes tell, and the notes: none, some or all, in any order, some twice."""
     facts = setting.facts()
     kind = rng.random()
-    about = [name for name in facts if kind > 0.3 or (kind > 0.12 and rng.random() < 0.7)]
+    about = [name for name in facts if kind > 0.4 or (kind > 0.2 and rng.random() < 0.7)]
     known = set(about)
     about += rng.choices(about, k=rng.choice((0, 0, 1, 2, 4))) if about else []
     rng.shuffle(about)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Literal
@@ -17,7 +17,7 @@ from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
 from opcd_nemo.tasks.rules import Rules
 from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
 
-from .vocabulary import LETTERS, SYMBOLS
+from .vocabulary import GROUND_SYMBOLS, LETTERS, SYMBOLS
 
 Hidden = Literal["none", "ground", "all"]
 GROUND = ("hole", "ice", "wall", "floor")
@@ -77,8 +77,8 @@ def draw_setting(
     roles = [role for role in usual if hidden == "all" or (hidden == "ground" and role in GROUND)]
     symbols = dict(usual)
     while roles:
-        free = [symbol for symbol in SYMBOLS if hidden == "all" or symbol not in "PGX"]
-        symbols |= dict(zip(roles, rng.sample(free, len(roles)), strict=True))
+        drawn = rng.sample(SYMBOLS if hidden == "all" else GROUND_SYMBOLS, len(roles))
+        symbols |= dict(zip(roles, drawn, strict=True))
         if held_out("symbols", symbols.values()) == unseen:
             break
     return make_setting(letters, symbols, rounds)
@@ -128,16 +128,3 @@ def good_moves(start: Board, board: Board) -> list[Direction]:
         if after is not None and known.get(after) == known[board] - 1:
             found.append(direction)
     return found
-
-
-def noted_move(rng: Random, known: set[str], start: Board, board: Board) -> Direction:
-    """What is played by one who knows the board by these notes alone."""
-    if "goal" not in known:
-        moves = list(STEPS)
-        if "hole" in known:
-            moves = [d for d in STEPS if (n := board.moved(d)) is not None and not n.lost] or moves
-        return rng.choice(moves)
-    if isinstance(board, FrozenLake) and "hole" not in known:
-        start = FrozenLake(size=board.size, holes=frozenset())
-        board = replace(start, player=board.player)
-    return good_moves(start, board)[0]

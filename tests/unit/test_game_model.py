@@ -119,7 +119,7 @@ def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
 
 
 def _answer(answer: Answer, fork: int) -> Answer:
-    return Answer(fork=fork, tokens=answer.tokens, given=answer.given)
+    return Answer(fork=fork, tokens=answer.tokens, given=answer.given, marks=answer.marks)
 
 
 def test_training_has_no_map_letter_or_symbol_that_is_held_out() -> None:
