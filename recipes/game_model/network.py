@@ -187,8 +187,8 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
             columns += range(end - len(learned), end)
             targets += learned
             rows += [b] * len(answer.marks)
-            columns += [place + mark for mark in answer.marks]
-            targets += answer.marks.values()
+            columns += [place + mark for mark, _ in answer.marks]
+            targets += [target for _, target in answer.marks]
             place = end
         branch[b, place:] = -1
     index = torch.arange(S)

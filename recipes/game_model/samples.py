@@ -1,12 +1,12 @@
 """What the model is trained on: trees of tokens, whose answers share what stands before them.
 
-The direction of an answer is the best there is. Its letter is what the notes say, and where they are
-silent one of those that no note is on.
+The direction of an answer is the best there is. Its letter is what the notes say, and where they
+are silent one of those that no note is on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -26,13 +26,13 @@ _MEANINGS = {"hole": "never step on", "goal": "reach", "ice": "to go "}
 class Answer:
     """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned.
 
-    `marks` are what some of the given tokens are known to be, by their place.
+    `marks` are a given token's place and what is asked there, too: what the cell is and where.
     """
 
     fork: int
     tokens: list[int]
     given: int
-    marks: dict[int, int]
+    marks: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class Sampler:
         """Take the training maps of every game."""
         self._tokenizer, self._maps = tokenizer, list(maps)
         self._meanings = {what: self.encode(word)[0] for what, word in _MEANINGS.items()}
+        self._rows, self._columns = self.encode("0123456789"), self.encode("QRSTUVWYZJ")
         self._header, _ = notes_template().removeprefix("{opening}").split("{experience}")
 
     def encode(self, text: str) -> list[int]:
@@ -87,8 +88,7 @@ class Sampler:
             _, situation = setting.game(board).transcript().split("\n\n", 1)
             text = said(rng, good_moves(start, board)[0], setting, known)
             answer = self._answer(len(trunk), f"\n\n{situation}{ASSISTANT}", text)
-            if "hole" in known:
-                answer.marks.update(self._marks(board))
+            answer.marks.extend(self._marks(board, known))
             answers.append(answer)
         return Tree(trunk=trunk, answers=answers)
 
@@ -145,15 +145,16 @@ class Sampler:
 
     def _answer(self, fork: int, given: str, text: str) -> Answer:
         read = self.encode(given)
-        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read), marks={})
+        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read), marks=[])
 
-    def _marks(self, board: Board) -> dict[int, int]:
+    def _marks(self, board: Board, known: set[str]) -> Iterator[tuple[int, int]]:
         cells = [(row, column) for row in range(board.size) for column in range(board.size)]
-        return {
-            place: self._meanings[what]
-            for place, cell in enumerate(cells, start=1)
-            if (what := board.what(cell)) in self._meanings
-        }
+        for place, (row, column) in enumerate(cells, start=1):
+            what = board.what((row, column))
+            yield place, self._rows[row]
+            yield place, self._columns[column]
+            if what in self._meanings and "hole" in known:
+                yield place, self._meanings[what]
 
 
 def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
