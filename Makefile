@@ -19,7 +19,7 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=frozen_lake|sokoban]
+demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart
 	$(BIN)/python recipes/experience.py recipe=demo_games
 
 test: check ## every check, the kernels compiled for GPUs, then every test

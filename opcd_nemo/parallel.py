@@ -203,6 +203,15 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
     )
 
 
+def backend_version(device: torch.device) -> str:
+    """The library of collectives on this device, with its version where it has one."""
+    if device.type == "cpu":
+        return "gloo"
+    if not dist.is_nccl_available():
+        raise ValueError("this build of torch has no NCCL; allowed: a build for CUDA")
+    return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
+
+
 def check_layout(world_size: int, tp: int, pp: int) -> None:
     """Refuse a world that the model-parallel sizes do not divide.
 

@@ -71,14 +71,14 @@ def distill_step(run: Run, step: int) -> Stats:
     with run.watch.phase("rollout"):
         rollouts = _rollouts(run, phase.sampler, step)
     with run.watch.phase("teacher"):
-        batches = _batches(run, rollouts, phase.loss)
+        batches = distill_batches(run, rollouts, phase.loss)
         scores = run.teacher.score(batches) if phase.loss.needs_teacher else []
     with run.watch.phase("student"):
         run.parallel.give_back_memory()
         run.optimizer.zero_grad()
-        stats = _forward_backward(run, batches, scores, phase.loss)
+        stats = accumulate_gradients(run, batches, scores, phase.loss)
     stats.add(_rollout_stats(run.parallel, rollouts))
-    stats = _over_ranks(run.parallel, stats)
+    stats = over_ranks(run.parallel, stats)
     _stop_if_not_finite(stats)
     with run.watch.phase("optimizer"):
         stats.add(run.optimizer.step())
@@ -119,7 +119,8 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
     return rollouts
 
 
-def _batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillBatch]:
+def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillBatch]:
+    """This rank's micro-batches of its rollouts. Collective over dp."""
     return make_distill_batches(
         rollouts,
         micro_batch_size=run.micro_batch_size,
@@ -132,9 +133,11 @@ def _batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillB
     )
 
 
-def _forward_backward(
+def accumulate_gradients(
     run: Run, batches: Sequence[DistillBatch], scores: Sequence[torch.Tensor], loss: Loss
 ) -> Stats:
+    """This rank's loss over its micro-batches, its gradient in the buffers. Collective."""
+
     def weighted(head: Head, _: TokenBatch, index: int) -> tuple[torch.Tensor, Stats]:
         batch = batches[index]
         return loss(
@@ -167,7 +170,7 @@ def _rollout_stats(parallel: Parallel, rollouts: Sequence[Rollout]) -> Stats:
     )
 
 
-def _over_ranks(parallel: Parallel, stats: Stats) -> Stats:
+def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
     """The sum over data-parallel ranks, known on every rank. Collective over the world."""
     counted = parallel.is_last_stage and parallel.tp_rank == 0
     total = Stats()

@@ -73,14 +73,15 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     """A tree for training that is `progress` of the way: boards first, then games and notes."""
-    hidden: Hidden = "none" if rng.random() < 0.2 else "ground"
-    late = progress > 0.4
+    easy = rng.random() > min(0.9, 0.1 + 3.0 * progress)
+    hidden: Hidden = "none" if easy else "ground"
     kind = rng.random()
+    late = progress > 0.4
     if kind < (0.35 if late else 0.15):
-        return sampler.extraction(rng, hidden=hidden)
-    if kind < (0.6 if late else 0.25):
+        return sampler.extraction(rng, 2, hidden=hidden)
+    if kind < (0.6 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
-    return sampler.lesson(rng, 8, hidden=hidden)
+    return sampler.lesson(rng, 6, hidden=hidden)
 
 
 def draw_step(sampler: Sampler, seed: int, step: int, num_steps: int) -> list[list[Tree]]:
@@ -159,18 +160,19 @@ def main() -> None:
     """Train and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--try-every", type=int, default=500)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
     config = shape(tokenizer.get_vocab_size(), args.layers)
-    lakes = [(4, 4, 8, 80, 0.5), (4, 3, 8, 20, 0.25), (4, 2, 8, 5, 0.25)]
+    lakes = [(4, 4, 8, 80, 0.6), (4, 3, 8, 20, 0.1), (4, 5, 8, 20, 0.1), (4, 2, 8, 5, 0.1)]
     maps = [
         Maps(boards=lake(*which).maps["train"], rounds=which[2], weight=weight)
         for *which, weight in lakes
     ]
+    maps.append(Maps(boards=lake(3, 2, 5, 5).maps["train"], rounds=5, weight=0.1))
     sampler = Sampler(tokenizer, maps)
     weights = new_weights(config, tokenizer, args.seed)
     train(config, weights, sampler, args)

@@ -77,8 +77,7 @@ def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
     def directions() -> Tensor:
         random = torch.randn(config.hidden_size, config.head_dim, generator=generator)
         random[0] = 0.0
-        basis: Tensor = torch.linalg.qr(random)[0].T
-        return basis
+        return torch.linalg.qr(random)[0].T
 
     q, k, v, o = _head(config, weights, 0, 0)
     for matrix in (q, k):
@@ -169,9 +168,7 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
     B, S = len(trees), max(tree.num_tokens for tree in trees)
     ids, positions, branch = (torch.zeros(B, S, dtype=torch.long) for _ in range(3))
     fork = torch.full((B, S), S)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
+    rows, columns, targets = [], [], []
     for b, tree in enumerate(trees):
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)
@@ -186,9 +183,6 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
             rows += [b] * len(learned)
             columns += range(end - len(learned), end)
             targets += learned
-            rows += [b] * len(answer.marks)
-            columns += [place + mark for mark, _ in answer.marks]
-            targets += [target for _, target in answer.marks]
             place = end
         branch[b, place:] = -1
     index = torch.arange(S)

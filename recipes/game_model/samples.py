@@ -1,12 +1,12 @@
 """What the model is trained on: trees of tokens, whose answers share what stands before them.
 
-The direction of an answer is the best there is. Its letter is what the notes say, and where they
-are silent one of those that no note is on.
+An answer does what the notes say and knows no more: without a note on a control its letter is
+drawn, without one on holes it walks into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -19,20 +19,14 @@ from opcd_nemo.tasks.games import GameEpisode
 from .settings import Hidden, Setting, draw_setting, good_moves, open_boards
 from .vocabulary import ASSISTANT, END, ITEM, USER, extraction_prompt, notes_template
 
-_MEANINGS = {"hole": "never step on", "goal": "reach", "ice": "to go "}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned.
-
-    `marks` are a given token's place and what is asked there, too: what the cell is and where.
-    """
+    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned."""
 
     fork: int
     tokens: list[int]
     given: int
-    marks: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +57,6 @@ class Sampler:
     def __init__(self, tokenizer: Tokenizer, maps: Sequence[Maps]) -> None:
         """Take the training maps of every game."""
         self._tokenizer, self._maps = tokenizer, list(maps)
-        self._meanings = {what: self.encode(word)[0] for what, word in _MEANINGS.items()}
-        self._rows, self._columns = self.encode("0123456789"), self.encode("QRSTUVWYZJ")
         self._header, _ = notes_template().removeprefix("{opening}").split("{experience}")
 
     def encode(self, text: str) -> list[int]:
@@ -86,10 +78,13 @@ class Sampler:
         for start in rng.choices(maps.boards, k=num_boards):
             board = rng.choice(open_boards(start))
             _, situation = setting.game(board).transcript().split("\n\n", 1)
-            text = said(rng, good_moves(start, board)[0], setting, known)
-            answer = self._answer(len(trunk), f"\n\n{situation}{ASSISTANT}", text)
-            answer.marks.extend(self._marks(board, known))
-            answers.append(answer)
+            answers.append(
+                self._answer(
+                    len(trunk),
+                    f"\n\n{situation}{ASSISTANT}",
+                    said(rng, good_moves(start, board)[0], setting, known),
+                )
+            )
         return Tree(trunk=trunk, answers=answers)
 
     def game(self, rng: Random, *, hidden: Hidden) -> Tree:
@@ -111,7 +106,7 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def extraction(self, rng: Random, *, hidden: Hidden) -> Tree:
+    def extraction(self, rng: Random, num_answers: int, *, hidden: Hidden) -> Tree:
         """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
@@ -128,7 +123,7 @@ class Sampler:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
-        shown = facts_shown(episode, moved, facts)
+        shown = facts_shown(rng, episode, moved, facts)
         for text in shown.values():
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
         answers.append(self._answer(len(trunk), ASSISTANT, written(moved, shown)))
@@ -145,16 +140,7 @@ class Sampler:
 
     def _answer(self, fork: int, given: str, text: str) -> Answer:
         read = self.encode(given)
-        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read), marks=[])
-
-    def _marks(self, board: Board, known: set[str]) -> Iterator[tuple[int, int]]:
-        cells = [(row, column) for row in range(board.size) for column in range(board.size)]
-        for place, (row, column) in enumerate(cells, start=1):
-            what = board.what((row, column))
-            yield place, self._rows[row]
-            yield place, self._columns[column]
-            if what in self._meanings and "hole" in known:
-                yield place, self._meanings[what]
+        return Answer(fork=fork, tokens=read + self.encode(text + END), given=len(read))
 
 
 def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
@@ -187,7 +173,7 @@ def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[
 
 
 def facts_shown(
-    episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
+    rng: Random, episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
 ) -> dict[str, str]:
     """What a finished game shows; of an unfinished one's goal there is a guess, from its board."""
     shown = {name for name in moved if name is not None}

@@ -58,11 +58,9 @@ def held_out(kind: str, values: Iterable[str]) -> bool:
 
 def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int) -> Setting:
     """Build the setting of letters, in the order of `STEPS`."""
-    controls: dict[Direction, str] = dict(zip(STEPS, letters, strict=True))
+    controls = dict(zip(STEPS, letters, strict=True))
     make = lake_rules if "hole" in symbols else room_rules
-    words: dict[str, Sequence[str]] = {
-        direction: [letter] for direction, letter in controls.items()
-    }
+    words = {direction: [letter] for direction, letter in controls.items()}
     rules = make(rounds=rounds, symbols=symbols, controls=words)
     return Setting(controls=controls, symbols=symbols, rules=rules)
 
@@ -77,8 +75,8 @@ def draw_setting(
     roles = [role for role in usual if hidden == "all" or (hidden == "ground" and role in GROUND)]
     symbols = dict(usual)
     while roles:
-        drawn = rng.sample(SYMBOLS if hidden == "all" else GROUND_SYMBOLS, len(roles))
-        symbols |= dict(zip(roles, drawn, strict=True))
+        free = list(SYMBOLS if hidden == "all" else GROUND_SYMBOLS)
+        symbols |= dict(zip(roles, rng.sample(free, len(roles)), strict=True))
         if held_out("symbols", symbols.values()) == unseen:
             break
     return make_setting(letters, symbols, rounds)

@@ -87,13 +87,16 @@ def run_job(
 
 @pytest.fixture(scope="session")
 def results(run_job: Callable[[str], Path]) -> Callable[[str], Any]:
-    """What a layout found, by its name; `<source>-to-<target>`, `teachers-<layout>` for others."""
+    """What a layout found, by its name; for others `<source>-to-<target>`, `<job>-<layout>`."""
     loaded: dict[str, Any] = {}
 
     def load(name: str) -> Any:
         if name not in loaded:
-            source, *moved = name.removeprefix("teachers-").split("-to-")
-            kind = "moves" if moved else "world" if source == name else "teachers"
+            prefix = next(
+                (one for one in ("teachers", "doctor", "plan") if name.startswith(one)), "world"
+            )
+            source, *moved = name.removeprefix(f"{prefix}-").split("-to-")
+            kind = "moves" if moved else prefix
             job = f"{kind} {cases.LAYOUTS[source].world}"
             loaded[name] = torch.load(run_job(job) / f"{name}.pt", weights_only=False)
         return loaded[name]

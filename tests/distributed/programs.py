@@ -16,7 +16,9 @@ from opcd_nemo.package import write_package
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.provenance import Provenance
 from tests.distributed import cases
+from tests.distributed.ailments import examine_all
 from tests.distributed.cases import LAYOUTS
+from tests.distributed.flops import count_all
 from tests.distributed.generation import generate_all
 from tests.distributed.shards import build, full_tensors, start
 from tests.distributed.teachers import follow, stale
@@ -114,6 +116,20 @@ def run_teachers(world: int, models: Path, results: Path) -> None:
             if parallel.rank == 0:
                 torch.save(found, results / f"teachers-{name}.pt")
             parallel.barrier()
+    _finish()
+
+
+def run_doctor(world: int, models: Path, results: Path) -> None:
+    """Let the doctor see a healthy run and sick ones, at tp 2."""
+    found = examine_all(models / cases.CHAT, results)
+    if int(dist.get_rank()) == 0:
+        torch.save(found, results / f"doctor-tp{world}.pt")
+    _finish()
+
+
+def run_plan(_: int, __: Path, results: Path) -> None:
+    """Count the operations of small models in one process."""
+    torch.save(count_all(start("one")), results / "plan-one.pt")
     _finish()
 
 

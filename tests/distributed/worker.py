@@ -65,6 +65,8 @@ def _run_rank(job: str, world: int, models: Path, results: Path) -> None:
             "world": programs.run_world,
             "moves": programs.run_moves,
             "teachers": programs.run_teachers,
+            "doctor": programs.run_doctor,
+            "plan": programs.run_plan,
         }
         jobs[job](world, models, results)
     except BaseException:  # reported by the parent

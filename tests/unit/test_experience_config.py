@@ -16,9 +16,12 @@ from opcd_nemo.launch import CONF, compose
 from opcd_nemo.model_files import write_json
 from opcd_nemo.registry import Entry
 
+CONTEXT = ["context=experience"]
+
 
 def raw(tmp_path: Path, *overrides: str) -> DictConfig:
-    return compose("experience", [f"exp_manager.exp_dir={tmp_path}", *overrides])
+    plain = [] if any(one.startswith(("recipe=", "context=")) for one in overrides) else CONTEXT
+    return compose("experience", [f"exp_manager.exp_dir={tmp_path}", *plain, *overrides])
 
 
 def workplace(tmp_path: Path, *overrides: str) -> Workplace:
@@ -88,7 +91,8 @@ def test_keys_that_contradict_each_other(
 @pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])
 def test_every_pipeline_of_a_recipe_composes(tmp_path: Path, recipe: str) -> None:
     settings = load_experience(raw(tmp_path, f"recipe={recipe}"))
-    assert "{experience}" in settings.train.context.template
+    games = settings.train.task._target_.startswith("opcd_nemo.tasks.games.")
+    assert ("{situation}" in settings.train.context.template) == games
     assert settings.experience.extraction.num_chains > 1
 
 

@@ -41,9 +41,9 @@ def sampler() -> Sampler:
 def trees() -> list[Tree]:
     rng, draws = Random(1), sampler()
     return [
-        make(rng, *count, hidden="ground")
+        make(rng, *count, hidden=True)
         for _ in range(4)
-        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction,))
+        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction, 2))
     ]
 
 
@@ -74,7 +74,7 @@ def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:
 
 def test_training_reads_what_the_project_asks() -> None:
     rng, draws = Random(5), sampler()
-    tree = draws.game(rng, hidden="ground")
+    tree = draws.game(rng, hidden=True)
     answer = tree.answers[-1]
     read = tree.trunk[: answer.fork] + answer.tokens[: answer.given]
     text = CHAT.decode(read, skip_special=False)
@@ -85,7 +85,7 @@ def test_training_reads_what_the_project_asks() -> None:
 
 
 def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
-    setting = draw_setting(Random(2), maps()["train"][0], 8, hidden="all")
+    setting = draw_setting(Random(2), maps()["train"][0], 8)
     notes = list(setting.facts().values())
     config = OmegaConf.load(ROOT / "conf/context/experience_games.yaml")
     context = ExperienceContext(path=None, items=notes, lineage={}, template=config.template)
@@ -119,13 +119,13 @@ def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
 
 
 def _answer(answer: Answer, fork: int) -> Answer:
-    return Answer(fork=fork, tokens=answer.tokens, given=answer.given, marks=answer.marks)
+    return Answer(fork=fork, tokens=answer.tokens, given=answer.given)
 
 
 def test_training_has_no_map_letter_or_symbol_that_is_held_out() -> None:
     rng = Random(4)
     for _ in range(200):
-        setting = draw_setting(rng, maps()["train"][0], 8, hidden="all")
+        setting = draw_setting(rng, maps()["train"][0], 8)
         assert not held_out("controls", setting.controls.values())
         assert not held_out("symbols", setting.symbols.values())
     for name in "abc":
@@ -140,12 +140,12 @@ def test_a_good_move_comes_nearer() -> None:
 
 
 def test_the_model_wins_by_notes_and_not_without() -> None:
-    boards = maps()["test"][:16]
-    assert trial().win_rate(boards, 8, about=None, hidden="ground") >= 0.75
-    assert trial().win_rate(boards, 8, about=(), hidden="ground") <= 0.15
+    boards = maps()["test"][:24]
+    assert trial().win_rate(boards, 8, about=None, hidden=True) >= 0.75
+    assert trial().win_rate(boards, 8, about=(), hidden=True) <= 0.15
 
 
 def test_the_model_writes_mostly_what_is_right() -> None:
-    items = trial().items(maps()["validation"][:16], 8, hidden="ground")
+    items = trial().items(maps()["validation"][:24], 8, hidden=True)
     assert items.num_without <= 4
     assert items.num_right / items.num_written >= 0.5

@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from opcd_nemo import launch
-from opcd_nemo.types import NonFiniteError
+from opcd_nemo.types import CheckFailed, NonFiniteError
 
 
 def failure(folder: Path, rank: int, message: str | None, nanoseconds: int = 0) -> ProcessFailure:
@@ -54,6 +54,7 @@ def test_only_messages_that_say_what_is_allowed_blame_the_user() -> None:
     [
         (ValueError("a=1: allowed: 2"), 2, "error: a=1: allowed: 2\n"),
         (NonFiniteError("loss is nan"), 1, "error: loss is nan\n"),
+        (CheckFailed("1 of 2 checks failed"), 1, "error: 1 of 2 checks failed\n"),
     ],
 )
 @pytest.mark.parametrize("rank", [None, "0", "1"])

@@ -17,7 +17,8 @@ from opcd_nemo.registry import COMMANDS, run_command
 
 
 def settings(tmp_path: Path, *overrides: str) -> Settings:
-    raw = compose("experience", [f"exp_manager.exp_dir={tmp_path}", *overrides])
+    where = f"exp_manager.exp_dir={tmp_path}"
+    raw = compose("experience", [where, "context=experience", *overrides])
     return load_experience(raw)
 
 

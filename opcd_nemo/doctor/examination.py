@@ -1,0 +1,148 @@
+"""All checks of a run, in order, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from opcd_nemo.build import build_run
+from opcd_nemo.config import ParallelConfig, TrainConfig, load_config
+from opcd_nemo.doctor import models, text
+from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
+from opcd_nemo.doctor.environment import environment_checks
+from opcd_nemo.inputs import Inputs, open_inputs
+from opcd_nemo.model_config import tensor_shapes
+from opcd_nemo.parallel import environment_world, init_parallel
+from opcd_nemo.settings import split_settings
+
+Say = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """`doctor:` in `conf/doctor.yaml`."""
+
+    environment_only: bool
+    num_prompts: int
+    max_new_tokens: int
+    min_free_disk_gib: float
+    max_divergence: float
+    max_gradient_error: float
+    max_logprob_gap: dict[str, float]
+
+
+def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
+    """Check what needs no weights; the layout to start for the rest, None where nothing is left.
+
+    Raises:
+        ValueError: a key is wrong.
+        CheckFailed: a check failed.
+    """
+    run, settings = split_settings(raw, "doctor", DoctorConfig)
+    config = load_config(run)
+    checks, _ = without_weights(config, settings, config.parallel.num_ranks)
+    if settings.environment_only or failed(checks):
+        say(table(checks))
+        stop_if_failed(checks)
+        return None
+    return config.parallel
+
+
+def examine(raw: DictConfig, say: Say) -> list[Check]:
+    """Check a run's configuration on this rank; rank 0 shows the table. Collective over the world.
+
+    Raises:
+        ValueError: a key is wrong.
+        CheckFailed: a check failed, on every rank.
+    """
+    run, settings = split_settings(raw, "doctor", DoctorConfig)
+    config = load_config(run)
+    rank, world_size = environment_world()
+    checks, inputs = without_weights(config, settings, world_size)
+    if inputs is not None and not settings.environment_only and not failed(checks):
+        checks += _with_models(config, inputs, settings)
+    if rank == 0:
+        say(table(checks))
+    stop_if_failed(checks)
+    return checks
+
+
+def without_weights(
+    config: TrainConfig, settings: DoctorConfig, world_size: int
+) -> tuple[list[Check], Inputs | None]:
+    """The checks of the machine and the files, and the inputs when they are in order."""
+    folder = Path(config.exp_manager["exp_dir"])
+    machine = partial(environment_checks, config.parallel.device, world_size, folder)
+    if settings.environment_only:
+        return machine(settings.min_free_disk_gib), None
+    try:
+        student, teacher = text.open_sides(config)
+    except ValueError as error:
+        return [*machine(settings.min_free_disk_gib), refusal("models", error)], None
+    checkpoint_gib = _checkpoints_gib(config, student)
+    checks = machine(settings.min_free_disk_gib + checkpoint_gib)
+    checks += [
+        text.vocabularies(student, teacher, config.parallel.tensor_model_parallel_size),
+        text.ends(student, teacher),
+    ]
+    if failed(checks[-2:]):
+        return checks, None
+    try:
+        inputs = open_inputs(config, world_size)
+    except ValueError as error:
+        return [*checks, refusal("inputs", error)], None
+    source = inputs.conversation.source
+    episodes = inputs.task.episodes("train", 0, min(_prompts(config), settings.num_prompts))
+    chat = episodes[0].turn(source.context(episodes[0].uid, 0)).teacher_messages
+    new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
+    checks += [
+        attempt("chat template", lambda: text.templates(student, teacher, chat)),
+        text.lengths(inputs, inputs.task.episodes("train", 0, _prompts(config)), new_tokens),
+        attempt(
+            "same response under both prompts",
+            lambda: text.same_suffix(inputs.tokenizer, source, episodes),
+        ),
+    ]
+    return checks, inputs
+
+
+def _prompts(config: TrainConfig) -> int:
+    """Training prompts of a step."""
+    batch = config.batching.global_batch_size
+    return max(1, batch - round(batch * config.rollout.anchor_fraction))
+
+
+def _checkpoints_gib(config: TrainConfig, student: text.Side) -> float:
+    """Disk for the checkpoints a run keeps, and the one in the making.
+
+    A parameter takes its dtype's bytes, and 12 more (fp32 master and two moments) in full ones.
+    """
+    kept: Any = config.exp_manager["checkpoint_callback_params"]
+    parameters = sum(prod(shape) for shape in tensor_shapes(student.model).values())
+    size = 2 if config.student.dtype == "bf16" else 4
+    full = 0 if kept["save_weights_only"] else 12
+    steps = config.trainer["max_steps"]
+    count = kept["save_top_k"] if kept["save_top_k"] >= 0 else steps // kept["every_n_train_steps"]
+    return float(parameters * (size + full) * (count + 1) / 2**30)
+
+
+def _with_models(config: TrainConfig, inputs: Inputs, settings: DoctorConfig) -> list[Check]:
+    parallel = init_parallel(config.parallel, config.seed)
+    run = build_run(config, inputs, parallel)
+    new_tokens = min(settings.max_new_tokens, config.rollout.max_new_tokens)
+    probe = models.sample_probe(run, settings.num_prompts, new_tokens)
+    return [
+        models.logprob_gap(run, probe, settings.max_logprob_gap[config.student.dtype]),
+        models.same_model(run, probe, settings.max_divergence),
+        models.head_gradient(run, inputs, probe, settings.max_gradient_error),
+        *models.context_and_gradients(
+            run, probe, settings.max_divergence, settings.max_gradient_error
+        ),
+        models.context_scores(run, inputs, settings.num_prompts, new_tokens),
+    ]

@@ -1,0 +1,196 @@
+"""Seconds of a step and of a run, by phase: the slower of arithmetic and memory, plus exchanges.
+
+Sources: roofline (Williams et al. 2009); a ring all-reduce sends 2 (n-1)/n of its bytes over every
+link (Patarasuk and Yuan 2009); two all-reduces a layer and direction of tensor parallelism (arXiv
+1909.08053, section 3); the pipeline's bubble (pp-1)/m of 1F1B (arXiv 2104.04473, section 2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opcd_nemo.model_config import ModelConfig
+from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.work import (
+    BYTES,
+    Stream,
+    Work,
+    backward_flops,
+    forward_flops,
+    head_flops,
+    key_value_width,
+    largest_stage,
+    loss_flops,
+    prompt_stream,
+    student_stream,
+    teacher_stream,
+)
+
+_OPTIMIZER_BYTES = 30  # a parameter: gradient read, master and moments read and written, weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duration:
+    """Seconds by phase of one step, and of what surrounds the steps."""
+
+    step: dict[str, float]
+    evaluations: float
+    start: float
+    steps: int
+
+    @property
+    def step_s(self) -> float:
+        """One step."""
+        return sum(self.step.values())
+
+    @property
+    def run_s(self) -> float:
+        """The whole run."""
+        return self.start + self.steps * self.step_s + self.evaluations
+
+
+def run_duration(work: Work, accelerator: Accelerator) -> Duration:
+    """Mean times of a run."""
+    teacher = teacher_seconds(work, accelerator) if work.needs_teacher else (0.0, 0.0)
+    student = student_seconds(work, accelerator)
+    prefill, decode, exchange = rollout_seconds(
+        work, accelerator, work.rows, work.tokens.response, with_context=work.samples_from_teacher
+    )
+    return Duration(
+        step={
+            "rollout prefill": prefill,
+            "rollout decode": decode,
+            "teacher": teacher[0],
+            "student": student[0],
+            "optimizer": optimizer_seconds(work, accelerator),
+            "communication": exchange + teacher[1] + student[1] + data_seconds(work, accelerator),
+        },
+        evaluations=evaluation_seconds(work, accelerator),
+        start=accelerator.start_s,
+        steps=work.steps,
+    )
+
+
+def rollout_seconds(
+    work: Work, accelerator: Accelerator, rows: int, response: float, *, with_context: bool
+) -> tuple[float, float, float]:
+    """Prefill, decoding and exchanges of one data-parallel rank's sequences.
+
+    With pp > 1 as many groups of sequences follow each other through the stages: a round takes
+    every stage's time once for each group.
+    """
+    layout = work.layout
+    model = work.teacher if with_context else work.student
+    dtype = work.teacher_dtype if with_context else work.student_dtype
+    group = min(-(-rows // layout.pp), work.max_batch_size)
+    waves = -(-rows // (group * layout.pp))
+    stream = prompt_stream(work, group, with_context=with_context)
+    flops = forward_flops(model, stream, layout.tp, layout.pp)
+    prefill = flops / accelerator.flops(dtype, accelerator.prefill_share)
+    prompt = work.tokens.teacher_prompt if with_context else work.tokens.prompt
+    decode = _decode_step(work, accelerator, model, dtype, group, prompt + response / 2)
+    hidden = model.hidden_size * BYTES[dtype]
+    exchange = _tensor_exchange(work, accelerator, stream.tokens * hidden, model, passes=1)
+    exchange += response * _tensor_exchange(work, accelerator, group * hidden, model, passes=1)
+    turns = waves * layout.pp
+    return turns * prefill, turns * response * decode, turns * exchange
+
+
+def _decode_step(
+    work: Work,
+    accelerator: Accelerator,
+    model: ModelConfig,
+    dtype: str,
+    rows: int,
+    length: float,
+) -> float:
+    """One token a row on one stage: weights and cache are read once."""
+    layout = work.layout
+    layers = model.num_layers / layout.pp
+    cache = rows * length * layers * key_value_width(model, layout.tp) * BYTES[dtype]
+    read = largest_stage(model, layout) * BYTES[dtype] + cache
+    stream = Stream(rows=rows, before=length, shared=0, own=1)
+    flops = forward_flops(model, stream, layout.tp, layout.pp) + head_flops(model, rows, layout.tp)
+    return layers * accelerator.layer_latency_s + max(
+        read / (1e9 * accelerator.memory_gb_per_s * accelerator.bandwidth_share),
+        flops / accelerator.flops(dtype, accelerator.decode_share),
+    )
+
+
+def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]:
+    """Arithmetic and exchanges of scoring; a teacher that moves reads its context anew."""
+    layout = work.layout
+    stream = teacher_stream(work, work.tokens.response)
+    flops = work.num_microbatches * forward_flops(work.teacher, stream, layout.tp, layout.pp)
+    if work.teacher_life != "frozen":
+        context = Stream(rows=1, before=0, shared=0, own=work.tokens.held)
+        flops += forward_flops(work.teacher, context, layout.tp, layout.pp)
+    hidden = stream.tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
+    exchange = _tensor_exchange(work, accelerator, hidden, work.teacher, passes=1)
+    seconds = flops / accelerator.flops(work.teacher_dtype, accelerator.prefill_share)
+    # every micro-batch goes through all stages before the next one is asked for
+    return layout.pp * seconds, work.num_microbatches * layout.pp * exchange
+
+
+def student_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]:
+    """Arithmetic, with the pipeline's bubble, and exchanges of forward, backward and loss."""
+    layout, count = work.layout, work.num_microbatches
+    stream = student_stream(work, work.tokens.response)
+    flops = forward_flops(work.student, stream, layout.tp, layout.pp)
+    flops += backward_flops(work.student, stream, layout)
+    flops += loss_flops(work, stream.rows * work.tokens.response)
+    bubble = 1 + (layout.pp - 1) / count
+    seconds = (
+        count * bubble * flops / accelerator.flops(work.student_dtype, accelerator.training_share)
+    )
+    hidden = stream.tokens * work.student.hidden_size * BYTES[work.student_dtype]
+    exchange = _tensor_exchange(work, accelerator, hidden, work.student, passes=2)
+    if layout.pp > 1:
+        exchange += 2 * hidden / accelerator.link(layout.num_ranks)
+    return seconds, count * bubble * exchange
+
+
+def _tensor_exchange(
+    work: Work, accelerator: Accelerator, size: float, model: ModelConfig, *, passes: int
+) -> float:
+    """Two all-reduces of `size` bytes a layer and pass over tp (sequence parallelism: the same)."""
+    tp = work.layout.tp
+    if tp == 1:
+        return 0.0
+    sent = 2 * (tp - 1) / tp * size / accelerator.link(tp)
+    calls = 2 * passes * model.num_layers / work.layout.pp
+    return calls * (accelerator.collective_latency_s + sent)
+
+
+def optimizer_seconds(work: Work, accelerator: Accelerator) -> float:
+    """One pass over this rank's share of parameters, gradients and moments."""
+    layout = work.layout
+    shards = layout.dp if layout.distributed_optimizer else 1
+    size = largest_stage(work.student, layout) / shards * _OPTIMIZER_BYTES
+    return size / (1e9 * accelerator.memory_gb_per_s * accelerator.bandwidth_share)
+
+
+def data_seconds(work: Work, accelerator: Accelerator) -> float:
+    """Gradients summed over dp in fp32, and weights gathered, less what overlap hides."""
+    layout = work.layout
+    if layout.dp == 1:
+        return 0.0
+    parameters = largest_stage(work.student, layout)
+    share = (layout.dp - 1) / layout.dp
+    gathered = BYTES[work.student_dtype] if layout.distributed_optimizer else 4
+    seconds = share * parameters * (4 + gathered) / accelerator.link(layout.num_ranks)
+    return seconds * (1 - accelerator.overlap_share * layout.overlap)
+
+
+def evaluation_seconds(work: Work, accelerator: Accelerator) -> float:
+    """The tables before and after (student, teacher, student again), and every validation."""
+    total = 0.0
+    for with_context, times in ((False, 2 + work.validations), (True, 1)):
+        for count, response in (
+            (work.evaluated, work.tokens.response),
+            (work.retained, float(work.tokens.retention_max_new)),
+        ):
+            rows = max(1, -(-count // work.layout.dp))
+            seconds = rollout_seconds(work, accelerator, rows, response, with_context=with_context)
+            total += times * sum(seconds)
+    return total

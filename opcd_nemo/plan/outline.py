@@ -1,0 +1,192 @@
+"""From a run's configuration to its `Work`: models and prompts are read, no weight is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.inputs import Inputs, open_inputs
+from opcd_nemo.model_config import ModelConfig, keep_layers, parse_config
+from opcd_nemo.plan.work import Layout, Tokens, Work
+from opcd_nemo.rollout import shared_start
+
+SHAPES = Path(__file__).parents[2] / "conf" / "shapes"
+_PROBED = 32  # prompts whose lengths are averaged
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """`plan:` in `conf/plan.yaml`."""
+
+    sweep: bool
+    show: int
+    student_config: str | None
+    teacher_config: str | None
+    prompt_tokens: int | None
+    context_tokens: int | None
+    response_tokens: int | None
+    turns: float
+
+
+def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
+    """The work of a run, and in words where its shapes and lengths come from.
+
+    Raises:
+        ValueError: a key is wrong, or lengths are neither given nor to be found.
+    """
+    if _are_there(config) and settings.student_config is None:
+        inputs = open_inputs(config, config.parallel.num_ranks)
+        models = inputs.student_config, inputs.teacher_config
+        tokens = _rendered(config, settings, inputs)
+        return _work(config, settings, models, tokens), "models and prompts as they are"
+    student, where = _shape("student", config.student.path, settings.student_config)
+    if config.student.keep_layers is not None:
+        student = keep_layers(student, config.student.keep_layers)
+    teacher, teacher_where = student, where
+    if config.teacher.path is not None:
+        teacher, teacher_where = _shape("teacher", config.teacher.path, settings.teacher_config)
+    teacher = replace(teacher, vocab_size=student.vocab_size)
+    work = _work(config, settings, (student, teacher), _given(config, settings))
+    return work, f"shapes from {where} and {teacher_where}, lengths as given in plan"
+
+
+def _are_there(config: TrainConfig) -> bool:
+    """Whether every model's path leads somewhere; the words of bundled models have no slash."""
+    paths = [path for path in (config.student.path, config.teacher.path) if path is not None]
+    return all("/" not in path or Path(path).expanduser().exists() for path in paths)
+
+
+def _shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
+    """The shape in a `config.json`, or of the known model that the folder is named after."""
+    file = Path(given) if given is not None else SHAPES / f"{Path(path).name}.yaml"
+    if file.is_dir():
+        file = file / "config.json"
+    if not file.is_file():
+        known = ", ".join(sorted(one.stem for one in SHAPES.glob("*.yaml")))
+        raise ValueError(
+            f"{side}.path={path}: not there; allowed: a model folder, "
+            f"plan.{side}_config=<config.json>, or a folder named as one of {known}"
+        )
+    raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return parse_config(raw, str(file)), file.name
+
+
+def _given(config: TrainConfig, settings: PlanConfig) -> Tokens:
+    for key in ("prompt_tokens", "context_tokens"):
+        if getattr(settings, key) is None:
+            raise ValueError(
+                f"plan.{key}=null: there is no tokenizer to count with; allowed: a mean number"
+            )
+    assert settings.prompt_tokens is not None
+    assert settings.context_tokens is not None
+    return _tokens(
+        config,
+        settings,
+        prompt=settings.prompt_tokens,
+        shared=0,
+        teacher_prompt=settings.prompt_tokens + settings.context_tokens,
+        held=settings.context_tokens,
+    )
+
+
+def _rendered(config: TrainConfig, settings: PlanConfig, inputs: Inputs) -> Tokens:
+    """Lengths of the first training prompts; a task of games counts its longest turns."""
+    anchors = round(config.batching.global_batch_size * config.rollout.anchor_fraction)
+    count = min(_PROBED, max(1, config.batching.global_batch_size - anchors))
+    episodes = inputs.task.episodes("train", 0, count)
+    sides = [inputs.conversation.longest_prompts(episode) for episode in episodes]
+    students = [student for student, _ in sides]
+    return _tokens(
+        config,
+        settings,
+        prompt=settings.prompt_tokens or fmean(map(len, students)),
+        shared=len(shared_start(students)) if len(students) > 1 else 0,
+        teacher_prompt=fmean(len(teacher) for _, teacher in sides),
+        held=len(inputs.prefix_ids),
+    )
+
+
+def _tokens(
+    config: TrainConfig,
+    settings: PlanConfig,
+    *,
+    prompt: float,
+    shared: float,
+    teacher_prompt: float,
+    held: float,
+) -> Tokens:
+    longest = config.rollout.max_new_tokens
+    return Tokens(
+        prompt=prompt,
+        shared=min(shared, prompt - 1),
+        teacher_prompt=teacher_prompt,
+        held=held,
+        response=min(settings.response_tokens or longest, longest),
+        max_new=longest,
+        retention_max_new=config.evaluation.retention_max_new_tokens,
+    )
+
+
+def _work(
+    config: TrainConfig,
+    settings: PlanConfig,
+    models: tuple[ModelConfig, ModelConfig],
+    tokens: Tokens,
+) -> Work:
+    loss, evaluation = build_plug(config.loss), config.evaluation
+    every, steps = evaluation.every_n_steps, config.trainer["max_steps"]
+    return Work(
+        student=models[0],
+        teacher=models[1],
+        student_dtype=config.student.dtype,
+        teacher_dtype=config.teacher.dtype,
+        teacher_life=config.teacher.life,
+        needs_teacher=loss.needs_teacher,
+        samples_from_teacher=config.rollout.sampler == "teacher",
+        layout=layout_of(config),
+        tokens=tokens,
+        sequences=round(config.batching.global_batch_size * settings.turns),
+        max_batch_size=config.engine["max_batch_size"],
+        packs_weights=bool(config.engine.get("pack")) and config.parallel.device != "cuda",
+        chunk_tokens=config.loss["chunk_tokens"],
+        steps=steps,
+        evaluated=evaluation.num_questions * evaluation.samples_per_question,
+        retained=evaluation.num_retention * evaluation.samples_per_question,
+        validations=steps // every if every else 0,
+    )
+
+
+def layout_of(config: TrainConfig) -> Layout:
+    """The layout of a configuration.
+
+    Raises:
+        ValueError: tp and pp do not divide the ranks, or these the batch.
+    """
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.num_ranks % (tp * pp):
+        raise ValueError(
+            f"parallel.num_ranks={parallel.num_ranks}: allowed: a multiple of tp {tp} x pp {pp}"
+        )
+    batch, micro = config.batching.global_batch_size, config.batching.micro_batch_size
+    dp = parallel.num_ranks // (tp * pp)
+    if batch % (micro * dp):
+        raise ValueError(
+            f"batching.global_batch_size={batch}: allowed: a multiple of "
+            f"batching.micro_batch_size={micro} x {dp} data-parallel ranks"
+        )
+    return Layout(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        sequence_parallel=parallel.sequence_parallel,
+        micro_batch_size=config.batching.micro_batch_size,
+        distributed_optimizer=config.optim.use_distributed_optimizer,
+        overlap=config.optim.overlap_grad_reduce,
+        recompute_mlp="mlp" in parallel.recompute_modules,
+    )

@@ -1,0 +1,46 @@
+"""`recipes/plan.py`: the configuration of a training run, on a named accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo.config import load_config
+from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.outline import PlanConfig, outline
+from opcd_nemo.plan.report import plan_report, sweep_report
+from opcd_nemo.settings import split_settings
+
+_NOT_NEEDED = "not-needed-for-a-plan"
+
+
+def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
+    """Say what a run takes, or rank the layouts of its ranks.
+
+    Raises:
+        ValueError: a key is wrong, or something that the arithmetic needs is missing.
+    """
+    raw, settings = split_settings(raw, "plan", PlanConfig)
+    raw, accelerator = split_settings(raw, "accelerator", Accelerator)
+    if settings.prompt_tokens is not None and settings.context_tokens is not None:
+        _fill(raw)
+    work, origin = outline(load_config(raw), settings)
+    for dtype in (work.student_dtype, work.teacher_dtype):
+        if dtype not in accelerator.tflops:
+            known = ", ".join(accelerator.tflops)
+            raise ValueError(f"accelerator.tflops: no {dtype}; allowed: one of {known} as dtype")
+    say(plan_report(work, accelerator, origin))
+    if settings.sweep:
+        say("")
+        say(sweep_report(work, accelerator, settings.show))
+
+
+def _fill(node: Any) -> None:
+    """Put a word where files of data are missing: lengths are given, no file is opened."""
+    for key in list(node):
+        if OmegaConf.is_missing(node, key):
+            node[key] = _NOT_NEEDED
+        elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
+            _fill(node[key])

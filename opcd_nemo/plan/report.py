@@ -1,0 +1,116 @@
+"""A plan in words: tables of memory, time and cost, the bottleneck, a ranking of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.duration import run_duration
+from opcd_nemo.plan.memory import GIB, fits, peak_memory, total_gib
+from opcd_nemo.plan.work import Layout, Work, largest_stage
+
+
+def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
+    """The layout of the configuration: does it fit, how long, what is slow, what does it cost."""
+    memory, duration = peak_memory(work, accelerator), run_duration(work, accelerator)
+    layout, tokens = work.layout, work.tokens
+    gib = {name: size / GIB for name, size in memory.parts.items()}
+    slowest = max(duration.step, key=duration.step.__getitem__)
+    room = "fits" if fits(work, accelerator) else "DOES NOT FIT"
+    hours = layout.num_ranks * duration.run_s / 3600
+    share = 100 * duration.step[slowest] / duration.step_s
+    return "\n".join(
+        [
+            f"{layout.name()} on {layout.num_ranks} x {accelerator.name}; {origin}",
+            f"parameters of the fullest rank: student {largest_stage(work.student, layout):,}, "
+            f"teacher {largest_stage(work.teacher, layout):,}",
+            f"tokens of a sequence: student {tokens.prompt:.0f} + {tokens.response:.0f}, teacher "
+            f"{tokens.teacher_prompt:.0f} ({tokens.held:.0f} held) + {tokens.response:.0f}; "
+            f"{work.sequences} sequences a step",
+            "",
+            *_table(f"memory of the fullest rank in its fullest phase ({memory.phase}), GiB", gib),
+            f"{room}: {memory.total / GIB:.2f} of {accelerator.memory_gib:.1f} GiB"
+            f"{' over all ranks' if accelerator.memory_is_shared else ''}, of which "
+            f"{100 * accelerator.usable_share:.0f} % are used; all ranks and launcher "
+            f"{total_gib(work, accelerator):.2f} GiB",
+            "",
+            *_table("time of a step, s", duration.step),
+            f"bottleneck: {slowest} ({share:.0f} % of the step); {_advice(slowest)}",
+            f"run: {duration.start:.0f} s to start, {duration.steps} steps of "
+            f"{duration.step_s:.2f} s, {duration.evaluations:.0f} s of evaluations: "
+            f"{duration.run_s / 3600:.2f} h, {hours:.2f} GPU-hours",
+        ]
+    )
+
+
+def _table(title: str, values: Mapping[str, float]) -> list[str]:
+    width = max(map(len, values))
+    rows = [f"  {name:{width}} {value:10.3f}" for name, value in values.items()]
+    return [title, *rows, f"  {'sum':{width}} {sum(values.values()):10.3f}"]
+
+
+_ADVICE = {
+    "rollout prefill": "hold the shared start of prompts, or raise data parallelism",
+    "rollout decode": "raise engine.max_batch_size, or tp, which reads the weights in parallel",
+    "teacher": "a smaller teacher, or a context held once (teacher.life=frozen)",
+    "student": "raise data parallelism, or lower pp, whose bubble grows with few micro-batches",
+    "optimizer": "optim.use_distributed_optimizer=true shards it over data-parallel ranks",
+    "communication": "lower tp, keep it inside a node, or overlap gradients",
+}
+
+
+def _advice(slowest: str) -> str:
+    return _ADVICE[slowest]
+
+
+def layouts(work: Work) -> Iterator[Layout]:
+    """Every layout of the same number of ranks that the models and the batch allow.
+
+    tp up to 8 that pads no KV group, with sequence parallelism; pp that divides all layers.
+    """
+    own = work.layout
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4, 8):
+            for micro in (1, 2, 4, 8, 16):
+                dp = own.num_ranks // (tp * pp)
+                good = (
+                    own.num_ranks % (tp * pp) == 0
+                    and work.sequences % (micro * max(1, dp)) == 0
+                    and not any(
+                        model.num_query_groups % tp for model in (work.student, work.teacher)
+                    )
+                    and not any(model.num_layers % pp for model in (work.student, work.teacher))
+                )
+                if good:
+                    yield replace(
+                        own,
+                        tp=tp,
+                        pp=pp,
+                        dp=dp,
+                        micro_batch_size=micro,
+                        sequence_parallel=tp > 1,
+                    )
+
+
+def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
+    """The best layouts first: those that fit by the time of a step, then the others by memory."""
+    rows = []
+    for layout in layouts(work):
+        one = work.on(layout)
+        memory, duration = peak_memory(one, accelerator), run_duration(one, accelerator)
+        room = fits(one, accelerator)
+        slowest = max(duration.step, key=duration.step.__getitem__)
+        rank = (not room, duration.step_s if room else memory.total)
+        hours = layout.num_ranks * duration.run_s / 3600
+        line = (
+            f"{one.layout.name():34} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
+            f"{duration.step_s:10.2f} {hours:10.2f}  {slowest}"
+        )
+        rows.append((rank, line))
+    title = (
+        f"{'layout':34} {'fits':>4} {'GiB/rank':>9} {'s/step':>10} {'GPU-hours':>10}  bottleneck"
+    )
+    ranked = [line for _, line in sorted(rows, key=lambda row: row[0])]
+    left = f"{len(ranked) - show} more: plan.show={len(ranked)}" if len(ranked) > show else ""
+    return "\n".join([title, *ranked[:show], *([left] if left else [])])
