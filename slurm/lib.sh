@@ -335,7 +335,7 @@ opcd_watchdog() { # PID
 # SIGUSR1 comes before the time limit, SIGTERM at a preemption or a cancellation; to srun both go
 # as SIGUSR1, which it hands on: SIGTERM would end it
 opcd_on_signal() { # NAME
-  received=$1
+  [[ $received == USR1 ]] || received=$1 # a limit that was announced is also enforced, by SIGTERM
   opcd_say "SIG$1: the ranks save after this step"
   [[ -z ${step_pid:-} ]] || kill -USR1 "$step_pid" 2>/dev/null
 }

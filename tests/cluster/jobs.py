@@ -127,6 +127,11 @@ class Job:
     def restarts(self) -> int:
         return int(self.site.cluster.job(self.id)["Restarts"])
 
+    def run_time_s(self) -> int:
+        """How long the attempt runs, or ran."""
+        hours, minutes, seconds = self.site.cluster.job(self.id)["RunTime"].split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+
     @property
     def log(self) -> str:
         return self.log_path.read_text() if self.log_path.exists() else ""

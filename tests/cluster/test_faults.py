@@ -23,6 +23,7 @@ Scenario = Callable[[Site], Job]
 def plain(site: Site) -> Job:
     job = site.submit("plain")
     job.wait_for_end()
+    (site.output / "plain.seconds").write_text(str(job.run_time_s()))
     return job
 
 
@@ -52,32 +53,33 @@ def preemption(site: Site) -> Job:
 
 def time_limit(site: Site) -> Job:
     """The time limit comes near: SIGUSR1, 180 seconds before, as the script asks."""
-    job = site.submit("time_limit", environment={PAUSE_ENV: "0.8"})
+    job = site.submit("time_limit", environment={PAUSE_ENV: "4"})  # for the 60 + 30 s that may pass
     job.wait_for_step(2)
-    site.cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=3"])
-    job.wait_for_state("PENDING", seconds=300)
-    site.cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"])
+    minutes = int(job.run_time_s() / 60) + 4  # so that the signal is due in less than a minute
+    site.cluster.run(["scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}"])
+    site.cluster.wait_for(lambda: job.restarts == 1, PATIENCE_S, f"requeue\n{job.log}")
+    site.cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=60"])
     job.wait_for_end()
     return job
 
 
 def partition(site: Site) -> Job:
     """The first node, with rank 0 and the script, loses the network; its processes go on."""
-    job = site.submit("partition", environment={PAUSE_ENV: "0.2"})
+    patience = "parallel.timeout_s=3600"  # they must still be there when the next attempt starts
+    job = site.submit("partition", patience, environment={PAUSE_ENV: "0.2"})
     job.wait_for_step(15)
     victim = job.nodes[0]
     site.cluster.unplug(victim)
     zombies = Writers(site, victim, job.run)
     assert zombies.pids, job.story()
-    site.cluster.wait_for(
-        lambda: f"attempt {job.id}.1" in job.lock, PATIENCE_S, f"takeover\n{job.log}"
-    )
+    takeover = f"attempt {job.id}.1"
+    site.cluster.wait_for(lambda: takeover in job.lock, PATIENCE_S, f"takeover\n{job.log}")
     assert zombies.alive(), "the test is worth nothing when nobody is left to write"
     before = zombies.positions()
+    assert before, "rank 0 has its metrics open"
     while job.state in ("RUNNING", "COMPLETING"):
-        written = {
-            file: place for file, place in zombies.positions().items() if place != before.get(file)
-        }
+        now = zombies.positions()
+        written = {file: place for file, place in now.items() if place != before.get(file)}
         assert not written, f"the first attempt still writes: {written}"
         time.sleep(0.2)
     site.cluster.plug_in(victim)
@@ -120,7 +122,9 @@ def _listed(folder: Path) -> list[Path]:
 
 def hang(site: Site) -> Job:
     """A rank stands still; the watchdog ends the attempt."""
-    job = site.submit("hang", environment={HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": "90"})
+    undisturbed_s = float((site.output / "plain.seconds").read_text())
+    timeout = str(40 + int(undisturbed_s))  # a busy machine is slow, no machine is dead
+    job = site.submit("hang", environment={HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": timeout})
     job.wait_for_end()
     return job
 

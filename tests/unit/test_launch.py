@@ -57,9 +57,9 @@ def test_only_messages_that_say_what_is_allowed_blame_the_user() -> None:
     [
         (ValueError("a=1: allowed: 2"), 2, "error: a=1: allowed: 2\n"),
         (NonFiniteError("loss is nan"), 1, "error: loss is nan\n"),
-        (CheckFailed("1 of 2 checks failed"), 1, "error: 1 of 2 checks failed\n"),
         (StoppedBySignal("stopped"), 75, "stopped\n"),
         (StoppedByFile("stopped"), 93, "stopped\n"),
+        (CheckFailed("1 of 2 checks failed"), 1, "error: 1 of 2 checks failed\n"),
     ],
 )
 @pytest.mark.parametrize("rank", [None, "0", "1"])
