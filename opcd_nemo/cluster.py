@@ -96,6 +96,16 @@ def is_first_node() -> bool:
     return node is None or node.rank == 0
 
 
+def ranks_here(num_ranks: int) -> int:
+    """How many of a run's ranks this node has.
+
+    Raises:
+        ValueError: the nodes cannot have equally many.
+    """
+    node = this_node()
+    return num_ranks if node is None else node.ranks_per_node(num_ranks)
+
+
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():

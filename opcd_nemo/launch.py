@@ -30,7 +30,7 @@ import psutil
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opcd_nemo.cluster import Nodes, this_attempt, this_node
+from opcd_nemo.cluster import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
@@ -61,10 +61,7 @@ LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | Non
 def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
     config = load_config(raw)
-    node, ranks_here = this_node(), config.parallel.num_ranks
-    if node is not None:
-        ranks_here = node.ranks_per_node(ranks_here)
-    device, _reason = choose_device(config.parallel.device, ranks_here)
+    device, _reason = choose_device(config.parallel.device, ranks_here(config.parallel.num_ranks))
     choose_layer_spec(config.parallel.layer_spec, device)
     open_inputs(config, config.parallel.num_ranks)
     return config.parallel

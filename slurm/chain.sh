@@ -1,14 +1,14 @@
 #!/bin/bash
-# The experience pipeline as jobs that wait for each other: extract -> consolidate -> evaluate.
+# The experience pipeline as jobs that wait for each other: extract, score, select, consolidate,
+# evaluate; OPCD_STAGES="extract consolidate evaluate" names fewer (what is done is not done again).
 #
 #   OPCD_RECIPE=... slurm/chain.sh [key=value ...]
 #
-# OPCD_STAGES="extract score select consolidate evaluate" names other stages; every variable of
-# README.md is passed on. A stage that fails ends the chain: those behind it are cancelled, and a
+# Every variable of README.md is passed on. A stage that fails ends the chain: those behind it are cancelled, and a
 # small job writes which one it was to OPCD_OUTPUT/slurm/chain-<first job>.log.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-stages=${OPCD_STAGES:-extract consolidate evaluate}
+stages=${OPCD_STAGES:-extract score select consolidate evaluate}
 declare -A script=([extract]=extract [score]=extract [select]=extract
   [consolidate]=consolidate [evaluate]=evaluate)
 

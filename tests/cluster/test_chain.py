@@ -14,6 +14,7 @@ def submit(site: Site, name: str, **environment: str) -> dict[str, Job]:
     settings = {
         "OPCD_STAGE_COMMAND": "tests/cluster/stage.sh",
         "OPCD_NAME": name,
+        "OPCD_STAGES": " ".join(STAGES),
         "OPCD_NODES": "1",
         "OPCD_TIME": "10",
         "OPCD_SBATCH_FLAGS": f"--output={site.output}/%x-%j.log",
@@ -53,3 +54,13 @@ def test_a_failed_stage_stops_the_chain_and_says_so(site: Site) -> None:
     assert failed.startswith("chain: stage consolidate (job ")
     assert failed.endswith("failed: FAILED; the chain stops")
     assert skipped.endswith("does not run: CANCELLED")
+
+
+def test_the_whole_pipeline_is_the_default(site: Site) -> None:
+    settings = {"DRY_RUN": "1", "OPCD_STAGE_COMMAND": "tests/cluster/stage.sh", "OPCD_NODES": "1"}
+    shown = site.front_door("slurm/chain.sh", environment=settings)
+    assert shown.returncode == 0, shown
+    stages = re.findall(r"# stage (\w+)", shown.stdout)
+    assert stages == ["extract", "score", "select", "consolidate", "evaluate"]
+    for stage in stages:
+        assert f"stage={stage}" in shown.stdout

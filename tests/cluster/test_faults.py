@@ -98,18 +98,17 @@ class Writers:
         return any(Path(f"/proc/{pid}/fd").exists() for pid in self.pids)
 
     def positions(self) -> dict[tuple[int, str], int]:
-        """The offset of every file below the folder that a process has open for writing."""
+        """How far processes are in what they have open for writing below the folder."""
         found = {}
         for pid in self.pids:
             for descriptor in _listed(Path(f"/proc/{pid}/fd")):
                 try:
-                    path = str(descriptor.readlink())
+                    is_there = str(descriptor.readlink()).startswith(f"{self._folder}/")
                     info = Path(f"/proc/{pid}/fdinfo/{descriptor.name}").read_text().split()
                 except OSError:  # closed meanwhile
                     continue
-                is_writable = int(info[3], 8) & os.O_ACCMODE != os.O_RDONLY
-                if path.startswith(f"{self._folder}/") and is_writable:
-                    found[pid, path.removesuffix(" (deleted)")] = int(info[1])
+                if is_there and int(info[3], 8) & os.O_ACCMODE != os.O_RDONLY:
+                    found[pid, descriptor.name] = int(info[1])
         return found
 
 
