@@ -152,7 +152,7 @@ def _work(
         tokens=tokens,
         sequences=round(config.batching.global_batch_size * settings.turns),
         max_batch_size=config.engine["max_batch_size"],
-        packs_weights=bool(config.engine.get("pack")) and config.parallel.device != "cuda",
+        packs_weights=bool(config.engine.get("pack")) and config.parallel.device in ("auto", "cpu"),
         chunk_tokens=config.loss["chunk_tokens"],
         steps=steps,
         evaluated=evaluation.num_questions * evaluation.samples_per_question,
