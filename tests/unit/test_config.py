@@ -290,7 +290,7 @@ def test_every_demo_composes_with_every_layout(recipe: str, parallel: str) -> No
     )
 
 
-NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "pipeline")
+NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "pipeline", "accelerator", "shapes")
 
 
 @pytest.mark.parametrize(
