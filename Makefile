@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-one-process check format golden crash-test clean bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+.PHONY: help demo demo-games test test-one-process check format golden crash-test cluster-test image-test clean \
+	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -30,13 +31,15 @@ test-one-process: $(DEV) # the tests that use one core
 	for folder in unit kernels; do $(PYTEST) tests/$$folder; done
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
 
-check: $(DEV) ## lint, format, types, import floors, duplicates
+check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pylint --score=no --disable=all --enable=duplicate-code --min-similarity-lines=8 \
 		opcd_nemo kernels/opcd_kernels recipes/*.py
+	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* .ci/run
+	$(BIN)/hadolint Dockerfile
 
 format: $(DEV) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
@@ -63,6 +66,14 @@ crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; cha
 	$(BIN)/python -m tests.crash
 	$(BIN)/python -m tests.crash --kills 3 --layout tp2 --one-rank
 	$(BIN)/python -m tests.layouts
+
+cluster-test: $(DEV) ## the scripts of slurm/ on a real Slurm of eight hosts in namespaces (root, 10 min)
+	tests/cluster/packages.sh slurmctld slurm-wlm munge libslurm-dev iproute2
+	$(PYTEST) -x tests/cluster
+
+image-test: $(DEV) ## build the Dockerfile on a stand-in for NVIDIA's image and run it (root, 5 min)
+	tests/cluster/packages.sh buildah buildah crun debootstrap
+	$(PYTEST) -x tests/image
 
 golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
 	$(BIN)/python -m tests.golden.curves

@@ -55,7 +55,7 @@ def save(
     Collective over the world; see `start_save`.
     """
     started = start_save(path, common, student, optimizer, teacher, parallel, background=False)
-    publish(started, parallel)
+    publish(started, parallel, lambda: None)
 
 
 def start_save(
@@ -111,13 +111,18 @@ def _prepare(folder: Path, whole: dict[str, Any], parallel: Parallel) -> tuple[S
     return ShardWriter(folder, f"__{parallel.rank}_0.distcp", pieces, files), index
 
 
-def publish(save: Save, parallel: Parallel) -> None:
+def publish(save: Save, parallel: Parallel, fence: Callable[[], None]) -> None:
     """Wait for every rank's files, then give the folder its name. Collective over the world.
+
+    Args:
+        save: what was begun.
+        parallel: the ranks.
+        fence: raises on rank 0, just before the renames, when the folder is no longer this run's.
 
     Raises:
         SaveError: on every rank, when one could not write; nothing is published.
     """
-    _complete(save.shards, save.path, lambda parts: _publish(save, parts), parallel)
+    _complete(save.shards, save.path, lambda parts: _publish(save, parts, fence), parallel)
 
 
 def _complete(
@@ -153,13 +158,13 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(save: Save, parts: Sequence[Written]) -> None:
+def _publish(save: Save, parts: Sequence[Written], fence: Callable[[], None]) -> None:
     _write_index(save.temporary, save.index, parts)
     entries = {name: entry for part in parts for name, entry in part.entries.items()}
     for name in durable.files_in(save.temporary):
         if name not in entries:
             entries[name] = durable.measure(save.temporary / name, sync=True)
-    durable.publish(save.temporary, save.path, entries)
+    durable.publish(save.temporary, save.path, entries, fence)
 
 
 def _write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:

@@ -1,21 +1,16 @@
-"""Folders that are whole or not there: fsync, a manifest of sizes and digests, an atomic rename.
-
-Also the lock that keeps two jobs out of one folder.
-"""
+"""Folders that are whole or not there: fsync, a manifest of sizes and digests, an atomic rename."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+
+from opcd_nemo.cluster import this_attempt
 
 MANIFEST = "manifest.json"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
@@ -57,10 +52,17 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
         os.fsync(file.fileno())
 
 
-def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
-    """Give a finished folder its manifest and its final name; what had the name is replaced."""
+def publish(
+    temporary: Path, final: Path, entries: Mapping[str, Entry], fence: Callable[[], None]
+) -> None:
+    """Give a finished folder its manifest and its final name; what had the name is replaced.
+
+    Raises:
+        OSError: the disk refuses, or the `fence` does: nothing that has a name was touched.
+    """
     write_manifest(temporary, entries)
     _sync_folder(temporary)
+    fence()
     replaced = final.with_name(f".{final.name}{_REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -72,7 +74,7 @@ def publish(temporary: Path, final: Path, entries: Mapping[str, Entry]) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file that is whole or not there."""
-    temporary = file.with_name(f".{file.name}{_PARTIAL}")
+    temporary = partial(file)
     with temporary.open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
@@ -81,14 +83,16 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def partial(final: Path) -> Path:
-    """Where a folder is written before it is published."""
-    return final.with_name(f".{final.name}{_PARTIAL}")
+    """Where a folder is written before it is published; every attempt of a job has its own."""
+    attempt = this_attempt()
+    name = final.name if attempt is None else f"{final.name}.{attempt}"
+    return final.with_name(f".{name}{_PARTIAL}")
 
 
 def clean(folder: Path) -> None:
     """Remove what a crash left in a folder of published folders; no published one is lost."""
     for path in folder.glob(f".*{_PARTIAL}"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # a node that was given up may still write there
     for path in folder.glob(f".*{_REPLACED}"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
         if final.exists():
@@ -151,31 +155,6 @@ def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]
         if found.sha256 != wanted.sha256:
             return f"{folder / name}: its SHA-256 is not the manifest's"
     return None
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Take the folder for this process, until the returned file is closed or the process ends.
-
-    The kernel lets go of the lock when a process dies, so that none is left behind.
-
-    Raises:
-        ValueError: another process has it; names its host, pid and start.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "an unknown process"
-        file.close()
-        raise ValueError(f"{folder}: in use by {holder}; allowed: one job at a time") from error
-    file.truncate(0)
-    start = datetime.now(UTC).isoformat(timespec="seconds")
-    file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {start}\n")
-    file.flush()
-    return file
 
 
 def _sync_folder(folder: Path) -> None:

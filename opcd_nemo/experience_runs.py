@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from opcd_nemo.cluster import is_first_node
 from opcd_nemo.context import ExperienceContext
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience_config import Settings, load_experience
@@ -59,7 +60,8 @@ class Workplace:
         file = self.root / _ORIGIN
         self.folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_whole(file, OmegaConf.to_yaml(OmegaConf.create(origin)))
+            if is_first_node():
+                write_whole(file, OmegaConf.to_yaml(OmegaConf.create(origin)))
             return
         saved: Any = OmegaConf.to_container(OmegaConf.load(file))
         if changed := differences(saved, origin, _COMPARED, _NOT_COMPARED):

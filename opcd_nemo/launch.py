@@ -1,12 +1,14 @@
 """How a recipe starts: check the configuration, start the ranks, end with one clear line.
 
 Started by hand, a recipe checks its inputs and becomes a torchrun of its own with
-`parallel.num_ranks` processes. Started by torchrun or srun it is a rank. Bad input ends with exit
-code 2 and one line on rank 0.
+`parallel.num_ranks` processes; started once a node by a cluster's script (`opcd_nemo/cluster.py`),
+the same with this node's share of them. Started by torchrun or srun it is a rank. Bad input ends
+with exit code 2 and one line on rank 0.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -16,21 +18,29 @@ import socket
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from opcd_nemo.cluster import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.config import ParallelConfig, load_config
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
-from opcd_nemo.types import CheckFailed, NonFiniteError, SaveError, StoppedBySignal
+from opcd_nemo.types import (
+    CheckFailed,
+    NonFiniteError,
+    SaveError,
+    StoppedByFile,
+    StoppedBySignal,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -38,6 +48,11 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # by a signal, with a checkpoint: start the same command again
+EXIT_DO_NOT_RESTART = 93  # somebody wants the run to end
+_STOPS: dict[type[Exception], int] = {
+    StoppedBySignal: EXIT_STOPPED,
+    StoppedByFile: EXIT_DO_NOT_RESTART,
+}
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
 LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | None]
@@ -46,7 +61,7 @@ LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | Non
 def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
     config = load_config(raw)
-    device, _reason = choose_device(config.parallel.device, config.parallel.num_ranks)
+    device, _reason = choose_device(config.parallel.device, ranks_here(config.parallel.num_ranks))
     choose_layer_spec(config.parallel.layer_spec, device)
     open_inputs(config, config.parallel.num_ranks)
     return config.parallel
@@ -95,7 +110,7 @@ def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
     try:
         code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
-        code = _report_error(error, config_name)
+        code = report_error(error, config_name)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
@@ -108,12 +123,12 @@ def quoted(override: str) -> str:
     return f"{key}='{value}'" if plain else override
 
 
-def _report_error(error: Exception, config_name: str) -> int:
+def report_error(error: Exception, config_name: str) -> int:
     """Print one line for what a user can mend, a traceback for the rest; returns the exit code."""
-    if isinstance(error, StoppedBySignal):
+    if type(error) in _STOPS:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{error}\n")
-        return EXIT_STOPPED
+        return _STOPS[type(error)]
     line = _one_line(error, config_name)
     if line is None and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
         traceback.print_exception(error)
@@ -155,6 +170,8 @@ def _explain_hydra(error: Exception, config_name: str) -> str:
 
 
 def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
+    # from a watchdog: the rank shows what each thread is doing, and dies
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     telemetry = logging.getLogger("nv_one_logger")  # NeMo's; on screen from its import on
@@ -241,9 +258,9 @@ def _check(check: LaunchCheck, config_name: str, writer: Connection) -> None:
     try:
         parallel = check(compose(config_name, sys.argv[1:]), _say)
         if parallel is not None:
-            _check_port(parallel.port)
+            _check_port(parallel.port, this_node())
     except Exception as error:
-        sys.exit(_report_error(error, config_name))
+        sys.exit(report_error(error, config_name))
     writer.send(parallel)
 
 
@@ -251,9 +268,11 @@ def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201  # a recipe's output
 
 
-def _check_port(port: int) -> None:
+def _check_port(port: int, node: Nodes | None) -> None:
     if port == 0:
         return
+    if node is not None:
+        raise ValueError(f"parallel.port={port}: allowed: 0, the ranks meet at {node.rendezvous}")
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
@@ -267,31 +286,62 @@ def _torchrun(parallel: ParallelConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    node = this_node()
     os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
+    if parallel.device != "cpu" and needs_one_connection(parallel):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        run_id=str(os.getpid()),
-        nproc_per_node=parallel.num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{parallel.port}",
+        **_rendezvous(parallel, node),
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    for one in (signal.SIGTERM, signal.SIGUSR1):
+    for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(one, _forward_to_ranks)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
         elastic_launch(settings, sys.executable)(*["-u", *sys.argv])
     except ChildFailedError as error:
         rank, failure = _first_failure(error.failures)
-        if failure.exitcode == EXIT_STOPPED:  # rank 0 has said why
-            return EXIT_STOPPED
-        sys.stderr.write(f"error: rank {rank} failed first: {_first_line(failure)}\n")
+        if failure.exitcode in _STOPS.values():  # rank 0 has said why
+            return failure.exitcode
+        where = "" if node is None else f" on {socket.gethostname()}"
+        sys.stderr.write(f"error: rank {rank} failed first{where}: {_first_line(failure)}\n")
         return failure.exitcode if failure.exitcode > 0 else EXIT_FAILURE
     return 0
+
+
+def needs_one_connection(parallel: ParallelConfig) -> bool:
+    """Whether Megatron relies on the order of kernels in one hardware queue.
+
+    It lets communication of tensor and context parallelism start before the computation that
+    hides it: on GPUs before Blackwell that takes `CUDA_DEVICE_MAX_CONNECTIONS=1`.
+    """
+    return parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
+
+
+def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
+    """Where the ranks meet: on this machine, or at the first node, in the order of the nodes."""
+    if node is None:
+        return {
+            "min_nodes": 1,
+            "max_nodes": 1,
+            "run_id": str(os.getpid()),
+            "nproc_per_node": parallel.num_ranks,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": f"127.0.0.1:{parallel.port}",
+        }
+    return {
+        "min_nodes": node.count,
+        "max_nodes": node.count,
+        # neither an attempt that lingers nor the run before this one is met
+        "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(sys.argv).encode())}",
+        "nproc_per_node": node.ranks_per_node(parallel.num_ranks),
+        "rdzv_backend": "static",
+        "rdzv_endpoint": node.rendezvous,
+        "rdzv_configs": {"rank": node.rank, "timeout": parallel.timeout_s},
+    }
 
 
 def _forward_to_ranks(number: int, _: FrameType | None) -> None:

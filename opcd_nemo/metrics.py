@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -53,12 +53,17 @@ class Stopwatch:
 class MetricLogger:
     """Appends one JSON object a line; the record that every table and curve is made from."""
 
-    def __init__(self, path: Path) -> None:
-        """Open `path` for appending."""
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, fence: Callable[[], None]) -> None:
+        """Open `path` for appending; `fence` raises when the file is no longer this run's."""
+        self._file, self._fence = path.open("a", encoding="utf-8"), fence
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write one line and flush it."""
+        """Write one line and flush it.
+
+        Raises:
+            OSError: the disk refuses, or the fence does.
+        """
+        self._fence()
         self._file.write(json.dumps({"step": step, **values}, sort_keys=True) + "\n")
         self._file.flush()
 

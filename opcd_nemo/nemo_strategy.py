@@ -63,6 +63,7 @@ class MegatronStrategy(DDPStrategy):
         self._watch = Stopwatch()
         self._save: checkpoint.Save | None = None
         self._to_remove: list[Path] = []
+        self.fence: Callable[[], None] = lambda: None  # of rank 0, see `FolderLock.check`
 
     def setup_distributed(self) -> None:
         """Tell NeMo about the groups that exist."""
@@ -126,7 +127,7 @@ class MegatronStrategy(DDPStrategy):
             return
         save, self._save = self._save, None
         with self._watch.phase("save"):
-            checkpoint.publish(save, self.parallel)
+            checkpoint.publish(save, self.parallel, self.fence)
             for path in self._to_remove:
                 self._remove(path)
             self._to_remove.clear()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint, report
 from opcd_nemo.config import TrainConfig, load_config
-from opcd_nemo.durable import clean, lock_folder, set_aside, write_whole
+from opcd_nemo.durable import clean, set_aside, write_whole
 from opcd_nemo.evaluation import Evaluation
+from opcd_nemo.folder_lock import FolderLock, lock_folder
 from opcd_nemo.inputs import open_inputs
 from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
 from opcd_nemo.nemo_model import OPCDModel
-from opcd_nemo.nemo_signals import StepBoundary
+from opcd_nemo.nemo_signals import STOP_FILE, StepBoundary
 from opcd_nemo.nemo_strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.parallel import LAUNCHER_PID_ENV, Parallel, environment_world, init_parallel
 from opcd_nemo.provenance import freeze_context
@@ -31,6 +32,7 @@ from opcd_nemo.resume import check_unchanged, run_origin
 from opcd_nemo.types import NonFiniteError
 
 Say = Callable[[str], None]
+DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
 
 
 def train(raw: DictConfig, say: Say) -> Path:
@@ -45,6 +47,7 @@ def train(raw: DictConfig, say: Say) -> Path:
         NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
         SaveError: a checkpoint could not be written; those before it are intact.
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+        StoppedByFile: the folder has a file STOP; a checkpoint is saved.
     """
     started = time.perf_counter()
     load_config(raw)
@@ -54,13 +57,14 @@ def train(raw: DictConfig, say: Say) -> Path:
     origin = run_origin(raw, open_inputs(config, world_size).context_hash)
     parallel = init_parallel(config.parallel, config.seed)
     quiet = say if rank == 0 else _silent
-    quiet(_first_line(parallel))
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     strategy = MegatronStrategy(
         parallel, async_save=config.exp_manager["checkpoint_callback_params"]["async_save"]
     )
-    trainer = _trainer(config, strategy, StepBoundary(strategy, folder / "checkpoints"))
-    _lock = _lock_folder(folder, parallel)  # held until this function ends
+    quiet(_first_line(parallel))
+    trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
+    lock = _lock_folder(folder, parallel)  # held until this function ends
+    strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     exp_manager(trainer, _exp_manager_config(raw, folder))
@@ -68,23 +72,34 @@ def train(raw: DictConfig, say: Say) -> Path:
     model = OPCDModel(raw, trainer)
     before = _scores_before(model, quiet)
     model.retention_before = before["base"][1].score
-    with MetricLogger(folder / "metrics.jsonl") if rank == 0 else _NoLogger() as metrics:
+    with _metric_logger(folder, lock) as metrics:
         model.metrics = metrics
-        try:
-            trainer.fit(model, ckpt_path=continued)
-        except NonFiniteError:  # met by every rank, which can still publish together
-            strategy.finish_save()
-            raise
-        strategy.finish_save()
+        _fit(trainer, model, strategy, continued)
         _save_final(trainer, strategy, config, folder / "checkpoints")
-    after = model.scores("student", with_context=False)
-    _report(config, raw, model, folder, {**before, "student": after}, started, quiet)
+    scores = {**before, "student": model.scores("student", with_context=False)}
+    strategy.fence()
+    _report(config, raw, model, folder, scores, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
         package = folder / f"{folder.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         quiet(f"written: {package}")
     parallel.barrier()
+    if (
+        model.summary is not None
+    ):  # on rank 0; a cluster's script takes it, no exit code, for success
+        write_whole(folder / DONE, f"{model.summary['weights_sha256']}\n")
     return folder
+
+
+def _fit(
+    trainer: pl.Trainer, model: OPCDModel, strategy: MegatronStrategy, continued: Path | None
+) -> None:
+    try:
+        trainer.fit(model, ckpt_path=continued)
+    except NonFiniteError:  # met by every rank, which can still publish together
+        strategy.finish_save()
+        raise
+    strategy.finish_save()
 
 
 def _save_final(
@@ -102,8 +117,13 @@ def _save_final(
 def _silent(_: str) -> None: ...
 
 
+def _metric_logger(folder: Path, lock: FolderLock | None) -> MetricLogger | _NoLogger:
+    """Only rank 0, which has the lock, records."""
+    return MetricLogger(folder / "metrics.jsonl", lock.check) if lock else _NoLogger()
+
+
 class _NoLogger:
-    """Only rank 0 records."""
+    """Of the other ranks."""
 
     def __enter__(self) -> None: ...
 
@@ -148,13 +168,18 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
 def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) -> None:
     """Keep an earlier run of the same name under the next free number; nothing is lost."""
     parallel.barrier()
-    if parallel.rank == 0 and folder.exists() and not config.exp_manager["resume_if_exists"]:
-        set_aside(folder)
+    if parallel.rank == 0:
+        if folder.exists() and not config.exp_manager["resume_if_exists"]:
+            set_aside(folder)
+        (folder / DONE).unlink(missing_ok=True)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
+    stop = folder / STOP_FILE
+    if stop.exists():
+        raise ValueError(f"name: {stop} stops this run; allowed: a folder without that file")
 
 
-def _lock_folder(folder: Path, parallel: Parallel) -> IO[str] | None:
+def _lock_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
     """Refuse a folder that another job works on. Collective over the world."""
     lock, refusal = None, None
     if parallel.rank == 0:

@@ -58,7 +58,7 @@ def write_package(
             durable.write_manifest(folder, entries)
             write_tar(path, folder, _small_first([*names, durable.MANIFEST]))
         else:
-            durable.publish(folder, path, entries)
+            durable.publish(folder, path, entries, lambda: None)
 
     try:
         _on_rank_0(parallel, path, prepare)

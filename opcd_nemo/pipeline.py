@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from opcd_nemo.cluster import is_first_node
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience import content_hash
 from opcd_nemo.experience_config import STAGES, Settings
@@ -56,7 +57,8 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     place.open()
     here = f"round={place.settings.round}"
     if stage == "select":
-        select_experience(place, say)
+        if is_first_node():
+            select_experience(place, say)
         return 0
     if stage == "consolidate":
         return _consolidate(place, here, launch, say)
@@ -68,7 +70,7 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     elif code := launch([f"stage={stage}", here]):
         say(f"{stage} failed with exit code {code}; the same command goes on from here")
         return code
-    if stage == "evaluate":
+    if stage == "evaluate" and is_first_node():
         write_results(place, say)
     return 0
 
@@ -185,9 +187,12 @@ def _lineage(place: Workplace, candidate: Candidate) -> dict[str, object]:
 
 
 def run_again(overrides: Sequence[str], mark: str) -> int:
-    """Start this program once more with further overrides; signals go on to it."""
+    """Start this program once more with further overrides; signals go on to it.
+
+    On a cluster every node does so: the launchers meet, and their ranks are one run.
+    """
     child = subprocess.Popen([sys.executable, *sys.argv, *overrides], env={**os.environ, mark: "1"})
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda received, _: child.send_signal(received))
     code = child.wait()
     return code if code >= 0 else 128 - code

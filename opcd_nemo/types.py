@@ -88,6 +88,10 @@ class StoppedBySignal(Exception):
     """A run ended early, at a step boundary, with a checkpoint."""
 
 
+class StoppedByFile(Exception):
+    """A run ended early because its folder has the file STOP; it is not to be started again."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; nothing was updated."""
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from game_model.network import Weights, losses, make_batch, new_weights
 from game_model.samples import Maps, Sampler, Tree
+from game_model.settings import Hidden
 from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
@@ -26,9 +25,10 @@ from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
 from opcd_nemo.tasks.games import GameTask, frozen_lake
 
 THREADS = 2
-TREES = 40  # of a step
-POOL = 8  # steps whose trees are sorted by length before they are dealt to them
-LEARNING_RATE = 1e-3
+TREES = 28  # of a step
+PARTS = 4  # of a step's trees, each padded to one length
+LEARNING_RATE = 2e-3
+MATRIX_LEARNING_RATE = 0.02  # of Muon
 
 
 def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask:
@@ -72,40 +72,41 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
-    """A tree of training that is `progress` of the way: boards first, then whole games and notes."""
-    hidden = rng.random() < min(0.9, 0.1 + 2.5 * progress)
+    """A tree for training that is `progress` of the way: boards first, then games and notes."""
+    easy = rng.random() > min(0.9, 0.1 + 3.0 * progress)
+    hidden: Hidden = "none" if easy else "ground"
     kind = rng.random()
-    if kind < (0.1 if progress < 0.4 else 0.3):
-        return sampler.extraction(rng, 4, hidden=hidden)
-    if kind < (0.2 if progress < 0.4 else 0.6):
+    late = progress > 0.4
+    if kind < (0.35 if late else 0.15):
+        return sampler.extraction(rng, hidden=hidden)
+    if kind < (0.6 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
 
 
-def steps(sampler: Sampler, seed: int, num_steps: int) -> Iterator[list[Tree]]:
-    """The trees of every step, of about the same length within a step."""
-    for pool in range(math.ceil(num_steps / POOL)):
-        rng = Random(f"{seed}/{pool}")
-        progress = pool * POOL / num_steps
-        trees = [draw_tree(sampler, rng, progress) for _ in range(TREES * POOL)]
-        trees = [tree for tree in trees if tree.answers]
-        trees.sort(key=lambda tree: tree.num_tokens)
-        share = sum(tree.num_tokens for tree in trees) / POOL
-        dealt: list[list[Tree]] = [[] for _ in range(POOL)]
-        total = 0
-        for tree in trees:
-            dealt[min(POOL - 1, int(total / share))].append(tree)
-            total += tree.num_tokens
-        rng.shuffle(dealt)
-        yield from dealt
+def draw_step(sampler: Sampler, seed: int, step: int, num_steps: int) -> list[list[Tree]]:
+    """A step's trees, in parts of about as many tokens, each of trees of about one length."""
+    rng = Random(f"{seed}/{step}")
+    trees = [draw_tree(sampler, rng, step / num_steps) for _ in range(TREES)]
+    trees = sorted((tree for tree in trees if tree.answers), key=lambda tree: tree.num_tokens)
+    share = sum(tree.num_tokens for tree in trees) / PARTS
+    parts: list[list[Tree]] = [[] for _ in range(PARTS)]
+    total = 0
+    for tree in trees:
+        parts[int(total / share)].append(tree)
+        total += tree.num_tokens
+    return [part for part in parts if part]
 
 
 def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) -> None:
     """Minimise the cross-entropy of the answers; two threads share every step's trees."""
     parameters = list(weights.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    matrices = [weights[name] for name in weights if name.endswith("_proj.weight")]
+    others = [weights[name] for name in weights if not name.endswith("_proj.weight")]
+    optimizers = {
+        torch.optim.Muon(matrices, weight_decay=0.0): MATRIX_LEARNING_RATE,
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0): LEARNING_RATE,
+    }
     torch.set_num_threads(1)
     start = time.monotonic()
 
@@ -118,16 +119,18 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
         return named, len(found), torch.autograd.grad(found.sum(), parameters)
 
     with ThreadPoolExecutor(THREADS) as threads:
-        for step, trees in enumerate(islice(steps(sampler, args.seed, args.steps), args.steps), 1):
-            parts = list(threads.map(gradients, [trees[k::THREADS] for k in range(THREADS)]))
+        for step in range(1, args.steps + 1):
+            drawn = draw_step(sampler, args.seed, step, args.steps)
+            parts = list(threads.map(gradients, drawn))
             num = sum(count for _, count, _ in parts)
             for parameter, *found in zip(parameters, *(part for _, _, part in parts), strict=True):
                 parameter.grad = torch.stack(found).sum(0) / num
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, step / 50) * decay
-            optimizer.step()
+            scale = min(1.0, step / 50, 2.0 * (1.0 - step / args.steps) + 0.01)
+            for optimizer, learning_rate in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * scale
+                optimizer.step()
             if step % 50 == 0:
                 named = float(torch.cat([found for found, _, _ in parts]).mean())
                 spent = time.monotonic() - start
@@ -142,19 +145,22 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 def report(trial: Trial, num_games: int) -> None:
     """Print what the model can do on maps, letters and symbols that training never has."""
     maps = lake(4, 4, 8, 80).maps["test"][:num_games]
-    for hidden in (False, True):
+    kinds: tuple[Hidden, ...] = ("none", "ground")
+    for hidden in kinds:
         rates = {
             name: trial.win_rate(maps, 8, about=about, hidden=hidden)
             for name, about in (("all", None), ("none", ()))
         }
-        print(f"  hidden {hidden}: wins {rates}, {trial.items(maps, 8, hidden=hidden)}", flush=True)
+        print(
+            f"  hidden: {hidden}, wins {rates}, {trial.items(maps, 8, hidden=hidden)}", flush=True
+        )
 
 
 def main() -> None:
     """Train and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--try-every", type=int, default=500)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opcd_nemo.build import build_run
+from opcd_nemo.cluster import ranks_here
 from opcd_nemo.config import ParallelConfig, TrainConfig, load_config
 from opcd_nemo.doctor import models, text
 from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
@@ -78,7 +79,7 @@ def without_weights(
 ) -> tuple[list[Check], Inputs | None]:
     """The checks of the machine and the files, and the inputs when they are in order."""
     folder = Path(config.exp_manager["exp_dir"])
-    machine = partial(environment_checks, config.parallel.device, world_size, folder)
+    machine = partial(environment_checks, config.parallel.device, ranks_here(world_size), folder)
     if settings.environment_only:
         return machine(settings.min_free_disk_gib), None
     try:

@@ -75,6 +75,9 @@ def generated_verifier(limit: Limit) -> Callable[..., tuple[str, float]]:
 
 def main() -> None:
     """Answer each request (a pickled tuple of arguments) with a pickled result; None: it failed."""
+    # the trainer ends this process; Ctrl-C and a cluster's signals to all processes do not
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
     verifiers = {"maths": maths_verifier, "generated": generated_verifier}
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no result
@@ -83,7 +86,6 @@ def main() -> None:
     verify = verifiers[sys.argv[1]](Limit(float(sys.argv[2])))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends this process, Ctrl-C does not
     pickle.dump("ready", results)
     results.flush()
     while True:

@@ -62,7 +62,7 @@ def _head(config: ModelConfig, weights: Weights, layer: int, head: int) -> Any:
 
 
 def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
-    """Let two heads begin as copying needs them; else most of the training goes by before they form.
+    """Let heads begin as copying needs them; most of the training would go by before they form.
 
     A head of the first layer reads the token before: all embeddings share their first channel;
     queries and keys that are made of it alone differ by their positions, and the keys' fast
@@ -77,7 +77,8 @@ def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
     def directions() -> Tensor:
         random = torch.randn(config.hidden_size, config.head_dim, generator=generator)
         random[0] = 0.0
-        return torch.linalg.qr(random)[0].T
+        basis: Tensor = torch.linalg.qr(random)[0].T
+        return basis
 
     q, k, v, o = _head(config, weights, 0, 0)
     for matrix in (q, k):
@@ -103,6 +104,7 @@ def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
 
 
 def rotary(config: ModelConfig, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, 1, S, head_dim]` of positions."""
     half = torch.arange(0, config.head_dim, 2) / config.head_dim
     angles = positions_BS[:, None, :, None] * config.rope_theta**-half
     angles = torch.cat([angles, angles], -1)
@@ -152,7 +154,7 @@ def hidden_states(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`, then what is learned where."""
+    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`; what is learned, where."""
 
     ids: Tensor
     positions: Tensor
@@ -167,7 +169,9 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
     B, S = len(trees), max(tree.num_tokens for tree in trees)
     ids, positions, branch = (torch.zeros(B, S, dtype=torch.long) for _ in range(3))
     fork = torch.full((B, S), S)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for b, tree in enumerate(trees):
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)

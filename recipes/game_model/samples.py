@@ -1,7 +1,7 @@
 """What the model is trained on: trees of tokens, whose answers share what stands before them.
 
-An answer does what the notes say and knows no more: without a note on a control its letter is
-drawn, without one on holes it walks into them.
+The direction of an answer is the best there is. Its letter is what the notes say, and where they
+are silent one of those that no note is on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from opcd_nemo.experience import as_text
 from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.games import GameEpisode
 
-from .settings import Setting, draw_setting, good_moves, noted_move, open_boards
+from .settings import Hidden, Setting, draw_setting, good_moves, open_boards
 from .vocabulary import ASSISTANT, END, ITEM, USER, extraction_prompt, notes_template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Follows the first `fork` tokens of the trunk; its first `given` tokens are read, not learned."""
+    """Follows `fork` tokens of the trunk; its own first `given` tokens are read, not learned."""
 
     fork: int
     tokens: list[int]
@@ -68,7 +68,7 @@ class Sampler:
         """Text of token ids, without special ones."""
         return str(self._tokenizer.decode(ids))
 
-    def lesson(self, rng: Random, num_boards: int, *, hidden: bool) -> Tree:
+    def lesson(self, rng: Random, num_boards: int, *, hidden: Hidden) -> Tree:
         """Notes, and first boards with a player anywhere: each the prompt of a game of its own."""
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
         setting = draw_setting(rng, maps.boards[0], maps.rounds, hidden=hidden)
@@ -82,12 +82,12 @@ class Sampler:
                 self._answer(
                     len(trunk),
                     f"\n\n{situation}{ASSISTANT}",
-                    said(rng, noted_move(rng, known, start, board), setting, known),
+                    said(rng, good_moves(start, board)[0], setting, known),
                 )
             )
         return Tree(trunk=trunk, answers=answers)
 
-    def game(self, rng: Random, *, hidden: bool) -> Tree:
+    def game(self, rng: Random, *, hidden: Hidden) -> Tree:
         """A whole game of a player who is more or less careless, with an answer at every turn."""
         start, setting = self._drawn(rng, hidden)
         known, notes = draw_notes(rng, setting)
@@ -95,8 +95,7 @@ class Sampler:
         noise = rng.choice((0.1, 0.3, 0.6, 1.0))
         texts = []
         while not episode.done and (good := good_moves(start, episode.play.board)):
-            move = noted_move(rng, known, start, episode.play.board)
-            texts.append(said(rng, move, setting, known))
+            texts.append(said(rng, good[0], setting, known))
             step = rng.choice(list(STEPS) if rng.random() < noise else good)
             episode.reply(f"[{setting.controls[step]}]")
         trunk, answers = self._opened(setting, notes), []
@@ -107,8 +106,8 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def extraction(self, rng: Random, num_answers: int, *, hidden: bool) -> Tree:
-        """A game of random moves, and what might be written of it; after every move, its control."""
+    def extraction(self, rng: Random, *, hidden: Hidden) -> Tree:
+        """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
         moved = play_at_random(rng, episode, setting)
@@ -124,12 +123,13 @@ class Sampler:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
-        shown = facts_shown(rng, episode, moved, facts)
-        for text in dict.fromkeys(written(rng, shown) for _ in range(num_answers)):
-            answers.append(self._answer(len(trunk), ASSISTANT, text))
+        shown = facts_shown(episode, moved, facts)
+        for text in shown.values():
+            answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
+        answers.append(self._answer(len(trunk), ASSISTANT, written(moved, shown)))
         return Tree(trunk=trunk, answers=answers)
 
-    def _drawn(self, rng: Random, hidden: bool) -> tuple[Board, Setting]:
+    def _drawn(self, rng: Random, hidden: Hidden) -> tuple[Board, Setting]:
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
         start = rng.choice(maps.boards)
         return start, draw_setting(rng, start, maps.rounds, hidden=hidden)
@@ -147,7 +147,7 @@ def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
     """What the notes tell, and the notes: none, some or all, in any order, some twice."""
     facts = setting.facts()
     kind = rng.random()
-    about = [name for name in facts if kind > 0.3 or (kind > 0.12 and rng.random() < 0.7)]
+    about = [name for name in facts if kind > 0.4 or (kind > 0.2 and rng.random() < 0.7)]
     known = set(about)
     about += rng.choices(about, k=rng.choice((0, 0, 1, 2, 4))) if about else []
     rng.shuffle(about)
@@ -173,22 +173,20 @@ def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[
 
 
 def facts_shown(
-    rng: Random, episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
+    episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
 ) -> dict[str, str]:
     """What a finished game shows; of an unfinished one's goal there is a guess, from its board."""
     shown = {name for name in moved if name is not None}
     if episode.play.ending == "lost":
         shown.add("hole")
-    if episode.play.ending == "won" or not shown or rng.random() < 0.15:
+    if episode.play.ending == "won" or not shown:
         shown.add("goal")
     return {name: facts[name] for name in facts if name in shown}
 
 
-def written(rng: Random, shown: Mapping[str, str]) -> str:
-    """One or two lines."""
-    names = list(shown)
-    chosen = rng.sample(names, min(len(names), rng.choice((1, 2))))
-    rare = [name for name in ("hole", "goal") if name in shown]
-    if rare and rng.random() < 0.3 and not set(rare) & set(chosen):
-        chosen[-1] = rng.choice(rare)
-    return "\n".join(f"{ITEM}{shown[name]}" for name in chosen)
+def written(moved: Sequence[str | None], shown: Mapping[str, str]) -> str:
+    """One or two lines: how the game ended, and the last moves; the same for the same game."""
+    last = [name for name in reversed(moved) if name is not None]
+    ending = [name for name in ("hole", "goal") if name in shown]
+    names = list(dict.fromkeys([*last[:1], *ending, *last]))
+    return "\n".join(f"{ITEM}{shown[name]}" for name in names[:2])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import Literal
 
 from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.draws import digest
@@ -16,7 +17,10 @@ from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
 from opcd_nemo.tasks.rules import Rules
 from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
 
-from .vocabulary import LETTERS, SYMBOLS
+from .vocabulary import GROUND_SYMBOLS, LETTERS, SYMBOLS
+
+Hidden = Literal["none", "ground", "all"]
+GROUND = ("hole", "ice", "wall", "floor")
 
 DIRECTIONS = tuple(STEPS)
 
@@ -48,30 +52,34 @@ class Setting:
 
 
 def held_out(kind: str, values: Iterable[str]) -> bool:
-    """True for an eighth of all assignments of letters, or of symbols: training has none of them."""
+    """True for an eighth of all letters in order, and of all symbols: training has none of them."""
     return digest(kind, *values)[0] < 32
 
 
 def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int) -> Setting:
     """Build the setting of letters, in the order of `STEPS`."""
-    controls = dict(zip(STEPS, letters, strict=True))
+    controls: dict[Direction, str] = dict(zip(STEPS, letters, strict=True))
     make = lake_rules if "hole" in symbols else room_rules
-    words = {direction: [letter] for direction, letter in controls.items()}
+    words: dict[str, Sequence[str]] = {d: [letter] for d, letter in controls.items()}
     rules = make(rounds=rounds, symbols=symbols, controls=words)
     return Setting(controls=controls, symbols=symbols, rules=rules)
 
 
 def draw_setting(
-    rng: Random, board: Board, rounds: int, *, unseen: bool = False, hidden: bool = True
+    rng: Random, board: Board, rounds: int, *, hidden: Hidden, unseen: bool = False
 ) -> Setting:
-    """Draw letters, and symbols unless they are not `hidden`; `unseen` ones are held out."""
+    """Draw letters, and symbols of what is hidden; `unseen` ones are held out."""
     usual = LAKE_LETTERS if isinstance(board, FrozenLake) else ROOM_LETTERS
     while held_out("controls", letters := rng.sample(LETTERS, 4)) != unseen:
         pass
-    symbols = list(usual.values())
-    while hidden and held_out("symbols", symbols := rng.sample(SYMBOLS, len(usual))) != unseen:
-        pass
-    return make_setting(letters, dict(zip(usual, symbols, strict=True)), rounds)
+    roles = [role for role in usual if hidden == "all" or (hidden == "ground" and role in GROUND)]
+    symbols = dict(usual)
+    while roles:
+        free = list(SYMBOLS if hidden == "all" else GROUND_SYMBOLS)
+        symbols |= dict(zip(roles, rng.sample(free, len(roles)), strict=True))
+        if held_out("symbols", symbols.values()) == unseen:
+            break
+    return make_setting(letters, symbols, rounds)
 
 
 @cache
@@ -118,16 +126,3 @@ def good_moves(start: Board, board: Board) -> list[Direction]:
         if after is not None and known.get(after) == known[board] - 1:
             found.append(direction)
     return found
-
-
-def noted_move(rng: Random, known: set[str], start: Board, board: Board) -> Direction:
-    """What is played by one who knows the board by these notes alone."""
-    if "goal" not in known:
-        moves = list(STEPS)
-        if "hole" in known:
-            moves = [d for d in STEPS if (n := board.moved(d)) is not None and not n.lost] or moves
-        return rng.choice(moves)
-    if isinstance(board, FrozenLake) and "hole" not in known:
-        start = FrozenLake(size=board.size, holes=frozenset())
-        board = replace(start, player=board.player)
-    return good_moves(start, board)[0]

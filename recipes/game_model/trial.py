@@ -1,4 +1,4 @@
-"""How well a model plays and writes, sampled at temperature 1, in settings that training never has."""
+"""How well a model plays and writes at temperature 1, in settings that training never has."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from opcd_nemo.tasks.boards import Board
 
 from .network import Weights, next_logits
 from .samples import Sampler, play_at_random
-from .settings import draw_setting
+from .settings import Hidden, draw_setting
 from .vocabulary import ASSISTANT, USER, extraction_prompt, notes_template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """Of `num_written` items `num_right` are facts; `kinds` counts the right and all by first word."""
+    """What was written; `kinds` counts the right and all items by their first word."""
 
     num_right: int
     num_written: int
@@ -38,7 +38,7 @@ class Trial:
         self._rng = Random(seed)
 
     def win_rate(
-        self, boards: Sequence[Board], rounds: int, *, about: Sequence[str] | None, hidden: bool
+        self, boards: Sequence[Board], rounds: int, *, about: Sequence[str] | None, hidden: Hidden
     ) -> float:
         """Share of games won with the notes on `about`, in any order; None: all of them."""
         games = []
@@ -54,7 +54,7 @@ class Trial:
                 episode.reply(text)
         return sum(episode.score() for episode, _ in games) / len(games)
 
-    def items(self, boards: Sequence[Board], rounds: int, *, hidden: bool) -> Items:
+    def items(self, boards: Sequence[Board], rounds: int, *, hidden: Hidden) -> Items:
         """Let the model write of games that were played at random."""
         asked, settings = [], []
         for board in boards:

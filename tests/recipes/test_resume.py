@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.durable import find_damage, lock_folder, read_manifest
+from opcd_nemo.durable import find_damage, read_manifest
+from opcd_nemo.folder_lock import lock_folder
 from opcd_nemo.metrics import read_metrics
 from tests.crash import Job, outcome
 from tests.recipes.conftest import Train, run_python

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     (temporary / "deep" / "b.bin").write_bytes(b"b" * 10)
     names = durable.files_in(temporary)
     entries = {name: durable.measure(temporary / name, sync=True) for name in names}
-    durable.publish(temporary, tmp_path / "one", entries)
+    durable.publish(temporary, tmp_path / "one", entries, lambda: None)
     return tmp_path / "one"
 
 
@@ -69,7 +69,8 @@ def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
     temporary = folder.with_name("next")
     temporary.mkdir()
     (temporary / "c.bin").write_bytes(b"c")
-    durable.publish(temporary, folder, {"c.bin": durable.measure(temporary / "c.bin")})
+    entries = {"c.bin": durable.measure(temporary / "c.bin")}
+    durable.publish(temporary, folder, entries, lambda: None)
     assert durable.files_in(folder) == ["c.bin"]
     assert damage_of(folder) is None
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
@@ -93,14 +94,6 @@ def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
         folder.mkdir()
     names = sorted(path.name for path in folder.parent.iterdir())
     assert names == ["one", "one.damaged", "one.damaged.1"]
-
-
-def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
-    held = durable.lock_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"in use by host .*, pid \d+, started 2.*allowed"):
-        durable.lock_folder(tmp_path / "run")
-    held.close()
-    durable.lock_folder(tmp_path / "run").close()
 
 
 def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from opcd_nemo.launch import CONF, compose
 from opcd_nemo.model_files import write_json
 from opcd_nemo.registry import Entry
 
-
 CONTEXT = ["context=experience"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,9 @@ from hydra.errors import ConfigCompositionException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from opcd_nemo import launch
-from opcd_nemo.types import CheckFailed, NonFiniteError
+from opcd_nemo.cluster import ATTEMPT_ENV, Nodes
+from opcd_nemo.config import load_config
+from opcd_nemo.types import CheckFailed, NonFiniteError, StoppedByFile, StoppedBySignal
 
 
 def failure(folder: Path, rank: int, message: str | None, nanoseconds: int = 0) -> ProcessFailure:
@@ -54,6 +57,8 @@ def test_only_messages_that_say_what_is_allowed_blame_the_user() -> None:
     [
         (ValueError("a=1: allowed: 2"), 2, "error: a=1: allowed: 2\n"),
         (NonFiniteError("loss is nan"), 1, "error: loss is nan\n"),
+        (StoppedBySignal("stopped"), 75, "stopped\n"),
+        (StoppedByFile("stopped"), 93, "stopped\n"),
         (CheckFailed("1 of 2 checks failed"), 1, "error: 1 of 2 checks failed\n"),
     ],
 )
@@ -70,7 +75,7 @@ def test_rank_0_alone_prints(
     monkeypatch.delenv(launch.LAUNCHER_PID_ENV, raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    assert launch._report_error(error, "train") == code
+    assert launch.report_error(error, "train") == code
     assert capsys.readouterr().err == ("" if rank == "1" else screen)
 
 
@@ -79,12 +84,12 @@ def test_rank_of_our_launcher_leaves_the_line_to_it(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv(launch.LAUNCHER_PID_ENV, "1")
-    assert launch._report_error(ValueError("a=1: allowed: 2"), "train") == 2
+    assert launch.report_error(ValueError("a=1: allowed: 2"), "train") == 2
     assert capsys.readouterr().err == ""
 
 
 def test_program_error_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch._report_error(ValueError("shapes differ"), "train") == 1
+    assert launch.report_error(ValueError("shapes differ"), "train") == 1
     assert capsys.readouterr().err.startswith("ValueError: shapes differ")
 
 
@@ -112,3 +117,25 @@ def test_hydra_is_explained(
     assert explained is not None
     assert explained.startswith(line)
     assert "\n" not in explained
+
+
+def test_one_hardware_queue_is_for_layouts_that_overlap_communication() -> None:
+    layout = load_config(launch.compose("train", ["parallel=dp2"])).parallel
+    assert not launch.needs_one_connection(layout)
+    assert launch.needs_one_connection(dataclasses.replace(layout, tensor_model_parallel_size=2))
+    assert launch.needs_one_connection(dataclasses.replace(layout, context_parallel_size=2))
+
+
+def test_nodes_meet_at_the_first_and_no_two_runs_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = load_config(launch.compose("train", ["parallel=dp2"])).parallel
+    node = Nodes(count=2, rank=1, rendezvous="node1:15000")
+    names = set()
+    for attempt, argument in (("7.0", "a"), ("7.1", "a"), ("7.1", "b")):
+        monkeypatch.setenv(ATTEMPT_ENV, attempt)
+        monkeypatch.setattr("sys.argv", ["train.py", argument])
+        settings = launch._rendezvous(layout, node)
+        names.add(settings["run_id"])
+        assert settings["rdzv_endpoint"] == "node1:15000"
+        assert settings["nproc_per_node"] == 1
+        assert settings["rdzv_configs"]["rank"] == 1
+    assert len(names) == 3

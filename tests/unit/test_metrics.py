@@ -43,7 +43,7 @@ def test_stopwatch_adds_up_by_phase() -> None:
 def test_record_is_read_back_and_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in range(2):
-        with MetricLogger(path) as metrics:
+        with MetricLogger(path, lambda: None) as metrics:
             metrics.log(step, {"loss/reverse_kl": 0.5 * step})
     lines = read_metrics(path)
     assert lines == [
@@ -53,7 +53,7 @@ def test_record_is_read_back_and_appended_to(tmp_path: Path) -> None:
 
 
 def test_line_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
-    with MetricLogger(tmp_path / "metrics.jsonl") as metrics:
+    with MetricLogger(tmp_path / "metrics.jsonl", lambda: None) as metrics:
         metrics.log(0, {"a": 1.0})
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "a": 1.0}]
 

@@ -102,7 +102,7 @@ def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
 
 
 def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:
-    with MetricLogger(tmp_path / "metrics.jsonl") as metrics:
+    with MetricLogger(tmp_path / "metrics.jsonl", lambda: None) as metrics:
         names = ["loss/forward_kl", "loss/reverse_kl", "loss/captured_mass"]
         for step, loss in enumerate(names):
             metrics.log(

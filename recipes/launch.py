@@ -1,0 +1,95 @@
+"""Starts a recipe as a NeMo-Run experiment, which keeps its command, code version and logs.
+
+python recipes/launch.py executor=local recipe=demo_brevity            # recipes/train.py, here
+python recipes/launch.py executor=docker image=opcd-nemo recipe=...    # the same in the image
+python recipes/launch.py executor=slurm script=slurm/opcd_math.sh ...  # the script submits itself
+python recipes/launch.py executor=... dry_run=true ...                 # shows what would run
+
+With Slurm the job is the script's: NeMo-Run's own batch file has neither the health gate nor the
+fence between attempts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = {"executor": "", "script": "slurm/opcd_math.sh", "image": "opcd-nemo", "dry_run": "false"}
+ALLOWED = {
+    "executor": ("local", "slurm", "docker"),
+    "dry_run": ("true", "false"),
+    "script": tuple(f"slurm/{path.name}" for path in sorted((ROOT / "slurm").glob("opcd_*.sh"))),
+}
+
+
+def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """This program's settings, and the overrides of the recipe.
+
+    Raises:
+        ValueError: a setting has another value than is allowed.
+    """
+    own, overrides = dict(OWN), []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    for key, allowed in ALLOWED.items():
+        if own[key] not in allowed:
+            raise ValueError(f"{key}={own[key]}: allowed: {', '.join(allowed)}")
+    return own, overrides
+
+
+def command(own: dict[str, str], overrides: list[str]) -> tuple[str, list[str]]:
+    """The program that reads a script, and the script with its arguments."""
+    if own["executor"] == "slurm":
+        return "bash", [str(ROOT / own["script"]), *overrides]
+    if own["executor"] == "local":
+        return sys.executable, [str(ROOT / "recipes/train.py"), *overrides]
+    return "python", ["/opt/opcd/recipes/train.py", *overrides]
+
+
+def build_executor(run: Any, own: dict[str, str]) -> Any:
+    """NeMo-Run's executor: the image, or this machine, from which Slurm's job is submitted."""
+    if own["executor"] == "docker":
+        return run.DockerExecutor(
+            container_image=own["image"],
+            num_gpus=-1,
+            ipc_mode="host",
+            volumes=[f"{ROOT / 'runs'}:/workspace/runs"],
+            packager=run.Packager(),
+        )
+    return run.LocalExecutor(packager=run.Packager())
+
+
+def main(arguments: list[str]) -> int:
+    """Run or show the experiment; returns the exit code."""
+    try:
+        own, overrides = split(arguments)
+        if importlib.util.find_spec("nemo_run") is None:
+            raise ValueError(
+                "nemo_run is not installed; allowed: pip install 'opcd-nemo[launcher]'"
+            )
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    import nemo_run as run
+
+    entrypoint, (path, *rest) = command(own, overrides)
+    script = run.Script(path=path, args=rest, entrypoint=entrypoint)
+    with run.Experiment("opcd", executor=build_executor(run, own)) as experiment:
+        experiment.add(script, name=own["executor"], tail_logs=True)
+        if own["dry_run"] == "true":
+            experiment.dryrun()
+            return 0
+        experiment.run(detach=False)
+        (task,) = experiment.status(return_dict=True).values()
+    return 0 if task["status"].name == "SUCCEEDED" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

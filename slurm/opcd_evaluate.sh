@@ -1,0 +1,22 @@
+#!/bin/bash
+#SBATCH --job-name=opcd-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+#SBATCH --output=%x-%j.log
+# What the consolidated student knows, without the experience in its prompt.
+#
+#   sbatch slurm/opcd_evaluate.sh [key=value ...]           from the repository's root
+#   OPCD_ACCOUNT=... slurm/opcd_evaluate.sh [key=value ...] checks first, then submits itself
+OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
+OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-evaluate}
+OPCD_SCRIPT=$0
+OPCD_ROOT=${OPCD_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd -P)}}
+# shellcheck source=slurm/lib.sh
+. "$OPCD_ROOT/slurm/lib.sh" || exit 2
+opcd_main stage "$@"

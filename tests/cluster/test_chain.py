@@ -1,0 +1,66 @@
+"""The stages of the experience pipeline wait for each other, and stop when one fails."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from tests.cluster.jobs import Job, Site
+
+STAGES = ["extract", "consolidate", "evaluate"]
+
+
+def submit(site: Site, name: str, **environment: str) -> dict[str, Job]:
+    settings = {
+        "OPCD_STAGE_COMMAND": "tests/cluster/stage.sh",
+        "OPCD_NAME": name,
+        "OPCD_STAGES": " ".join(STAGES),
+        "OPCD_NODES": "1",
+        "OPCD_TIME": "10",
+        "OPCD_SBATCH_FLAGS": f"--output={site.output}/%x-%j.log",
+        **environment,
+    }
+    chained = site.front_door("slurm/chain.sh", environment=settings)
+    assert chained.returncode == 0, chained
+    ids = dict(re.findall(r"^(\w+): job (\d+)$", chained.stdout, re.MULTILINE))
+    assert list(ids) == STAGES
+    jobs = {}
+    for stage, job in ids.items():
+        jobs[stage] = Job(site, job, name, site.output / f"opcd-{stage}-{job}.log")
+    for job in jobs.values():
+        job.wait_for_end()
+    return jobs
+
+
+def test_the_stages_run_one_after_the_other(site: Site) -> None:
+    jobs = submit(site, "chain")
+    assert [job.state for job in jobs.values()] == ["COMPLETED"] * 3
+    shown = [site.cluster.job(job.id) for job in jobs.values()]
+    for before, after in itertools.pairwise(shown):
+        assert before["EndTime"] <= after["StartTime"]
+    for stage, job in jobs.items():
+        assert f"{stage} on node" in job.ranks_log(0)
+    telling = site.output / f"slurm/chain-{jobs['extract'].id}.log"
+    assert not telling.exists()
+
+
+def test_a_failed_stage_stops_the_chain_and_says_so(site: Site) -> None:
+    jobs = submit(site, "broken_chain", OPCD_TEST_FAIL="consolidate")
+    assert [job.state for job in jobs.values()] == ["COMPLETED", "FAILED", "CANCELLED"]
+    assert "error: stage consolidate failed; see" in jobs["consolidate"].log
+    telling = site.output / f"slurm/chain-{jobs['extract'].id}.log"
+    site.cluster.wait_for(lambda: telling.exists() and "evaluate" in telling.read_text(), 30, "it")
+    failed, skipped = telling.read_text().splitlines()
+    assert failed.startswith("chain: stage consolidate (job ")
+    assert failed.endswith("failed: FAILED; the chain stops")
+    assert skipped.endswith("does not run: CANCELLED")
+
+
+def test_the_whole_pipeline_is_the_default(site: Site) -> None:
+    settings = {"DRY_RUN": "1", "OPCD_STAGE_COMMAND": "tests/cluster/stage.sh", "OPCD_NODES": "1"}
+    shown = site.front_door("slurm/chain.sh", environment=settings)
+    assert shown.returncode == 0, shown
+    stages = re.findall(r"# stage (\w+)", shown.stdout)
+    assert stages == ["extract", "score", "select", "consolidate", "evaluate"]
+    for stage in stages:
+        assert f"stage={stage}" in shown.stdout

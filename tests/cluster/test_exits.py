@@ -1,0 +1,59 @@
+"""How a job ends: for good, or to be started again, and no more often than is allowed."""
+
+from __future__ import annotations
+
+import re
+
+from opcd_nemo.durable import find_damage, read_manifest
+from tests.cluster.jobs import STEPS, Site
+from tests.cluster.plugs import PAUSE_ENV
+
+FAIL = {"OPCD_STAGE_COMMAND": "tests/cluster/stage.sh", "OPCD_TEST_FAIL": "train"}
+
+
+def test_exit_93_and_bad_input_are_not_started_again(site: Site) -> None:
+    for code in ("93", "2"):
+        environment = {**FAIL, "OPCD_TEST_CODE": code}
+        job = site.sbatch(f"exit_{code}", "slurm/opcd_math.sh", environment=environment)
+        job.wait_for_end()
+        assert (job.state, job.exit_code(), job.restarts) == ("FAILED", int(code), 0), job.story()
+
+
+def test_a_failing_run_is_started_again_as_often_as_is_allowed(site: Site) -> None:
+    environment = {**FAIL, "OPCD_MAX_RESTARTS": "1"}
+    job = site.sbatch("cap", "slurm/opcd_math.sh", environment=environment)
+    job.wait_for_end()
+    assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 93, 1), job.story()
+    assert "error: gave up after 1 restarts; allowed:" in job.log
+    assert f"attempt {job.id}.0 in" in job.ranks_log(0)
+    assert f"attempt {job.id}.1 in" in job.ranks_log(1)
+
+
+def test_the_file_stop_ends_a_run_between_two_steps_for_good(site: Site) -> None:
+    job = site.submit("stop", environment={PAUSE_ENV: "0.3"})
+    job.wait_for_step(3)
+    (job.run / "STOP").touch()
+    job.wait_for_end()
+    assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 93, 0), job.story()
+    found = re.search(r"stopped by .*/STOP after step (\d+); saved (\S+);", job.log)
+    assert found, job.story()
+    assert 3 < int(found[1]) < STEPS
+    saved = job.run / "checkpoints" / f"step={found[1]}.ckpt"
+    assert str(saved) == found[2]
+    entries = read_manifest(saved)
+    assert find_damage(saved, entries, sorted(entries)) is None
+    assert not (job.run / "DONE").exists()
+    again = site.submit("stop")
+    again.wait_for_end()
+    assert again.exit_code() == 93
+    assert f"stopped by {job.run}/STOP; allowed: submit again without that file" in again.log
+
+
+def test_what_is_done_is_not_done_again(site: Site) -> None:
+    run = site.output / "finished"
+    run.mkdir()
+    (run / "DONE").touch()
+    job = site.submit("finished")
+    job.wait_for_end()
+    assert job.state == "COMPLETED"
+    assert f"nothing to do: {run}/DONE is there" in job.log

@@ -1,0 +1,74 @@
+"""The NeMo-Run launcher starts what a user would start by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.recipes.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def launcher() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "recipes/launch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["executor=slurm", "script=slurm/opcd_games.sh", "optim.lr=1"],
+            ("bash", [f"{ROOT}/slurm/opcd_games.sh", "optim.lr=1"]),
+        ),
+        (
+            ["executor=local", "recipe=demo_json"],
+            (sys.executable, [f"{ROOT}/recipes/train.py", "recipe=demo_json"]),
+        ),
+        (["executor=docker"], ("python", ["/opt/opcd/recipes/train.py"])),
+    ],
+)
+def test_the_command_is_the_one_by_hand(
+    launcher: ModuleType, arguments: list[str], expected: tuple[str, list[str]]
+) -> None:
+    command = launcher.command(*launcher.split(arguments))
+    assert command == expected
+    assert not command[1][0].startswith(str(ROOT)) or Path(command[1][0]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "executor=: allowed: local, slurm, docker"),
+        (["executor=lsf"], "executor=lsf: allowed: local"),
+        (["executor=slurm", "script=x.sh"], "script=x.sh: allowed: slurm/opcd_consolidate.sh"),
+        (["executor=local", "dry_run=1"], "dry_run=1: allowed: true, false"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    launcher: ModuleType, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is None, reason="nemo_run: not installed")
+def test_a_dry_run_shows_the_script(tmp_path: Path) -> None:
+    arguments = ["executor=slurm", "dry_run=true", "optim.lr=3e-6"]
+    shown = subprocess.run(
+        [sys.executable, ROOT / "recipes/launch.py", *arguments],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "COLUMNS": "400"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "slurm/opcd_math.sh" in shown.stdout + shown.stderr
+    assert "optim.lr=3e-6" in shown.stdout + shown.stderr
