@@ -145,6 +145,7 @@ def _work(
         teacher=models[1],
         student_dtype=config.student.dtype,
         teacher_dtype=config.teacher.dtype,
+        fp8=config.parallel.fp8 is not None,
         teacher_life=config.teacher.life,
         needs_teacher=loss.needs_teacher,
         samples_from_teacher=config.rollout.sampler == "teacher",
