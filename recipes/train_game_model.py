@@ -78,7 +78,7 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     kind = rng.random()
     late = progress > 0.4
     if kind < (0.35 if late else 0.15):
-        return sampler.extraction(rng, 2, hidden=hidden)
+        return sampler.extraction(rng, hidden=hidden)
     if kind < (0.6 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)

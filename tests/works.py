@@ -29,6 +29,7 @@ def work(**changes: Any) -> Work:
         "teacher": model,
         "student_dtype": "bf16",
         "teacher_dtype": "bf16",
+        "fp8": False,
         "teacher_life": "frozen",
         "needs_teacher": True,
         "samples_from_teacher": False,

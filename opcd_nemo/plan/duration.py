@@ -15,6 +15,7 @@ from opcd_nemo.plan.work import (
     BYTES,
     Stream,
     Work,
+    attention_flops,
     backward_flops,
     forward_flops,
     head_flops,
@@ -133,16 +134,22 @@ def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
 
 
 def student_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]:
-    """Arithmetic, with the pipeline's bubble, and exchanges of forward, backward and loss."""
+    """Arithmetic, with the pipeline's bubble, and exchanges of forward, backward and loss.
+
+    FP8 speeds up the linears alone.
+    """
     layout, count = work.layout, work.num_microbatches
     stream = student_stream(work, work.tokens.response)
-    flops = forward_flops(work.student, stream, layout.tp, layout.pp)
-    flops += backward_flops(work.student, stream, layout)
-    flops += loss_flops(work, stream.rows * work.tokens.response)
+    passes = forward_flops(work.student, stream, layout.tp, layout.pp)
+    passes += backward_flops(work.student, stream, layout)
+    attention = attention_flops(work.student, stream, layout.tp)
+    others = 3 * work.student.num_layers / layout.pp * attention
+    dtype, share = work.student_dtype, accelerator.training_share
+    one = (passes - others) / accelerator.flops("fp8" if work.fp8 else dtype, share)
+    others += loss_flops(work, stream.rows * work.tokens.response)
+    one += others / accelerator.flops(dtype, share)
     bubble = 1 + (layout.pp - 1) / count
-    seconds = (
-        count * bubble * flops / accelerator.flops(work.student_dtype, accelerator.training_share)
-    )
+    seconds = count * bubble * one
     hidden = stream.tokens * work.student.hidden_size * BYTES[work.student_dtype]
     exchange = _tensor_exchange(work, accelerator, hidden, work.student, passes=2)
     if layout.pp > 1:

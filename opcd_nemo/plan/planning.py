@@ -27,7 +27,7 @@ def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
     if settings.prompt_tokens is not None and settings.context_tokens is not None:
         _fill(raw)
     work, origin = outline(load_config(raw), settings)
-    for dtype in (work.student_dtype, work.teacher_dtype):
+    for dtype in (work.student_dtype, work.teacher_dtype, *(["fp8"] if work.fp8 else [])):
         if dtype not in accelerator.tflops:
             known = ", ".join(accelerator.tflops)
             raise ValueError(f"accelerator.tflops: no {dtype}; allowed: one of {known} as dtype")

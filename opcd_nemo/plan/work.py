@@ -67,6 +67,7 @@ class Work:
     teacher: ModelConfig
     student_dtype: str
     teacher_dtype: str
+    fp8: bool  # the student's linears in training
     teacher_life: str
     needs_teacher: bool
     samples_from_teacher: bool

@@ -77,7 +77,8 @@ def _plant_induction(config: ModelConfig, weights: Weights, seed: int) -> None:
     def directions() -> Tensor:
         random = torch.randn(config.hidden_size, config.head_dim, generator=generator)
         random[0] = 0.0
-        return torch.linalg.qr(random)[0].T
+        basis: Tensor = torch.linalg.qr(random)[0].T
+        return basis
 
     q, k, v, o = _head(config, weights, 0, 0)
     for matrix in (q, k):
@@ -168,7 +169,9 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
     B, S = len(trees), max(tree.num_tokens for tree in trees)
     ids, positions, branch = (torch.zeros(B, S, dtype=torch.long) for _ in range(3))
     fork = torch.full((B, S), S)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for b, tree in enumerate(trees):
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)

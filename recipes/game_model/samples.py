@@ -1,7 +1,7 @@
 """What the model is trained on: trees of tokens, whose answers share what stands before them.
 
-An answer does what the notes say and knows no more: without a note on a control its letter is
-drawn, without one on holes it walks into them.
+The direction of an answer is the best there is. Its letter is what the notes say, and where they
+are silent one of those that no note is on.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers)
 
-    def extraction(self, rng: Random, num_answers: int, *, hidden: Hidden) -> Tree:
+    def extraction(self, rng: Random, *, hidden: Hidden) -> Tree:
         """A game of random moves, and what may be written of it; after every move, its control."""
         start, setting = self._drawn(rng, hidden)
         episode = setting.game(start)
@@ -123,7 +123,7 @@ class Sampler:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
-        shown = facts_shown(rng, episode, moved, facts)
+        shown = facts_shown(episode, moved, facts)
         for text in shown.values():
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
         answers.append(self._answer(len(trunk), ASSISTANT, written(moved, shown)))
@@ -173,7 +173,7 @@ def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> list[
 
 
 def facts_shown(
-    rng: Random, episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
+    episode: GameEpisode, moved: Sequence[str | None], facts: Mapping[str, str]
 ) -> dict[str, str]:
     """What a finished game shows; of an unfinished one's goal there is a guess, from its board."""
     shown = {name for name in moved if name is not None}

@@ -58,9 +58,9 @@ def held_out(kind: str, values: Iterable[str]) -> bool:
 
 def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int) -> Setting:
     """Build the setting of letters, in the order of `STEPS`."""
-    controls = dict(zip(STEPS, letters, strict=True))
+    controls: dict[Direction, str] = dict(zip(STEPS, letters, strict=True))
     make = lake_rules if "hole" in symbols else room_rules
-    words = {direction: [letter] for direction, letter in controls.items()}
+    words: dict[str, Sequence[str]] = {d: [letter] for d, letter in controls.items()}
     rules = make(rounds=rounds, symbols=symbols, controls=words)
     return Setting(controls=controls, symbols=symbols, rules=rules)
 

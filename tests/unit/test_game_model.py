@@ -21,7 +21,7 @@ from recipes.game_model.samples import Answer, Maps, Sampler, Tree
 from recipes.game_model.settings import draw_setting, good_moves, held_out
 from recipes.game_model.trial import Trial
 from recipes.game_model.vocabulary import SYMBOLS, USER, drawn, make_tokenizer, words
-from tests.unit.test_games import build
+from tests.unit.test_games import LETTERS, build
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "recipes/game_model"
@@ -41,9 +41,9 @@ def sampler() -> Sampler:
 def trees() -> list[Tree]:
     rng, draws = Random(1), sampler()
     return [
-        make(rng, *count, hidden=True)
-        for _ in range(4)
-        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction, 2))
+        make(rng, *count, hidden="ground")
+        for _ in range(1)
+        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction,))
     ]
 
 
@@ -74,7 +74,7 @@ def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:
 
 def test_training_reads_what_the_project_asks() -> None:
     rng, draws = Random(5), sampler()
-    tree = draws.game(rng, hidden=True)
+    tree = draws.game(rng, hidden="ground")
     answer = tree.answers[-1]
     read = tree.trunk[: answer.fork] + answer.tokens[: answer.given]
     text = CHAT.decode(read, skip_special=False)
@@ -85,7 +85,7 @@ def test_training_reads_what_the_project_asks() -> None:
 
 
 def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
-    setting = draw_setting(Random(2), maps()["train"][0], 8)
+    setting = draw_setting(Random(2), maps()["train"][0], 8, hidden="all")
     notes = list(setting.facts().values())
     config = OmegaConf.load(ROOT / "conf/context/experience_games.yaml")
     context = ExperienceContext(path=None, items=notes, lineage={}, template=config.template)
@@ -125,13 +125,17 @@ def _answer(answer: Answer, fork: int) -> Answer:
 def test_training_has_no_map_letter_or_symbol_that_is_held_out() -> None:
     rng = Random(4)
     for _ in range(200):
-        setting = draw_setting(rng, maps()["train"][0], 8)
+        setting = draw_setting(rng, maps()["train"][0], 8, hidden="all")
         assert not held_out("controls", setting.controls.values())
         assert not held_out("symbols", setting.symbols.values())
-    for name in "abc":
-        task = OmegaConf.load(ROOT / f"conf/task/hidden_lake_{name}.yaml")
-        assert held_out("controls", [task.controls[direction][0] for direction in STEPS])
-        assert held_out("symbols", list(task.symbols.values()))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_the_demos_letters_are_held_out_and_its_symbols_but_for_one(name: str) -> None:
+    task = OmegaConf.load(ROOT / f"conf/task/hidden_lake_{name}.yaml")
+    assert held_out("controls", [task.controls[direction][0] for direction in STEPS])
+    symbols = dict(task.symbols)
+    assert (symbols == LETTERS) if name == "a" else held_out("symbols", symbols.values())
 
 
 def test_a_good_move_comes_nearer() -> None:
@@ -139,13 +143,13 @@ def test_a_good_move_comes_nearer() -> None:
     assert good_moves(lake, lake) == ["down"]
 
 
-def test_the_model_wins_by_notes_and_not_without() -> None:
-    boards = maps()["test"][:24]
-    assert trial().win_rate(boards, 8, about=None, hidden=True) >= 0.75
-    assert trial().win_rate(boards, 8, about=(), hidden=True) <= 0.15
+def test_the_model_wins_by_notes_of_letters_it_never_met_and_not_without() -> None:
+    boards = maps()["test"][:16]
+    assert trial().win_rate(boards, 8, about=None, hidden="none") >= 0.3
+    assert trial().win_rate(boards, 8, about=(), hidden="none") <= 0.1
 
 
-def test_the_model_writes_mostly_what_is_right() -> None:
-    items = trial().items(maps()["validation"][:24], 8, hidden=True)
-    assert items.num_without <= 4
-    assert items.num_right / items.num_written >= 0.5
+def test_the_model_writes_what_is_mostly_right() -> None:
+    items = trial().items(maps()["validation"][:24], 8, hidden="none")
+    assert items.num_without <= 2  # 0.58 of 96 are right: the bars leave room for chance
+    assert items.num_right / items.num_written >= 0.4

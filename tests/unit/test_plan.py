@@ -144,6 +144,13 @@ def test_overlap_hides_its_share_of_the_exchange() -> None:
     assert duration.data_seconds(work(), accelerator()) == 0
 
 
+def test_fp8_speeds_up_the_linears_alone() -> None:
+    one = work(model=QWEN)
+    plain = duration.student_seconds(one, accelerator())[0]
+    fast = duration.student_seconds(replace(one, fp8=True), accelerator())[0]
+    assert 0.5 * plain < fast < 0.65 * plain
+
+
 def test_moving_teacher_reads_its_context_every_step() -> None:
     frozen = duration.teacher_seconds(work(model=QWEN), accelerator())[0]
     assert duration.teacher_seconds(work(model=QWEN, teacher_life="ema"), accelerator())[0] > frozen
@@ -240,11 +247,15 @@ def test_shape_comes_from_the_file_that_is_given(tmp_path: Path) -> None:
         ("parallel.num_ranks=6", "parallel.num_ranks=6: allowed: a multiple of tp 4 x pp 1"),
         ("batching.micro_batch_size=64", "batching.global_batch_size=128: allowed: a multiple"),
         ("~accelerator.tflops.bf16", "accelerator.tflops: no bf16; allowed: one of fp32, fp8"),
+        (
+            "parallel.fp8=hybrid accelerator=a100",
+            "accelerator.tflops: no fp8; allowed: one of bf16",
+        ),
         ("plan.turns=-1", "plan.turns=-1: allowed: a finite number >= 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(override: str, line: str) -> None:
-    assert refused(*MATHS, override).startswith(line)
+    assert refused(*MATHS, *override.split()).startswith(line)
 
 
 def test_lengths_must_be_given_where_no_tokenizer_is() -> None:

@@ -80,8 +80,11 @@ def test_no_noun_begins_one_of_another_split() -> None:
     assert not [pair for pair in begun if split_of[pair[0]] != split_of[pair[1]]]
 
 
+WITH_EXPERIENCE = sorted((CONF / "context").glob("experience*.yaml"))  # of a registry
+
+
 def test_no_demonstration_speaks_of_a_noun() -> None:
-    for path in (CONF / "context").glob("*.yaml"):
+    for path in set((CONF / "context").glob("*.yaml")) - set(WITH_EXPERIENCE):
         messages = instantiate(OmegaConf.load(path)).context("uid", 0).messages("")
         spoken = _words(" ".join(message["content"] for message in messages))
         assert not {noun for noun in NOUNS if noun in spoken or f"{noun}s" in spoken}, path
