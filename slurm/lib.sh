@@ -406,10 +406,13 @@ opcd_conclude() { # KIND CODE
   esac
   opcd_after_signal
   compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
-    "node, srun says why; allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
+    "node: $(opcd_first_error); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
   [[ $1 == train ]] || opcd_end 1 "stage $OPCD_PIPELINE_STAGE failed; see $here/ranks.log"
   opcd_requeue
 }
+
+# the cause comes first, what it breaks after it
+opcd_first_error() { grep -m 1 -oE 'error: .*' "$here/ranks.log" || echo 'srun does not say why'; }
 
 opcd_after_signal() {
   case $received in

@@ -57,5 +57,6 @@ def test_an_image_that_cannot_start_ends_the_job_with_its_name(site: Site) -> No
     job = site.submit_stage("no_image", environment={"OPCD_IMAGE": "registry.example#nobody:1"})
     job.wait_for_end()
     assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 2, 0), job.story()
-    assert "image registry.example#nobody:1: No such file or directory" in job.log
-    assert "the command started on no node" in job.log
+    line = job.log.splitlines()[-1]
+    assert "the command started on no node: error: pyxis_double: image registry" in line
+    assert "example#nobody:1: No such file or directory; allowed: an OPCD_IMAGE" in line
