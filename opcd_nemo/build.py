@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.config import TrainConfig
 from opcd_nemo.engines.recorded import RecordedEngine
 from opcd_nemo.evaluation import EvaluationPlan, Evaluator
 from opcd_nemo.hf import Checkpoint
@@ -14,6 +14,7 @@ from opcd_nemo.inputs import Inputs
 from opcd_nemo.language_model import DTYPES, LanguageModel
 from opcd_nemo.optim import StudentOptimizer
 from opcd_nemo.parallel import Parallel
+from opcd_nemo.plugs import build_plug
 from opcd_nemo.rollout import RolloutEngine, SamplerName, SamplingParams
 from opcd_nemo.step import Phase, Run
 from opcd_nemo.teacher import Teacher

@@ -8,11 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from opcd_nemo.config import ParallelConfig, build_plug, check_plug
+from opcd_nemo.config import ParallelConfig
 from opcd_nemo.context import Context
 from opcd_nemo.hf import open_checkpoint
 from opcd_nemo.language_model import LanguageModel, choose_dtype
 from opcd_nemo.parallel import init_parallel
+from opcd_nemo.plugs import build_plug, check_plug
 from opcd_nemo.provenance import as_context, read_provenance
 from opcd_nemo.rollout import RolloutEngine, SamplingParams
 from opcd_nemo.tokenizer import ChatTokenizer

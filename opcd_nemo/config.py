@@ -6,18 +6,15 @@ missing, wrongly typed or out-of-range key into a one-line `ValueError`.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-Schema = TypeVar("Schema")
+from opcd_nemo.plugs import check_plug
+from opcd_nemo.schema import TYPE_WORDS, read_schema
 
 
 @dataclass(kw_only=True)
@@ -234,89 +231,12 @@ def load_config(raw: DictConfig) -> TrainConfig:
     return config
 
 
-def read_schema(schema: type[Schema], raw: DictConfig) -> Schema:
-    """Return the values of a configuration as a dataclass that names them all.
-
-    Raises:
-        ValueError: a key is misspelt, missing or wrongly typed.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
-        for key in _keys_without_value(merged):
-            allowed = _allowed_type(schema, key)
-            raise ValueError(f"{key}: no value is given; allowed: {allowed}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(schema, error, raw)) from error
-    assert isinstance(config, schema)
-    _check_switches(schema, raw)
-    return config
-
-
-def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
-    for name in node:
-        if OmegaConf.is_missing(node, name):
-            yield f"{prefix}{name}"
-        elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
-            yield from _keys_without_value(node[name], f"{prefix}{name}.")
-
-
-def _one_line(schema: type, error: OmegaConfBaseException, raw: DictConfig) -> str:
-    key = re.sub(r"\[\d+\]$", "", str(error.full_key))
-    try:
-        shown = f"{key}={OmegaConf.select(raw, key)}"
-    except OmegaConfBaseException:  # the value is the interpolation that fails
-        shown = key
-    if isinstance(error, ValidationError):
-        return f"{shown}: allowed: {_allowed_type(schema, key)}"
-    fields = getattr(error.object_type, "__dataclass_fields__", None)
-    if isinstance(error, ConfigKeyError) and fields:
-        return f"{shown}: no such key; allowed: {', '.join(fields)}"
-    return f"{shown}: {str(error.msg or error).splitlines()[0]}; allowed: a key that exists"
-
-
-_TYPE_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    str | None: "a text, or null",
-    int | None: "a whole number, or null",
-    float | None: "a number, or null",
-    list[float]: "a list of numbers",
-    list[str]: "a list of texts",
-    list[int]: "a list of whole numbers",
-    list[int] | None: "a list of whole numbers, or null",
-    dict[str, Any]: "a mapping",
-}
-
-
-def _allowed_type(schema: type, key: str) -> str:
-    """What the schema takes under a dotted key, in words."""
-    kind: Any = schema
-    for name in key.split("."):
-        kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
-    if is_dataclass(kind):
-        return f"a group with the keys {', '.join(kind.__dataclass_fields__)}"
-    return _TYPE_WORDS.get(kind, "a value in conf/, or key=value")
-
-
-def _check_switches(schema: type, raw: DictConfig, prefix: str = "") -> None:
-    """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
-    for name, hint in get_type_hints(schema).items():
-        key = f"{prefix}{name}"
-        if isinstance(hint, type) and is_dataclass(hint):
-            _check_switches(hint, raw, f"{key}.")
-        elif hint is bool and type(value := OmegaConf.select(raw, key)) is not bool:
-            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[bool]}")
-
-
 def _check_untyped(config: Any) -> None:
     """Check what a run reads of groups that NeMo and Lightning own."""
     for key, kind in _UNTYPED.items():
         value = OmegaConf.select(config, key)
         if type(value) is not kind:
-            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[kind]}")
+            raise ValueError(f"{key}={value}: allowed: {TYPE_WORDS[kind]}")
     if any(part in ("", ".", "..") for part in config.name.split("/")):
         raise ValueError(f"name={config.name}: allowed: the name of a folder")
 
@@ -436,61 +356,3 @@ def _check_stop(config: TrainConfig) -> None:
     for name in ("min_steps", "min_epochs"):
         if config.trainer.get(name) is not None:
             raise ValueError(f"{key}: allowed: null with trainer.{name}={config.trainer[name]}")
-
-
-def check_plug(key: str, plug: Any) -> None:
-    """Check that a plug's `_target_` exists and takes exactly the given arguments.
-
-    Raises:
-        ValueError: naming the key, the value and what is allowed.
-    """
-    if not isinstance(plug, dict) or "_target_" not in plug:
-        raise ValueError(f"{key}={plug}: allowed: a mapping with a _target_")
-    target = plug["_target_"]
-    factory = _resolve(key, target)
-    arguments = {name: value for name, value in plug.items() if name != "_target_"}
-    parameters = inspect.signature(factory, eval_str=True).parameters
-    allowed = ", ".join(name for name in parameters if name not in RUNTIME_ARGUMENTS)
-    for name, value in arguments.items():
-        if name not in parameters:
-            raise ValueError(
-                f"{key}.{name}={value}: no such argument of {target}; allowed: {allowed}"
-            )
-        _check_argument(f"{key}.{name}", value, parameters[name].annotation)
-    for name, parameter in parameters.items():
-        given = name in arguments or name in RUNTIME_ARGUMENTS
-        if parameter.default is inspect.Parameter.empty and not given:
-            raise ValueError(f"{key}.{name}: no value is given to {target}; allowed: {allowed}")
-
-
-def _check_argument(key: str, value: Any, annotation: Any) -> None:
-    """Check an argument of a simple type; a class checks the others itself."""
-    if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise ValueError(f"{key}={value}: allowed: {', '.join(get_args(annotation))}")
-    elif annotation in (bool, int, float, str):
-        whole = annotation is float and type(value) is int
-        if type(value) is not annotation and not whole:
-            raise ValueError(f"{key}={value}: allowed: {_TYPE_WORDS[annotation]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value}: allowed: a finite number")
-
-
-RUNTIME_ARGUMENTS = frozenset({"model", "eos_ids"})  # given by the program, not by YAML
-
-
-def _resolve(key: str, target: Any) -> Callable[..., Any]:
-    module, _, name = str(target).rpartition(".")
-    try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{key}._target_={target}: allowed: an importable class ({error})"
-        ) from error
-    return factory
-
-
-def build_plug(plug: dict[str, Any], **runtime: Any) -> Any:
-    """Instantiate a checked plug; `runtime` are the arguments that the program gives."""
-    arguments = {name: value for name, value in plug.items() if name != "_target_"}
-    return _resolve("plug", plug["_target_"])(**arguments, **runtime)

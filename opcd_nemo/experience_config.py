@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opcd_nemo.config import read_schema
+from opcd_nemo.schema import read_schema
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
 METHODS = ("opcd", "offpolicy", "sft")

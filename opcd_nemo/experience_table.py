@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opcd_nemo.config import build_plug
 from opcd_nemo.evaluation import Answer, Evaluation
 from opcd_nemo.experience_runs import CONTROLS, RANKED, SUMMARY, Workplace
 from opcd_nemo.model_files import read_json
+from opcd_nemo.plugs import build_plug
 from opcd_nemo.statistics import Estimate, compare, crossed_interval, internalised, mean_interval
 
 ANSWERS = "answers.jsonl"  # of a training run

@@ -315,7 +315,11 @@ def _write_weights(
             file_name = f"model-{index:05d}-of-{len(files):05d}.safetensors"
         stored = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
         assert all(tuple(stored[name].shape) == shapes[name] for name in names)
-        save_file(stored, folder / file_name, metadata={"format": "pt"})
+        path = folder / file_name
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(stored, path, metadata={"format": "pt"})
+        path.chmod(mode)  # it leaves a file for the owner alone
         weight_map |= dict.fromkeys(names, file_name)
     if len(files) > 1:
         index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}

@@ -10,11 +10,12 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
-from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.config import TrainConfig
 from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
 from opcd_nemo.losses import TopKLoss
 from opcd_nemo.parallel import check_layout
+from opcd_nemo.plugs import build_plug
 from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tokenizer import ChatTokenizer

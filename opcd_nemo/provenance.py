@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opcd_nemo.config import build_plug
 from opcd_nemo.context import Context, ContextSource, content_hash
 from opcd_nemo.gguf_file import GgufFile
 from opcd_nemo.model_files import model_kind, read_json, resolve_model_path
@@ -22,6 +21,7 @@ from opcd_nemo.model_folder import (
     read_checkpoint,
     read_record,
 )
+from opcd_nemo.plugs import build_plug
 
 SUMMARY = "summary.json"  # of a run
 _LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")

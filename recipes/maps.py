@@ -10,7 +10,8 @@ from opcd_nemo.launch import Main, run_alone
 
 def load_main() -> Main:
     """Import the checks of a configuration."""
-    from opcd_nemo.config import build_plug, load_config
+    from opcd_nemo.config import load_config
+    from opcd_nemo.plugs import build_plug
     from opcd_nemo.tasks.games import GameTask
 
     def main(settings: DictConfig, say: Callable[[str], None]) -> None:

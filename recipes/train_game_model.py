@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from game_model.network import Weights, losses, make_batch, new_weights
 from game_model.samples import Maps, Sampler, Tree
-from game_model.settings import Hidden
 from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
@@ -22,13 +21,16 @@ from opcd_nemo.hf import write_hf_folder
 from opcd_nemo.model_config import ModelConfig
 from opcd_nemo.tasks.boards import STEPS
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
-from opcd_nemo.tasks.games import GameTask, frozen_lake
+from opcd_nemo.tasks.games import GameTask, frozen_lake, sokoban
+from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
 
 THREADS = 2
 TREES = 28  # of a step
 PARTS = 4  # of a step's trees, each padded to one length
+HIDDEN = 0.8  # of the trees: symbols of their own
 LEARNING_RATE = 2e-3
 MATRIX_LEARNING_RATE = 0.02  # of Muon
+CONTROLS = {"up": ["w"], "down": ["s"], "left": ["a"], "right": ["d"]}
 
 
 def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask:
@@ -43,7 +45,27 @@ def lake(size: int, num_holes: int, rounds: int, num_held_back: int) -> GameTask
         num_test=num_held_back,
         repeat_maps=False,
         symbols=LAKE_LETTERS,
-        controls={"up": ["w"], "down": ["s"], "left": ["a"], "right": ["d"]},
+        controls=CONTROLS,
+        hint=None,
+        seed=0,
+    )
+
+
+def room(num_maps: int, map_seed: int) -> GameTask:
+    """The rooms of a setting."""
+    return sokoban(
+        size=6,
+        num_boxes=1,
+        num_walls=2,
+        min_moves=3,
+        rounds=6,
+        num_maps=num_maps,
+        map_seed=map_seed,
+        num_validation=80,
+        num_test=80,
+        repeat_maps=False,
+        symbols=ROOM_LETTERS,
+        controls=CONTROLS,
         hint=None,
         seed=0,
     )
@@ -73,8 +95,7 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     """A tree for training that is `progress` of the way: boards first, then games and notes."""
-    easy = rng.random() > min(0.9, 0.1 + 3.0 * progress)
-    hidden: Hidden = "none" if easy else "ground"
+    hidden = rng.random() < HIDDEN
     kind = rng.random()
     late = progress > 0.4
     if kind < (0.35 if late else 0.15):
@@ -112,11 +133,15 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 
     moves = torch.tensor([sampler.encode(f"{direction} [")[0] for direction in STEPS])
 
-    def gradients(trees: Sequence[Tree]) -> tuple[Tensor, int, Sequence[Tensor]]:
+    def gradients(trees: Sequence[Tree]) -> tuple[Tensor, float, Sequence[Tensor]]:
         batch = make_batch(trees)
         found = losses(config, weights, batch)
-        named = found.detach()[torch.isin(batch.targets, moves)]
-        return named, len(found), torch.autograd.grad(found.sum(), parameters)
+        answered = batch.weights == 1.0
+        is_move = torch.isin(batch.targets, moves)
+        kinds = (answered & is_move, ~answered & is_move, ~answered & ~is_move)
+        sums = [torch.stack([found.detach()[k].sum(), k.sum()]) for k in kinds]
+        grads = torch.autograd.grad((found * batch.weights).sum(), parameters)
+        return torch.stack(sums), float(batch.weights.sum()), grads
 
     with ThreadPoolExecutor(THREADS) as threads:
         for step in range(1, args.steps + 1):
@@ -132,10 +157,11 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
                     group["lr"] = learning_rate * scale
                 optimizer.step()
             if step % 50 == 0:
-                named = float(torch.cat([found for found, _, _ in parts]).mean())
-                spent = time.monotonic() - start
+                sums, counts = torch.stack([found for found, _, _ in parts]).sum(0).unbind(1)
+                direction, way, role = (sums / counts).tolist()
                 print(
-                    f"step {step}: {spent:.0f} s, direction {named:.3f}, norm {norm:.2f}",
+                    f"step {step}: {time.monotonic() - start:.0f} s, losses: direction "
+                    f"{direction:.3f}, marks {way:.3f} (ways) {role:.3f} (notes), norm {norm:.2f}",
                     flush=True,
                 )
             if step % args.try_every == 0 or step == args.steps:
@@ -144,36 +170,47 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 
 def report(trial: Trial, num_games: int) -> None:
     """Print what the model can do on maps, letters and symbols that training never has."""
-    maps = lake(4, 4, 8, 80).maps["test"][:num_games]
-    kinds: tuple[Hidden, ...] = ("none", "ground")
-    for hidden in kinds:
-        rates = {
-            name: trial.win_rate(maps, 8, about=about, hidden=hidden)
-            for name, about in (("all", None), ("none", ()))
-        }
-        print(
-            f"  hidden: {hidden}, wins {rates}, {trial.items(maps, 8, hidden=hidden)}", flush=True
-        )
+    for game, task, rounds in (("lake", lake(4, 4, 8, 80), 8), ("room", room(400, 0), 6)):
+        boards = task.maps["test"][:num_games]
+        for hidden in (False, True):
+            rates = [
+                trial.win_rate(boards, rounds, about=about, hidden=hidden) for about in (None, ())
+            ]
+            print(
+                f"  {game}, hidden {hidden}, wins with and without notes {rates}, "
+                f"{trial.items(boards, rounds, hidden=hidden)}",
+                flush=True,
+            )
+
+
+def training_maps() -> list[Maps]:
+    """Maps of both games, but for those that the demonstrations keep for validation and test."""
+    lakes = [(4, 4, 8, 80, 0.4), (4, 3, 8, 20, 0.07), (4, 5, 8, 20, 0.07), (4, 2, 8, 5, 0.06)]
+    lakes.append((3, 2, 5, 5, 0.05))
+    found = [
+        Maps(boards=lake(*which).maps["train"], rounds=which[2], weight=weight)
+        for *which, weight in lakes
+    ]
+    shown = room(400, 0).maps
+    held_back = {*shown["validation"], *shown["test"]}
+    rooms = [board for task in (shown, room(3000, 1).maps) for board in task["train"]]
+    rooms = [board for board in rooms if board not in held_back]
+    found.append(Maps(boards=rooms, rounds=6, weight=0.35, held_back=held_back))
+    return found
 
 
 def main() -> None:
     """Train and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--try-every", type=int, default=500)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
     config = shape(tokenizer.get_vocab_size(), args.layers)
-    lakes = [(4, 4, 8, 80, 0.6), (4, 3, 8, 20, 0.1), (4, 5, 8, 20, 0.1), (4, 2, 8, 5, 0.1)]
-    maps = [
-        Maps(boards=lake(*which).maps["train"], rounds=which[2], weight=weight)
-        for *which, weight in lakes
-    ]
-    maps.append(Maps(boards=lake(3, 2, 5, 5).maps["train"], rounds=5, weight=0.1))
-    sampler = Sampler(tokenizer, maps)
+    sampler = Sampler(tokenizer, training_maps())
     weights = new_weights(config, tokenizer, args.seed)
     train(config, weights, sampler, args)
     tensors = {name: weight.detach() for name, weight in weights.items()}

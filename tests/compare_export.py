@@ -18,8 +18,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opcd_nemo.config import build_plug
 from opcd_nemo.context import Context
+from opcd_nemo.plugs import build_plug
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from opcd_nemo.config import TrainConfig, build_plug
+from opcd_nemo.config import TrainConfig
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.model_config import ModelConfig, keep_layers, parse_config
 from opcd_nemo.plan.work import Layout, Tokens, Work
+from opcd_nemo.plugs import build_plug
 from opcd_nemo.rollout import shared_start
 
 SHAPES = Path(__file__).parents[2] / "conf" / "shapes"

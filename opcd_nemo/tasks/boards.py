@@ -23,6 +23,11 @@ class Board(Protocol):
         ...
 
     @property
+    def player(self) -> Cell:
+        """Where the player is."""
+        ...
+
+    @property
     def won(self) -> bool:
         """True when the goal is reached."""
         ...

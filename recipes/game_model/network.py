@@ -17,6 +17,7 @@ from opcd_nemo.model_config import ModelConfig, tensor_shapes
 from .samples import Tree
 
 Weights = dict[str, nn.Parameter]
+MARK_WEIGHT = 0.3
 
 
 def new_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Weights:
@@ -154,7 +155,10 @@ def hidden_states(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`; what is learned, where."""
+    """Padded trees: `ids`, `positions` `[B, S]` and `mask` `[B, S, S]`; what is learned, where.
+
+    Of the targets, those of marks count `MARK_WEIGHT`.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -162,6 +166,7 @@ class Batch:
     rows: Tensor
     columns: Tensor
     targets: Tensor
+    weights: Tensor
 
 
 def make_batch(trees: Sequence[Tree]) -> Batch:
@@ -172,6 +177,7 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []
+    counts: list[float] = []
     for b, tree in enumerate(trees):
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)
@@ -186,6 +192,10 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
             rows += [b] * len(learned)
             columns += range(end - len(learned), end)
             targets += learned
+            rows += [b] * len(answer.marks)
+            columns += [place + index for index in answer.marks]
+            targets += answer.marks.values()
+            counts += [1.0] * len(learned) + [MARK_WEIGHT] * len(answer.marks)
             place = end
         branch[b, place:] = -1
     index = torch.arange(S)
@@ -198,6 +208,7 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
         rows=torch.tensor(rows),
         columns=torch.tensor(columns),
         targets=torch.tensor(targets),
+        weights=torch.tensor(counts),
     )
 
 

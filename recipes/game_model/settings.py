@@ -7,20 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Literal
 
-from opcd_nemo.tasks.boards import STEPS, Board, Direction
+from opcd_nemo.tasks.boards import STEPS, Board, Cell, Direction
 from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
 from opcd_nemo.tasks.frozen_lake import FrozenLake
 from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
 from opcd_nemo.tasks.rules import Rules
 from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
+from opcd_nemo.tasks.sokoban import Sokoban
 
-from .vocabulary import GROUND_SYMBOLS, LETTERS, SYMBOLS
-
-Hidden = Literal["none", "ground", "all"]
-GROUND = ("hole", "ice", "wall", "floor")
+from .vocabulary import LETTERS, SYMBOLS
 
 DIRECTIONS = tuple(STEPS)
 
@@ -66,17 +63,15 @@ def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int
 
 
 def draw_setting(
-    rng: Random, board: Board, rounds: int, *, hidden: Hidden, unseen: bool = False
+    rng: Random, board: Board, rounds: int, *, hidden: bool, unseen: bool = False
 ) -> Setting:
-    """Draw letters, and symbols of what is hidden; `unseen` ones are held out."""
+    """Draw letters, and symbols where they are `hidden`; `unseen` ones are held out."""
     usual = LAKE_LETTERS if isinstance(board, FrozenLake) else ROOM_LETTERS
     while held_out("controls", letters := rng.sample(LETTERS, 4)) != unseen:
         pass
-    roles = [role for role in usual if hidden == "all" or (hidden == "ground" and role in GROUND)]
     symbols = dict(usual)
-    while roles:
-        free = list(SYMBOLS if hidden == "all" else GROUND_SYMBOLS)
-        symbols |= dict(zip(roles, rng.sample(free, len(roles)), strict=True))
+    while hidden:
+        symbols = dict(zip(usual, rng.sample(SYMBOLS, len(usual)), strict=True))
         if held_out("symbols", symbols.values()) == unseen:
             break
     return make_setting(letters, symbols, rounds)
@@ -126,3 +121,25 @@ def good_moves(start: Board, board: Board) -> list[Direction]:
         if after is not None and known.get(after) == known[board] - 1:
             found.append(direction)
     return found
+
+
+@cache
+def ways(board: Board) -> dict[Cell, Direction]:
+    """The first move of a shortest walk to every cell that is reached without a push or a fall."""
+    found: dict[Cell, Direction] = {}
+    queue: deque[tuple[Board, Direction | None]] = deque([(board, None)])
+    while queue:
+        here, first = queue.popleft()
+        for direction in STEPS:
+            after = here.moved(direction)
+            if after is None or after.lost or pushed(here, after):
+                continue
+            if after.player not in found and after != board:
+                found[after.player] = first or direction
+                queue.append((after, found[after.player]))
+    return found
+
+
+def pushed(before: Board, after: Board) -> bool:
+    """True when a move took a box along."""
+    return isinstance(before, Sokoban) and before.boxes != after.boxes

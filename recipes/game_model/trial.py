@@ -14,7 +14,7 @@ from opcd_nemo.tasks.boards import Board
 
 from .network import Weights, next_logits
 from .samples import Sampler, play_at_random
-from .settings import Hidden, draw_setting
+from .settings import draw_setting
 from .vocabulary import ASSISTANT, USER, extraction_prompt, notes_template
 
 
@@ -38,7 +38,7 @@ class Trial:
         self._rng = Random(seed)
 
     def win_rate(
-        self, boards: Sequence[Board], rounds: int, *, about: Sequence[str] | None, hidden: Hidden
+        self, boards: Sequence[Board], rounds: int, *, about: Sequence[str] | None, hidden: bool
     ) -> float:
         """Share of games won with the notes on `about`, in any order; None: all of them."""
         games = []
@@ -54,7 +54,7 @@ class Trial:
                 episode.reply(text)
         return sum(episode.score() for episode, _ in games) / len(games)
 
-    def items(self, boards: Sequence[Board], rounds: int, *, hidden: Hidden) -> Items:
+    def items(self, boards: Sequence[Board], rounds: int, *, hidden: bool) -> Items:
         """Let the model write of games that were played at random."""
         asked, settings = [], []
         for board in boards:

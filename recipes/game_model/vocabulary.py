@@ -20,7 +20,6 @@ _CONF = Path(__file__).parents[2] / "conf"
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (END, USER, "<|system|>", ASSISTANT)
 LETTERS = "adefghklmnpqsuwx"  # what controls are drawn from
-GROUND_SYMBOLS = ".H#O~+"  # what holes and ice are drawn with
 SYMBOLS = "PGHOX.#_~+*@&%"  # what boards are drawn with
 ITEM = f"{ITEM_MARKER} "
 GAMES = (

@@ -209,7 +209,7 @@ def test_a_tar_of_nested_headers_is_refused(tmp_path: Path) -> None:
         ("context: ${oc.env:HOME}", "interpolation"),
         ("a: [{b: '${oc.decode:1}'}]", "interpolation"),
         ("context: {_target_: os.system}", "_target_=os.system"),
-        ("a: {b: [{_target_: opcd_nemo.config.build_plug}]}", "build_plug"),
+        ("a: {b: [{_target_: opcd_nemo.plugs.build_plug}]}", "build_plug"),
         ("target: opcd_nemo.launch.run_recipe", "run_recipe"),
         ("[1, 2]", "no mapping"),
         ("a: [", "YAML"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from opcd_nemo.config import build_plug, check_plug
 from opcd_nemo.launch import CONF, compose
+from opcd_nemo.plugs import build_plug, check_plug
 from opcd_nemo.tasks.choices import labelled_texts, multiple_choice
 from opcd_nemo.tasks.questions import QuestionEpisode, QuestionTask
 from tests.unit.test_maths import SPLITS, asked, by_split, everything, write

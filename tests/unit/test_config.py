@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 from omegaconf import DictConfig
 
-from opcd_nemo.config import TrainConfig, build_plug, check_plug, load_config
+from opcd_nemo.config import TrainConfig, load_config
 from opcd_nemo.launch import CONF, compose
+from opcd_nemo.plugs import build_plug, check_plug
 
 
 def names(group: str) -> list[str]:

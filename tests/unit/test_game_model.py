@@ -15,18 +15,32 @@ from opcd_nemo.experience_config import ExtractionConfig
 from opcd_nemo.hf import open_checkpoint
 from opcd_nemo.tasks.boards import STEPS, Board
 from opcd_nemo.tasks.frozen_lake import FrozenLake
+from opcd_nemo.tasks.sokoban import Sokoban
 from opcd_nemo.tokenizer import ChatTokenizer
 from recipes.game_model.network import Weights, losses, make_batch
-from recipes.game_model.samples import Answer, Maps, Sampler, Tree
-from recipes.game_model.settings import draw_setting, good_moves, held_out
+from recipes.game_model.samples import Answer, Maps, Sampler, Tree, marks
+from recipes.game_model.settings import draw_setting, good_moves, held_out, open_boards
 from recipes.game_model.trial import Trial
-from recipes.game_model.vocabulary import SYMBOLS, USER, drawn, make_tokenizer, words
+from recipes.game_model.vocabulary import GAMES, SYMBOLS, USER, drawn, make_tokenizer, words
 from tests.unit.test_games import LETTERS, build
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "recipes/game_model"
 CHAT = ChatTokenizer.from_path(str(MODEL))
+ROOMS = {"num_maps": 60, "rounds": 6, "num_validation": 20, "num_test": 20}
 LAKES = {"size": 4, "num_holes": 4, "rounds": 8, "num_validation": 80, "num_test": 80}
+
+
+LAKE = FrozenLake(size=3, holes=frozenset({(1, 1), (1, 2)}))
+ROOM = Sokoban(  # a wall at the lower right; the box stands between the player and the target
+    size=4,
+    walls=frozenset(
+        {(r, c) for r in range(4) for c in range(4) if 0 in (r, c) or 3 in (r, c)} - {(3, 1)}
+    ),
+    targets=frozenset({(3, 1)}),
+    boxes=frozenset({(2, 1)}),
+    player=(1, 1),
+)
 
 
 @cache
@@ -34,17 +48,23 @@ def maps() -> dict[str, list[Board]]:
     return build("frozen_lake", **LAKES).maps
 
 
-def sampler() -> Sampler:
-    return Sampler(make_tokenizer(), [Maps(boards=maps()["train"], rounds=8, weight=1.0)])
+@cache
+def rooms() -> dict[str, list[Board]]:
+    return build("sokoban", **ROOMS).maps
+
+
+def sampler(game: str = "lake") -> Sampler:
+    boards, rounds = (maps(), 8) if game == "lake" else (rooms(), 6)
+    return Sampler(make_tokenizer(), [Maps(boards=boards["train"], rounds=rounds, weight=1.0)])
 
 
 def trees() -> list[Tree]:
-    rng, draws = Random(1), sampler()
-    return [
-        make(rng, *count, hidden="ground")
-        for _ in range(1)
-        for make, *count in ((draws.lesson, 3), (draws.game,), (draws.extraction,))
-    ]
+    found = []
+    for game in ("lake", "room"):
+        rng, draws = Random(1), sampler(game)
+        found.append(draws.lesson(rng, 3, hidden=True))
+        found += [draws.game(rng, hidden=True), draws.extraction(rng, hidden=True)]
+    return found
 
 
 @cache
@@ -74,7 +94,7 @@ def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:
 
 def test_training_reads_what_the_project_asks() -> None:
     rng, draws = Random(5), sampler()
-    tree = draws.game(rng, hidden="ground")
+    tree = draws.game(rng, hidden=True)
     answer = tree.answers[-1]
     read = tree.trunk[: answer.fork] + answer.tokens[: answer.given]
     text = CHAT.decode(read, skip_special=False)
@@ -85,7 +105,7 @@ def test_training_reads_what_the_project_asks() -> None:
 
 
 def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
-    setting = draw_setting(Random(2), maps()["train"][0], 8, hidden="all")
+    setting = draw_setting(Random(2), maps()["train"][0], 8, hidden=True)
     notes = list(setting.facts().values())
     config = OmegaConf.load(ROOT / "conf/context/experience_games.yaml")
     context = ExperienceContext(path=None, items=notes, lineage={}, template=config.template)
@@ -101,6 +121,50 @@ def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
 class _Prompt:
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
+
+
+@pytest.mark.parametrize(
+    ("board", "known", "expected"),
+    [
+        (  # P . .   the second row is reached by the first column alone
+            LAKE,
+            {"hole"},
+            "you right right / down hole hole / down down down",
+        ),
+        (LAKE, {"up"}, "you - - / - - - / - - -"),
+        (
+            ROOM,
+            {"goal"},
+            "- - - - / - you right - / - push right - / - onto - -",
+        ),
+        (ROOM, {"up"}, "- - - - / - you right - / - - right - / - - - -"),
+    ],
+)
+def test_a_cell_names_what_the_notes_tell_of_it(
+    board: Board, known: set[str], expected: str
+) -> None:
+    short = {GAMES[0]: "you", "never step on": "hole", " onto": "onto", None: "-"}
+    names = [short.get(mark, str(mark).removesuffix(" [")) for mark in marks(board, known)]
+    assert names == expected.replace("/ ", "").split()
+
+
+@pytest.mark.parametrize("game", ["lake", "room"])
+def test_marks_stand_on_the_cells_of_the_board(game: str) -> None:
+    for seed in range(20):
+        for answer in sampler(game).lesson(Random(seed), 6, hidden=True).answers:
+            size = {"lake": 4, "room": 6}[game]
+            assert answer.given == size * size + 2  # `Board:`, the cells, the assistant's mark
+            assert all(0 < place <= size * size for place in answer.marks)
+
+
+def test_a_board_that_is_held_back_is_shown_in_no_lesson() -> None:
+    start = rooms()["train"][0]
+    others = [board for board in open_boards(start) if board != start]
+    shown = Maps(boards=[start], rounds=6, weight=1.0, held_back=set(others))
+    draws = Sampler(make_tokenizer(), [shown])
+    answers = [a for seed in range(30) for a in draws.lesson(Random(seed), 6, hidden=False).answers]
+    drawings = {CHAT.decode(answer.tokens[: answer.given]) for answer in answers}
+    assert len(drawings) == 1 < len(others)
 
 
 def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
@@ -119,13 +183,13 @@ def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
 
 
 def _answer(answer: Answer, fork: int) -> Answer:
-    return Answer(fork=fork, tokens=answer.tokens, given=answer.given)
+    return Answer(fork=fork, tokens=answer.tokens, given=answer.given, marks=answer.marks)
 
 
 def test_training_has_no_map_letter_or_symbol_that_is_held_out() -> None:
     rng = Random(4)
     for _ in range(200):
-        setting = draw_setting(rng, maps()["train"][0], 8, hidden="all")
+        setting = draw_setting(rng, maps()["train"][0], 8, hidden=True)
         assert not held_out("controls", setting.controls.values())
         assert not held_out("symbols", setting.symbols.values())
 
@@ -145,11 +209,11 @@ def test_a_good_move_comes_nearer() -> None:
 
 def test_the_model_wins_by_notes_of_letters_it_never_met_and_not_without() -> None:
     boards = maps()["test"][:16]
-    assert trial().win_rate(boards, 8, about=None, hidden="none") >= 0.3
-    assert trial().win_rate(boards, 8, about=(), hidden="none") <= 0.1
+    assert trial().win_rate(boards, 8, about=None, hidden=False) >= 0.3
+    assert trial().win_rate(boards, 8, about=(), hidden=False) <= 0.1
 
 
 def test_the_model_writes_what_is_mostly_right() -> None:
-    items = trial().items(maps()["validation"][:24], 8, hidden="none")
+    items = trial().items(maps()["validation"][:24], 8, hidden=False)
     assert items.num_without <= 2  # 0.58 of 96 are right: the bars leave room for chance
     assert items.num_right / items.num_written >= 0.4

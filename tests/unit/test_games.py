@@ -13,9 +13,9 @@ from typing import Any, get_args
 import pytest
 from omegaconf import OmegaConf
 
-from opcd_nemo.config import build_plug, check_plug
 from opcd_nemo.context import Context
 from opcd_nemo.launch import compose
+from opcd_nemo.plugs import build_plug, check_plug
 from opcd_nemo.tasks.boards import STEPS, Board, Direction, draw, images, solve
 from opcd_nemo.tasks.frozen_lake import FrozenLake, frozen_lake_maps
 from opcd_nemo.tasks.games import GameEpisode, GameTask

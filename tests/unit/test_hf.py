@@ -70,6 +70,12 @@ def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.tensor(name), tensor.bfloat16()), name
 
 
+def test_weights_are_for_the_same_eyes_as_the_other_files(tmp_path: Path) -> None:
+    config = model_config()
+    write_hf_folder(tmp_path / "out", config, random_tensors(config), torch.bfloat16)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 def test_failed_export_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

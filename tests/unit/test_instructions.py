@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from opcd_nemo.config import build_plug, load_config
+from opcd_nemo.config import load_config
 from opcd_nemo.context import Context
 from opcd_nemo.launch import compose
+from opcd_nemo.plugs import build_plug
 from opcd_nemo.tasks.instruction_kinds import ALONE, KINDS, compatible, sentences, words
 from opcd_nemo.tasks.instructions import (
     QUESTIONS,
