@@ -2,11 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-one-process check format golden crash-test cluster-test image-test clean \
+.PHONY: help demo demo-games test test-unit test-kernels check format golden crash-test cluster-test image-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
+GAME ?= games
 PYTHON3 ?= python3
 BIN := .venv/bin
 RUN := .venv/installed
@@ -20,15 +21,19 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart
-	$(BIN)/python recipes/experience.py recipe=demo_games
+demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=games (a lake)|sokoban]
+	$(BIN)/python recipes/experience.py recipe=demo_$(GAME)
 
-test: check ## every check, the kernels compiled for GPUs, then every test
-	$(MAKE) --no-print-directory --jobs=2 --output-sync kernels-aot test-one-process
+test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
 	for folder in distributed recipes golden; do $(PYTEST) tests/$$folder; done
 
-test-one-process: $(DEV) # the tests that use one core
-	for folder in unit kernels; do $(PYTEST) tests/$$folder; done
+# what uses one core, two at a time
+test-unit: $(DEV)
+	$(PYTEST) tests/unit
+
+test-kernels: $(DEV)
+	$(PYTEST) tests/kernels
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
 
 check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile

@@ -97,10 +97,10 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
     """A tree for training that is `progress` of the way: boards first, then games and notes."""
     hidden = rng.random() < HIDDEN
     kind = rng.random()
-    late = progress > 0.4
-    if kind < (0.35 if late else 0.15):
+    late = progress > 0.3
+    if kind < (0.3 if late else 0.15):
         return sampler.extraction(rng, hidden=hidden)
-    if kind < (0.6 if late else 0.3):
+    if kind < (0.5 if late else 0.3):
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
 
@@ -151,7 +151,7 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
             for parameter, *found in zip(parameters, *(part for _, _, part in parts), strict=True):
                 parameter.grad = torch.stack(found).sum(0) / num
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            scale = min(1.0, step / 50, 2.0 * (1.0 - step / args.steps) + 0.01)
+            scale = min(1.0, step / 50, 1.3 * (1.0 - step / args.steps) + 0.01)
             for optimizer, learning_rate in optimizers.items():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * scale
@@ -203,7 +203,7 @@ def main() -> None:
     """Train and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--try-every", type=int, default=500)

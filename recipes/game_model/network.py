@@ -17,7 +17,7 @@ from opcd_nemo.model_config import ModelConfig, tensor_shapes
 from .samples import Tree
 
 Weights = dict[str, nn.Parameter]
-MARK_WEIGHT = 0.3
+MARK_WEIGHT = 0.2
 
 
 def new_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Weights:
@@ -182,6 +182,10 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
         place = len(tree.trunk)
         ids[b, :place] = torch.tensor(tree.trunk)
         positions[b, :place] = torch.arange(place)
+        rows += [b] * len(tree.marks)
+        columns += tree.marks
+        targets += tree.marks.values()
+        counts += [MARK_WEIGHT] * len(tree.marks)
         for number, answer in enumerate(tree.answers, start=1):
             end = place + len(answer.tokens) - 1
             ids[b, place:end] = torch.tensor(answer.tokens[:-1])

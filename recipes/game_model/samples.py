@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 from tokenizers import Tokenizer
@@ -21,8 +22,6 @@ from .settings import Setting, draw_setting, good_moves, open_boards, pushed, wa
 from .vocabulary import ASSISTANT, END, GAMES, ITEM, USER, extraction_prompt, notes_template
 
 MARKS = {  # of what is seen: the note that tells of it, and its words
-    "player": (None, GAMES[0]),
-    "player_on_target": (None, GAMES[0]),
     "hole": ("hole", "never step on"),
     "box": ("goal", "push"),
     "target": ("goal", " onto"),
@@ -44,10 +43,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """Tokens that all answers share up to their forks, then the answers."""
+    """Tokens that all answers share up to their forks, then the answers; `marks` of the trunk."""
 
     trunk: list[int]
     answers: list[Answer]
+    marks: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -94,13 +94,9 @@ class Sampler:
             if board in maps.held_back:
                 continue
             _, situation = setting.game(board).transcript().split("\n\n", 1)
-            answer = self._answer(
-                len(trunk),
-                f"\n\n{situation}{ASSISTANT}",
-                said(rng, good_moves(start, board)[0], setting, known),
-                marks(board, known),
-            )
-            answers.append(answer)
+            text = said(rng, good_moves(start, board)[0], setting, known)
+            cells = marks(board, known)
+            answers.append(self._answer(len(trunk), f"\n\n{situation}{ASSISTANT}", text, cells))
         return Tree(trunk=trunk, answers=answers)
 
     def game(self, rng: Random, *, hidden: bool) -> Tree:
@@ -109,18 +105,22 @@ class Sampler:
         known, notes = draw_notes(rng, setting)
         episode = setting.game(start)
         noise = rng.choice((0.1, 0.3, 0.6, 1.0))
-        texts = []
+        texts, cells, moved = [], [], None
         while not episode.done and (good := good_moves(start, episode.play.board)):
+            before = episode.play.board
             texts.append(said(rng, good[0], setting, known))
+            cells.append(marks(before, known, moved))
             step = rng.choice(list(STEPS) if rng.random() < noise else good)
             episode.reply(f"[{setting.controls[step]}]")
-        trunk, answers = self._opened(setting, notes), []
+            moved = step if episode.play.board != before else None
+        trunk, answers, named = self._opened(setting, notes), [], {}
         _, *events = episode.transcript().split("\n\n")
         for turn, text in enumerate(texts):
             new = events[max(0, 2 * turn - 1) : 2 * turn + 1]
             trunk += self.encode("".join(f"\n\n{event}" for event in new))
+            named |= self._named(cells[turn], len(trunk))
             answers.append(self._answer(len(trunk), ASSISTANT, text))
-        return Tree(trunk=trunk, answers=answers)
+        return Tree(trunk=trunk, answers=answers, marks=named)
 
     def extraction(self, rng: Random, *, hidden: bool) -> Tree:
         """A game of random moves, and what may be written of it; after every move, its control."""
@@ -133,8 +133,10 @@ class Sampler:
         ahead, behind = f"{USER}{asked}".split(trace)
         first, *events = trace.split("\n\nMove: ")
         trunk, answers = self.encode(ahead + first), []
-        for event, direction in zip(events, played.moved, strict=True):
+        named = self._named(marks(start, None), len(trunk))
+        for event, direction, board in zip(events, played.moved, played.boards[1:], strict=True):
             trunk += self.encode(f"\n\nMove: {event}")
+            named |= self._named(marks(board, None, direction), len(trunk))
             if direction is not None:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
@@ -143,7 +145,7 @@ class Sampler:
         for text in shown.values():
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
         answers.append(self._answer(len(trunk), ASSISTANT, written(played.moved, shown)))
-        return Tree(trunk=trunk, answers=answers)
+        return Tree(trunk=trunk, answers=answers, marks=named)
 
     def _drawn(self, rng: Random, hidden: bool) -> tuple[Board, Setting]:
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
@@ -155,27 +157,34 @@ class Sampler:
         return self.encode(f"{USER}{setting.rules.opening}{shown}")
 
     def _answer(self, fork: int, given: str, text: str, cells: Sequence[str | None] = ()) -> Answer:
-        """`cells`: the marks of the board that `given` shows after its first token."""
+        """`cells` are marks of the board that `given` ends with, before the assistant's turn."""
         read = self.encode(given)
-        named = {1 + place: self.encode(mark)[0] for place, mark in enumerate(cells) if mark}
-        assert len(read) == len(cells) + 2 or not cells, given
+        named = self._named(cells, len(read) - 1)
         return Answer(
             fork=fork, tokens=read + self.encode(text + END), given=len(read), marks=named
         )
 
+    def _named(self, cells: Sequence[str | None], end: int) -> dict[int, int]:
+        """The marks of a board, by the places of its tokens, the last of which is before `end`."""
+        start = end - len(cells)
+        return {start + i: self.encode(mark)[0] for i, mark in enumerate(cells) if mark}
 
-def marks(board: Board, known: Set[str]) -> list[str | None]:
-    """What every cell of a board shall name, in reading order; None where the notes do not tell.
 
-    The words of the notes for what is told of by notes, and for a free cell the first move of a
-    shortest way to it, so that the way to the goal grows from cell to cell.
+def marks(board: Board, known: Set[str] | None, moved: Direction | None = None) -> list[str | None]:
+    """What every cell of a board shall name, in reading order; None where it need not.
+
+    The player names the move that led there, else what the opening calls it. Of the rest, where
+    there are notes: what they tell of by their words, and a free cell the first move of a shortest
+    way to it, so that the way to the goal grows from cell to cell.
     """
-    free = ways(board) if isinstance(board, Sokoban) or "hole" in known else {}
-    cells = [(row, column) for row in range(board.size) for column in range(board.size)]
+    has_ways = known is not None and (isinstance(board, Sokoban) or "hole" in known)
+    free = ways(board) if has_ways else {}
     found: list[str | None] = []
-    for cell in cells:
+    for cell in ((row, column) for row in range(board.size) for column in range(board.size)):
         what = board.what(cell)
-        if what in MARKS and MARKS[what][0] in {None, *known}:
+        if cell == board.player:
+            found.append(f"{moved} [" if moved else GAMES[0])
+        elif known and what in MARKS and MARKS[what][0] in known:
             found.append(MARKS[what][1])
         else:
             found.append(f"{free[cell]} [" if cell in free else None)
@@ -202,23 +211,22 @@ def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A finished game: the direction of every move, None where nothing moved; if a box did."""
+    """A finished game: every direction moved in, None where nothing moved, and all its boards."""
 
     moved: list[Direction | None]
-    pushed: bool
+    boards: list[Board]
 
 
 def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> Played:
     """Play to the end."""
     moved: list[Direction | None] = []
-    has_pushed = False
+    boards = [episode.play.board]
     while not episode.done:
         direction = rng.choice(list(STEPS))
-        before = episode.play.board
         episode.reply(f"[{setting.controls[direction]}]")
-        moved.append(direction if episode.play.board != before else None)
-        has_pushed = has_pushed or pushed(before, episode.play.board)
-    return Played(moved=moved, pushed=has_pushed)
+        boards.append(episode.play.board)
+        moved.append(direction if boards[-1] != boards[-2] else None)
+    return Played(moved=moved, boards=boards)
 
 
 def facts_shown(episode: GameEpisode, played: Played, facts: Mapping[str, str]) -> dict[str, str]:
@@ -226,7 +234,8 @@ def facts_shown(episode: GameEpisode, played: Played, facts: Mapping[str, str]) 
     shown = {name for name in played.moved if name is not None}
     if episode.play.ending == "lost":
         shown.add("hole")
-    if episode.play.ending == "won" or played.pushed or not shown:
+    has_pushed = any(pushed(*pair) for pair in pairwise(played.boards))
+    if episode.play.ending == "won" or has_pushed or not shown:
         shown.add("goal")
     return {name: facts[name] for name in facts if name in shown}
 

@@ -157,6 +157,25 @@ def test_marks_stand_on_the_cells_of_the_board(game: str) -> None:
             assert all(0 < place <= size * size for place in answer.marks)
 
 
+@pytest.mark.parametrize("kind", ["game", "extraction"])
+@pytest.mark.parametrize("game", ["lake", "room"])
+def test_in_a_game_the_player_names_the_move_that_led_there(game: str, kind: str) -> None:
+    named = 0
+    for seed in range(20):
+        tree = getattr(sampler(game), kind)(Random(seed), hidden=False)
+        drawing, names = ([CHAT.decode([ids]) for ids in column] for column in _marked(tree))
+        assert all(cell.strip() in SYMBOLS for cell in drawing)
+        moves = [name for cell, name in zip(drawing, names, strict=True) if cell[-1] in "P+"]
+        assert moves[0] == GAMES[0]
+        assert set(moves[1:]) <= {GAMES[0], *(f"{direction} [" for direction in STEPS)}
+        named += sum(name != GAMES[0] for name in moves)
+    assert named > 20
+
+
+def _marked(tree: Tree) -> tuple[list[int], list[int]]:
+    return [tree.trunk[place] for place in tree.marks], list(tree.marks.values())
+
+
 def test_a_board_that_is_held_back_is_shown_in_no_lesson() -> None:
     start = rooms()["train"][0]
     others = [board for board in open_boards(start) if board != start]
@@ -173,6 +192,7 @@ def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
     together = losses(checkpoint.config, weights, make_batch(trees()))
     place = 0
     for tree in trees():
+        place += len(tree.marks)
         for answer in tree.answers:
             alone = Tree(trunk=tree.trunk[: answer.fork], answers=[_answer(answer, answer.fork)])
             expected = losses(checkpoint.config, weights, make_batch([alone]))
