@@ -94,13 +94,14 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
 
 
 def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
-    """A tree for training that is `progress` of the way: boards first, then games and notes."""
+    """A tree for training that is `progress` of the way: later there are more whole games."""
     hidden = rng.random() < HIDDEN
     kind = rng.random()
-    late = progress > 0.3
-    if kind < (0.3 if late else 0.15):
+    if kind < 0.2:
+        return sampler.extraction(rng, hidden=hidden, short=True)
+    if kind < 0.25 + 0.1 * progress:
         return sampler.extraction(rng, hidden=hidden)
-    if kind < (0.5 if late else 0.3):
+    if kind < 0.35 + 0.2 * progress:
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
 
@@ -185,7 +186,7 @@ def report(trial: Trial, num_games: int) -> None:
 
 def training_maps() -> list[Maps]:
     """Maps of both games, but for those that the demonstrations keep for validation and test."""
-    lakes = [(4, 4, 8, 80, 0.4), (4, 3, 8, 20, 0.07), (4, 5, 8, 20, 0.07), (4, 2, 8, 5, 0.06)]
+    lakes = [(4, 4, 8, 80, 0.3), (4, 3, 8, 20, 0.07), (4, 5, 8, 20, 0.07), (4, 2, 8, 5, 0.06)]
     lakes.append((3, 2, 5, 5, 0.05))
     found = [
         Maps(boards=lake(*which).maps["train"], rounds=which[2], weight=weight)
@@ -195,7 +196,7 @@ def training_maps() -> list[Maps]:
     held_back = {*shown["validation"], *shown["test"]}
     rooms = [board for task in (shown, room(3000, 1).maps) for board in task["train"]]
     rooms = [board for board in rooms if board not in held_back]
-    found.append(Maps(boards=rooms, rounds=6, weight=0.35, held_back=held_back))
+    found.append(Maps(boards=rooms, rounds=6, weight=0.45, held_back=held_back))
     return found
 
 
@@ -203,7 +204,7 @@ def main() -> None:
     """Train and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--try-every", type=int, default=500)

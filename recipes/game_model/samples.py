@@ -18,7 +18,16 @@ from opcd_nemo.tasks.boards import STEPS, Board, Direction
 from opcd_nemo.tasks.games import GameEpisode
 from opcd_nemo.tasks.sokoban import Sokoban
 
-from .settings import Setting, draw_setting, good_moves, open_boards, pushed, ways
+from .settings import (
+    Setting,
+    draw_setting,
+    ending_moves,
+    good_moves,
+    next_push,
+    open_boards,
+    pushed,
+    ways,
+)
 from .vocabulary import ASSISTANT, END, GAMES, ITEM, USER, extraction_prompt, notes_template
 
 MARKS = {  # of what is seen: the note that tells of it, and its words
@@ -90,12 +99,12 @@ class Sampler:
         trunk = self._opened(setting, notes)
         answers = []
         for start in rng.choices(maps.boards, k=num_boards):
-            board = rng.choice(open_boards(start))
+            board = draw_board(rng, start, maps.rounds)
             if board in maps.held_back:
                 continue
             _, situation = setting.game(board).transcript().split("\n\n", 1)
             text = said(rng, good_moves(start, board)[0], setting, known)
-            cells = marks(board, known)
+            cells = marks(start, board, known)
             answers.append(self._answer(len(trunk), f"\n\n{situation}{ASSISTANT}", text, cells))
         return Tree(trunk=trunk, answers=answers)
 
@@ -109,7 +118,7 @@ class Sampler:
         while not episode.done and (good := good_moves(start, episode.play.board)):
             before = episode.play.board
             texts.append(said(rng, good[0], setting, known))
-            cells.append(marks(before, known, moved))
+            cells.append(marks(start, before, known, moved))
             step = rng.choice(list(STEPS) if rng.random() < noise else good)
             episode.reply(f"[{setting.controls[step]}]")
             moved = step if episode.play.board != before else None
@@ -122,21 +131,29 @@ class Sampler:
             answers.append(self._answer(len(trunk), ASSISTANT, text))
         return Tree(trunk=trunk, answers=answers, marks=named)
 
-    def extraction(self, rng: Random, *, hidden: bool) -> Tree:
-        """A game of random moves, and what may be written of it; after every move, its control."""
+    def extraction(self, rng: Random, *, hidden: bool, short: bool = False) -> Tree:
+        """A game of random moves, and what may be written of it; after every move, its control.
+
+        A `short` one begins where it may end at once, and does.
+        """
         start, setting = self._drawn(rng, hidden)
+        first = None
+        if short:
+            ends = [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
+            start = rng.choice(ends)
+            first = rng.choice(ending_moves(start))
         episode = setting.game(start)
-        played = play_at_random(rng, episode, setting)
+        played = play_at_random(rng, episode, setting, first)
         facts = setting.facts()
         trace = episode.transcript()
         asked = extraction_prompt().format(trace=trace, outcome=episode.outcome)
         ahead, behind = f"{USER}{asked}".split(trace)
-        first, *events = trace.split("\n\nMove: ")
-        trunk, answers = self.encode(ahead + first), []
-        named = self._named(marks(start, None), len(trunk))
+        opened, *events = trace.split("\n\nMove: ")
+        trunk, answers = self.encode(ahead + opened), []
+        named = self._named(marks(start, start, None), len(trunk))
         for event, direction, board in zip(events, played.moved, played.boards[1:], strict=True):
             trunk += self.encode(f"\n\nMove: {event}")
-            named |= self._named(marks(board, None, direction), len(trunk))
+            named |= self._named(marks(start, board, None, direction), len(trunk))
             if direction is not None:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
@@ -170,15 +187,18 @@ class Sampler:
         return {start + i: self.encode(mark)[0] for i, mark in enumerate(cells) if mark}
 
 
-def marks(board: Board, known: Set[str] | None, moved: Direction | None = None) -> list[str | None]:
+def marks(
+    start: Board, board: Board, known: Set[str] | None, moved: Direction | None = None
+) -> list[str | None]:
     """What every cell of a board shall name, in reading order; None where it need not.
 
     The player names the move that led there, else what the opening calls it. Of the rest, where
     there are notes: what they tell of by their words, and a free cell the first move of a shortest
-    way to it, so that the way to the goal grows from cell to cell.
+    way to it, so that the way to the goal grows from cell to cell. Below a room, from where all of
+    it is seen, the wall names the next push, then the next move.
     """
-    has_ways = known is not None and (isinstance(board, Sokoban) or "hole" in known)
-    free = ways(board) if has_ways else {}
+    is_room = isinstance(board, Sokoban)
+    free = ways(board) if known is not None and (is_room or "hole" in known) else {}
     found: list[str | None] = []
     for cell in ((row, column) for row in range(board.size) for column in range(board.size)):
         what = board.what(cell)
@@ -188,7 +208,18 @@ def marks(board: Board, known: Set[str] | None, moved: Direction | None = None) 
             found.append(MARKS[what][1])
         else:
             found.append(f"{free[cell]} [" if cell in free else None)
+    if is_room and known and "goal" in known:
+        half = board.size // 2
+        found[-board.size : -half] = [f"{next_push(start, board)} ["] * half
+        found[-half:] = [f"{good_moves(start, board)[0]} ["] * half
     return found
+
+
+def draw_board(rng: Random, start: Board, max_moves: int) -> Board:
+    """A board of a game, at a random distance of a win."""
+    boards = open_boards(start)
+    moves = rng.choice([moves for moves in boards if moves <= max_moves])
+    return rng.choice(boards[moves])
 
 
 def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
@@ -217,12 +248,14 @@ class Played:
     boards: list[Board]
 
 
-def play_at_random(rng: Random, episode: GameEpisode, setting: Setting) -> Played:
-    """Play to the end."""
+def play_at_random(
+    rng: Random, episode: GameEpisode, setting: Setting, first: Direction | None = None
+) -> Played:
+    """Play to the end; `first` is the first move."""
     moved: list[Direction | None] = []
     boards = [episode.play.board]
     while not episode.done:
-        direction = rng.choice(list(STEPS))
+        direction = first if first and not moved else rng.choice(list(STEPS))
         episode.reply(f"[{setting.controls[direction]}]")
         boards.append(episode.play.board)
         moved.append(direction if boards[-1] != boards[-2] else None)

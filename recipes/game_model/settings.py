@@ -105,9 +105,13 @@ def distances(start: Board) -> dict[Board, int]:
 
 
 @cache
-def open_boards(start: Board) -> list[Board]:
-    """Boards of a game that are not its end and can be won."""
-    return [board for board, moves in distances(start).items() if moves > 0]
+def open_boards(start: Board) -> dict[int, list[Board]]:
+    """Boards of a game that are not its end and can be won, by the moves to a win."""
+    found: dict[int, list[Board]] = {}
+    for board, moves in distances(start).items():
+        if moves > 0:
+            found.setdefault(moves, []).append(board)
+    return found
 
 
 def good_moves(start: Board, board: Board) -> list[Direction]:
@@ -138,6 +142,23 @@ def ways(board: Board) -> dict[Cell, Direction]:
                 found[after.player] = first or direction
                 queue.append((after, found[after.player]))
     return found
+
+
+def next_push(start: Board, board: Board) -> Direction:
+    """The first push of the way to a win that `good_moves` begin with; the last move without."""
+    while True:
+        direction = good_moves(start, board)[0]
+        after = board.moved(direction)
+        assert after is not None, board
+        if pushed(board, after) or after.won:
+            return direction
+        board = after
+
+
+def ending_moves(board: Board) -> list[Direction]:
+    """The moves that win or lose at once."""
+    after = {direction: board.moved(direction) for direction in STEPS}
+    return [direction for direction, b in after.items() if b is not None and (b.won or b.lost)]
 
 
 def pushed(before: Board, after: Board) -> bool:

@@ -135,7 +135,7 @@ class _Prompt:
         (
             ROOM,
             {"goal"},
-            "- - - - / - you right - / - push right - / - onto - -",
+            "- - - - / - you right - / - push right - / down down down down",
         ),
         (ROOM, {"up"}, "- - - - / - you right - / - - right - / - - - -"),
     ],
@@ -144,7 +144,7 @@ def test_a_cell_names_what_the_notes_tell_of_it(
     board: Board, known: set[str], expected: str
 ) -> None:
     short = {GAMES[0]: "you", "never step on": "hole", " onto": "onto", None: "-"}
-    names = [short.get(mark, str(mark).removesuffix(" [")) for mark in marks(board, known)]
+    names = [short.get(mark, str(mark).removesuffix(" [")) for mark in marks(board, board, known)]
     assert names == expected.replace("/ ", "").split()
 
 
@@ -178,7 +178,7 @@ def _marked(tree: Tree) -> tuple[list[int], list[int]]:
 
 def test_a_board_that_is_held_back_is_shown_in_no_lesson() -> None:
     start = rooms()["train"][0]
-    others = [board for board in open_boards(start) if board != start]
+    others = [b for boards in open_boards(start).values() for b in boards if b != start]
     shown = Maps(boards=[start], rounds=6, weight=1.0, held_back=set(others))
     draws = Sampler(make_tokenizer(), [shown])
     answers = [a for seed in range(30) for a in draws.lesson(Random(seed), 6, hidden=False).answers]
