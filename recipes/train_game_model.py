@@ -17,7 +17,7 @@ from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
 
-from opcd_nemo.hf import write_hf_folder
+from opcd_nemo.hf import open_checkpoint, write_hf_folder
 from opcd_nemo.model_config import ModelConfig
 from opcd_nemo.tasks.boards import STEPS
 from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
@@ -93,23 +93,26 @@ def shape(vocab_size: int, num_layers: int) -> ModelConfig:
     )
 
 
-def draw_tree(sampler: Sampler, rng: Random, progress: float) -> Tree:
+def draw_tree(sampler: Sampler, rng: Random, progress: float, stage: str) -> Tree:
     """A tree for training that is `progress` of the way: later there are more whole games."""
     hidden = rng.random() < HIDDEN
     kind = rng.random()
-    if kind < 0.2:
+    short, whole, game = 0.2, 0.05 + 0.1 * progress, 0.1 + 0.1 * progress
+    if stage == "write":
+        short, whole, game = 0.4, 0.3, 0.1
+    if kind < short:
         return sampler.extraction(rng, hidden=hidden, short=True)
-    if kind < 0.25 + 0.1 * progress:
+    if kind < short + whole:
         return sampler.extraction(rng, hidden=hidden)
-    if kind < 0.35 + 0.2 * progress:
+    if kind < short + whole + game:
         return sampler.game(rng, hidden=hidden)
     return sampler.lesson(rng, 6, hidden=hidden)
 
 
-def draw_step(sampler: Sampler, seed: int, step: int, num_steps: int) -> list[list[Tree]]:
+def draw_step(sampler: Sampler, step: int, args: Any) -> list[list[Tree]]:
     """A step's trees, in parts of about as many tokens, each of trees of about one length."""
-    rng = Random(f"{seed}/{step}")
-    trees = [draw_tree(sampler, rng, step / num_steps) for _ in range(TREES)]
+    rng = Random(f"{args.seed}/{step}")
+    trees = [draw_tree(sampler, rng, step / args.steps, args.stage) for _ in range(TREES)]
     trees = sorted((tree for tree in trees if tree.answers), key=lambda tree: tree.num_tokens)
     share = sum(tree.num_tokens for tree in trees) / PARTS
     parts: list[list[Tree]] = [[] for _ in range(PARTS)]
@@ -146,13 +149,13 @@ def train(config: ModelConfig, weights: Weights, sampler: Sampler, args: Any) ->
 
     with ThreadPoolExecutor(THREADS) as threads:
         for step in range(1, args.steps + 1):
-            drawn = draw_step(sampler, args.seed, step, args.steps)
+            drawn = draw_step(sampler, step, args)
             parts = list(threads.map(gradients, drawn))
             num = sum(count for _, count, _ in parts)
             for parameter, *found in zip(parameters, *(part for _, _, part in parts), strict=True):
                 parameter.grad = torch.stack(found).sum(0) / num
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            scale = min(1.0, step / 50, 1.3 * (1.0 - step / args.steps) + 0.01)
+            scale = args.peak * min(1.0, step / 50, 1.3 * (1.0 - step / args.steps) + 0.01)
             for optimizer, learning_rate in optimizers.items():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * scale
@@ -207,12 +210,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--stage", choices=("play", "write"), default="play")
+    parser.add_argument("--start", type=Path, help="a folder to go on from")
+    parser.add_argument("--peak", type=float, default=1.0, help="of the learning rates")
     parser.add_argument("--try-every", type=int, default=500)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
     config = shape(tokenizer.get_vocab_size(), args.layers)
     sampler = Sampler(tokenizer, training_maps())
     weights = new_weights(config, tokenizer, args.seed)
+    if args.start:
+        checkpoint = open_checkpoint(str(args.start))
+        for name, weight in weights.items():
+            weight.data.copy_(checkpoint.tensor(name))
     train(config, weights, sampler, args)
     tensors = {name: weight.detach() for name, weight in weights.items()}
     write_hf_folder(args.to, config, tensors, torch.float32, write_others=write_tokenizer)

@@ -35,6 +35,12 @@ MARKS = {  # of what is seen: the note that tells of it, and its words
     "box": ("goal", "push"),
     "target": ("goal", " onto"),
 }
+OUTCOMES = {  # the words before a symbol in an outcome, and those of its note
+    " stepped on": "never step on",
+    " reached": "reach",
+    " every": "push",
+    " was pushed onto an": " onto",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,15 +157,25 @@ class Sampler:
         opened, *events = trace.split("\n\nMove: ")
         trunk, answers = self.encode(ahead + opened), []
         named = self._named(marks(start, start, None), len(trunk))
+        before, has_pushed = start, False
         for event, direction, board in zip(events, played.moved, played.boards[1:], strict=True):
             trunk += self.encode(f"\n\nMove: {event}")
-            named |= self._named(marks(start, board, None, direction), len(trunk))
+            has_pushed = has_pushed or pushed(before, board)
+            told = {"goal"} if has_pushed and not board.won else None
+            named |= self._named(marks(start, board, told, direction), len(trunk))
+            before = board
             if direction is not None:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
+        named |= {
+            place + 1: self.encode(OUTCOMES[word])[0]
+            for place, token in enumerate(trunk)
+            if (word := self._tokenizer.id_to_token(token)) in OUTCOMES
+        }
         shown = facts_shown(episode, played, facts)
-        for text in shown.values():
+        endings = [shown[name] for name in ("hole", "goal") if name in shown]
+        for text in [*shown.values(), *3 * endings]:  # one a game, of many moves
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
         answers.append(self._answer(len(trunk), ASSISTANT, written(played.moved, shown)))
         return Tree(trunk=trunk, answers=answers, marks=named)
@@ -208,10 +224,10 @@ def marks(
             found.append(MARKS[what][1])
         else:
             found.append(f"{free[cell]} [" if cell in free else None)
-    if is_room and known and "goal" in known:
+    if is_room and known and "goal" in known and (good := good_moves(start, board)):
         half = board.size // 2
         found[-board.size : -half] = [f"{next_push(start, board)} ["] * half
-        found[-half:] = [f"{good_moves(start, board)[0]} ["] * half
+        found[-half:] = [f"{good[0]} ["] * half
     return found
 
 

@@ -163,9 +163,9 @@ def test_in_a_game_the_player_names_the_move_that_led_there(game: str, kind: str
     named = 0
     for seed in range(20):
         tree = getattr(sampler(game), kind)(Random(seed), hidden=False)
-        drawing, names = ([CHAT.decode([ids]) for ids in column] for column in _marked(tree))
-        assert all(cell.strip() in SYMBOLS for cell in drawing)
-        moves = [name for cell, name in zip(drawing, names, strict=True) if cell[-1] in "P+"]
+        seen, names = ([CHAT.decode([ids]) for ids in column] for column in _marked(tree))
+        assert all(cell.strip() in SYMBOLS for cell in seen)
+        moves = [name for cell, name in zip(seen, names, strict=True) if cell[-1] in "P+"]
         assert moves[0] == GAMES[0]
         assert set(moves[1:]) <= {GAMES[0], *(f"{direction} [" for direction in STEPS)}
         named += sum(name != GAMES[0] for name in moves)
