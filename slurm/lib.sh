@@ -53,6 +53,7 @@ opcd_settings() {
   ranks=${OPCD_RANKS_PER_NODE:-$gpus}
   OPCD_MAX_RESTARTS=${OPCD_MAX_RESTARTS:-10}
   OPCD_HEARTBEAT_TIMEOUT_S=${OPCD_HEARTBEAT_TIMEOUT_S:-3600}
+  OPCD_REQUEUE_AFTER_S=${OPCD_REQUEUE_AFTER_S:-120}
   OPCD_MIN_FREE_GIB=${OPCD_MIN_FREE_GIB:-8}
   OPCD_MAX_CLOCK_SKEW_S=${OPCD_MAX_CLOCK_SKEW_S:-5}
   OPCD_PROBE_MIB=${OPCD_PROBE_MIB:-256}
@@ -62,8 +63,8 @@ opcd_settings() {
   if [[ -n $OPCD_IMAGE ]]; then OPCD_PYTHON=${OPCD_PYTHON:-python}; fi
   OPCD_PYTHON=${OPCD_PYTHON:-$OPCD_ROOT/.venv/bin/python}
   local name
-  for name in OPCD_SPARE_NODES OPCD_MAX_RESTARTS OPCD_HEARTBEAT_TIMEOUT_S OPCD_MIN_FREE_GIB \
-    OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB; do
+  for name in OPCD_SPARE_NODES OPCD_MAX_RESTARTS OPCD_HEARTBEAT_TIMEOUT_S OPCD_REQUEUE_AFTER_S \
+    OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB; do
     opcd_check_number "$name" "${!name}"
   done
   opcd_check_number OPCD_NODES "$nodes"
@@ -335,9 +336,19 @@ opcd_watchdog() { # PID
 # SIGUSR1 comes before the time limit, SIGTERM at a preemption or a cancellation; to srun both go
 # as SIGUSR1, which it hands on: SIGTERM would end it
 opcd_on_signal() { # NAME
-  [[ $received == USR1 ]] || received=$1 # a limit that was announced is also enforced, by SIGTERM
   opcd_say "SIG$1: the ranks save after this step"
-  [[ -z ${step_pid:-} ]] || kill -USR1 "$step_pid" 2>/dev/null
+  if [[ $1 == USR1 && -z $timer_pid ]]; then
+    { sleep "$OPCD_REQUEUE_AFTER_S" && kill -ALRM $$; } &
+    timer_pid=$!
+  fi
+  [[ $received == USR1 ]] || received=$1 # a limit that was announced is also enforced, by SIGTERM
+  [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2>/dev/null
+}
+
+# a step can be longer than what is left: what is not saved by now is done again
+opcd_on_timer() {
+  opcd_say "the step has not ended in $OPCD_REQUEUE_AFTER_S s (OPCD_REQUEUE_AFTER_S)"
+  opcd_requeue
 }
 
 opcd_job() { # KIND
@@ -354,9 +365,10 @@ opcd_job() { # KIND
   fi
   opcd_check_stop
   ((attempt <= OPCD_MAX_RESTARTS)) || opcd_give_up
-  received='' step_pid=''
+  received='' step_pid='' timer_pid=''
   trap 'opcd_on_signal USR1' USR1
   trap 'opcd_on_signal TERM' TERM
+  trap opcd_on_timer ALRM
   opcd_health_gate
   ((${#fit[@]} >= nodes)) || opcd_end "$EXIT_DO_NOT_RESTART" "${#fit[@]} nodes are fit for work," \
     "$nodes are needed, not fit: ${unfit[*]}; allowed: sbatch --exclude, or OPCD_SPARE_NODES"
@@ -391,7 +403,8 @@ opcd_give_up() {
 # success is the DONE file alone: after the loss of a node srun may end with 0
 opcd_conclude() { # KIND CODE
   local codes
-  kill "$watchdog_pid" 2>/dev/null
+  # shellcheck disable=SC2086
+  kill "$watchdog_pid" $timer_pid 2>/dev/null
   codes=$(cat "$here"/exit-* 2>/dev/null | sort -n | uniq | paste -sd' ' -)
   opcd_say "srun ended with $2; exit codes of the nodes: ${codes:-none}"
   [[ $1 == train || $codes != 0 || $(cat "$here"/exit-* | wc -l) != "$nodes" ]] || touch "$done_file"
@@ -429,7 +442,7 @@ opcd_requeue() {
   restarts=$(scontrol show job "$SLURM_JOB_ID" -o | grep -oE 'Restarts=[0-9]+' | cut -d= -f2)
   [[ $restarts == "$attempt" ]] || opcd_end 1 "attempt ${restarts:-unknown} has replaced this one"
   opcd_say "requeue"
-  trap - TERM USR1
+  trap - TERM USR1 ALRM
   scontrol requeue "$SLURM_JOB_ID" || opcd_end "$EXIT_STOPPED" "Slurm does not requeue; allowed:" \
     "submit again, it continues"
   sleep 600 # until Slurm ends this script

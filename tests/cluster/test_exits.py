@@ -25,7 +25,7 @@ def test_a_failing_run_is_started_again_as_often_as_is_allowed(site: Site) -> No
     job.wait_for_end()
     assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 93, 1), job.story()
     assert "error: gave up after 1 restarts; allowed:" in job.log
-    assert f"attempt {job.id}.0 in" in job.ranks_log(0)
+    assert f"attempt {job.id}.0 in" in job.ranks_log(0), job.story()
     assert f"attempt {job.id}.1 in" in job.ranks_log(1)
 
 
@@ -47,6 +47,20 @@ def test_the_file_stop_ends_a_run_between_two_steps_for_good(site: Site) -> None
     again.wait_for_end()
     assert again.exit_code() == 93
     assert f"stopped by {job.run}/STOP; allowed: submit again without that file" in again.log
+
+
+def test_a_step_longer_than_the_notice_of_the_time_limit_is_started_again(site: Site) -> None:
+    command = f"[[ $OPCD_ATTEMPT == *.0 ]] && sleep 300; touch {site.output}/long_step/DONE"
+    environment = {**FAIL, "OPCD_TEST_COMMAND": command, "OPCD_TEST_DEAF": "1"}
+    environment |= {"OPCD_TEST_FAIL": "", "OPCD_REQUEUE_AFTER_S": "2"}
+    (site.output / "long_step").mkdir()
+    job = site.sbatch("long_step", "slurm/opcd_math.sh", environment=environment)
+    site.cluster.wait_for(lambda: "train on" in job.ranks_log(0), 60, f"start\n{job.log}")
+    site.cluster.run(["scancel", "--signal=USR1", "--batch", job.id])
+    job.wait_for_end()
+    assert (job.state, job.restarts) == ("COMPLETED", 1), job.story()
+    assert "the step has not ended in 2 s (OPCD_REQUEUE_AFTER_S)" in job.log
+    assert f"attempt {job.id}.1 in" in job.ranks_log(1)
 
 
 def test_what_is_done_is_not_done_again(site: Site) -> None:
