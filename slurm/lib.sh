@@ -57,6 +57,7 @@ opcd_settings() {
   OPCD_MIN_FREE_GIB=${OPCD_MIN_FREE_GIB:-8}
   OPCD_MAX_CLOCK_SKEW_S=${OPCD_MAX_CLOCK_SKEW_S:-5}
   OPCD_PROBE_MIB=${OPCD_PROBE_MIB:-256}
+  OPCD_PROBE_TIMEOUT_S=${OPCD_PROBE_TIMEOUT_S:-60}
   OPCD_MIN_GBPS=${OPCD_MIN_GBPS:-$([[ $gpus == 0 ]] && echo 0.02 || echo 20)}
   OPCD_MOUNTS=${OPCD_MOUNTS:-}
   OPCD_IMAGE=${OPCD_IMAGE:-}
@@ -64,13 +65,14 @@ opcd_settings() {
   OPCD_PYTHON=${OPCD_PYTHON:-$OPCD_ROOT/.venv/bin/python}
   local name
   for name in OPCD_SPARE_NODES OPCD_MAX_RESTARTS OPCD_HEARTBEAT_TIMEOUT_S OPCD_REQUEUE_AFTER_S \
-    OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB; do
+    OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB OPCD_PROBE_TIMEOUT_S; do
     opcd_check_number "$name" "${!name}"
   done
   opcd_check_number OPCD_NODES "$nodes"
   opcd_check_number OPCD_GPUS_PER_NODE "$gpus"
   opcd_check_number OPCD_RANKS_PER_NODE "$ranks"
   export OPCD_ROOT OPCD_OUTPUT OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_MIN_GBPS OPCD_PROBE_MIB
+  export OPCD_PROBE_TIMEOUT_S
   export PYTHONPATH=$OPCD_ROOT:$OPCD_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}
 }
 
@@ -305,8 +307,8 @@ opcd_probe() {
   local tested=("${fit[@]}") node line reports=$here/probe.log
   fit=()
   opcd_container
-  OPCD_RANKS_PER_NODE=$ranks OPCD_PROBE=${tested[0]}:$(($(opcd_port) + 16000)) \
-    timeout -k 10 300 srun --kill-on-bad-exit=0 --nodes="${#tested[@]}" --ntasks="${#tested[@]}" \
+  OPCD_RANKS_PER_NODE=$ranks OPCD_PROBE_PORT=$(($(opcd_port) + 16000)) \
+    timeout -k 10 $((7 * OPCD_PROBE_TIMEOUT_S)) srun --kill-on-bad-exit=0 --nodes="${#tested[@]}" --ntasks="${#tested[@]}" \
     --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${tested[*]}")" --chdir="$OPCD_ROOT" \
     "${container[@]}" "$OPCD_PYTHON" slurm/allreduce_probe.py "${tested[@]}" \
     >"$reports" 2>&1 </dev/null &
