@@ -313,6 +313,10 @@ opcd_probe() {
     "${container[@]}" "$OPCD_PYTHON" slurm/allreduce_probe.py "${tested[@]}" \
     >"$reports" 2>&1 </dev/null &
   opcd_wait $!
+  grep -qE "^($(IFS='|'; echo "${tested[*]}")): " "$reports" || [[ $received ]] ||
+    opcd_end "$EXIT_BAD_INPUT" "the all-reduce probe started on no node:" \
+      "$(opcd_first_error "$reports"); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has," \
+      "and an OPCD_PYTHON with torch"
   for node in "${tested[@]}"; do
     line=$(grep "^$node: " "$reports" | tail -n 1)
     opcd_judge "$node" "${line:-$node: no all-reduce with any neighbour}"
@@ -421,13 +425,18 @@ opcd_conclude() { # KIND CODE
   esac
   opcd_after_signal
   compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
-    "node: $(opcd_first_error); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
+    "node: $(opcd_first_error "$here/ranks.log"); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
   [[ $1 == train ]] || opcd_end 1 "stage $OPCD_PIPELINE_STAGE failed; see $here/ranks.log"
   opcd_requeue
 }
 
-# the cause comes first, what it breaks after it
-opcd_first_error() { grep -m 1 -oE 'error: .*' "$here/ranks.log" || echo 'srun does not say why'; }
+# the cause comes first, what it breaks after it; that a task has ended is no cause
+opcd_first_error() { # LOG
+  local line
+  line=$(grep -vE 'error: .*: (Exited with|Killed|Terminated)' "$1" |
+    grep -m 1 -oE '[A-Za-z]*[Ee]rror: .*')
+  echo "${line:-srun does not say why}"
+}
 
 opcd_after_signal() {
   case $received in
