@@ -7,6 +7,8 @@
 # Every variable of README.md is passed on. A stage that fails ends the chain: those behind it are cancelled, and a
 # small job writes which one it was to OPCD_OUTPUT/slurm/chain-<first job>.log.
 set -uo pipefail
+OPCD_OUTPUT=$(realpath -ms "${OPCD_OUTPUT:-$(dirname "$0")/../runs}")
+export OPCD_OUTPUT
 cd "$(dirname "$0")/.." || exit 1
 stages=${OPCD_STAGES:-extract score select consolidate evaluate}
 declare -A script=([extract]=extract [score]=extract [select]=extract
@@ -40,7 +42,7 @@ done
 [[ ${DRY_RUN:-0} != 1 ]] || exit 0
 
 # runs once any stage has failed, and is cancelled when none can fail any more
-log=${OPCD_OUTPUT:-$PWD/runs}/slurm/chain-${jobs[0]}.log
+log=$OPCD_OUTPUT/slurm/chain-${jobs[0]}.log
 mkdir -p "$(dirname "$log")"
 printf -v failed 'afternotok:%s?' "${jobs[@]}"
 sbatch --parsable --output="$log" --dependency="${failed%\?}" --kill-on-invalid-dep=yes \

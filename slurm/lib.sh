@@ -39,7 +39,7 @@ opcd_settings() {
     # shellcheck disable=SC1090
     . "$OPCD_SITE"
   fi
-  OPCD_OUTPUT=${OPCD_OUTPUT:-$OPCD_ROOT/runs}
+  OPCD_OUTPUT=$(realpath -ms "${OPCD_OUTPUT:-$OPCD_ROOT/runs}") # not every command runs here
   OPCD_NAME=${OPCD_NAME:-$OPCD_RECIPE}
   OPCD_SPARE_NODES=${OPCD_SPARE_NODES:-0}
   if [[ -n ${SLURM_JOB_ID:-} ]]; then # what was allocated counts
