@@ -126,7 +126,7 @@ opcd_check_mounts() {
 opcd_check_output() {
   local probe=$OPCD_OUTPUT/.writable.$$
   if ! { mkdir -p "$OPCD_OUTPUT" && : >"$probe"; } 2>/dev/null; then
-    opcd_refuse "OPCD_OUTPUT=$OPCD_OUTPUT: cannot be written; allowed: a writable folder that" \
+    opcd_refuse "OPCD_OUTPUT=$OPCD_OUTPUT: $(hostname) cannot write there; allowed: a writable folder that" \
       "every node has"
   fi
   rm -f "$probe"

@@ -23,7 +23,7 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "an output that cannot be written": (
         {"OPCD_OUTPUT": "/proc/runs"},
-        ["OPCD_OUTPUT=/proc/runs: cannot be written; allowed: a writable folder"],
+        ["OPCD_OUTPUT=/proc/runs: ", " cannot write there; allowed: a writable folder"],
     ),
     "a missing Python": (
         {"OPCD_PYTHON": "/nowhere/python"},
