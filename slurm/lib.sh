@@ -225,13 +225,35 @@ opcd_dry_run() { # CONFIG
 
 # the composed and checked configuration, where a Python for it is here
 opcd_compose() { # CONFIG
-  if [[ -n $OPCD_IMAGE ]]; then
-    echo "# the configuration is composed in the image"
-  elif [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then
+  local python=$OPCD_PYTHON
+  if [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then
     echo "# OPCD_STAGE_COMMAND composes its own configuration"
-  else
-    (cd "$OPCD_ROOT" && exec "$OPCD_PYTHON" slurm/compose.py "$1" "${overrides[@]}")
+    return
   fi
+  if [[ -n $OPCD_IMAGE ]] && ! python=$(opcd_host_python); then
+    echo "# no Python of this machine has the project (OPCD_PYTHON_HOST): the configuration is" \
+      "checked in the image" >&2
+    return
+  fi
+  command -v "$python" >/dev/null || opcd_refuse "OPCD_PYTHON_HOST=$python: not there; allowed: a" \
+    "Python of this machine with the project"
+  (cd "$OPCD_ROOT" && exec "$python" slurm/compose.py "$1" "${overrides[@]}")
+}
+
+# a Python outside the image that can import the project
+opcd_host_python() {
+  local python
+  if [[ -n ${OPCD_PYTHON_HOST:-} ]]; then
+    echo "$OPCD_PYTHON_HOST"
+    return
+  fi
+  for python in "$OPCD_ROOT/.venv/bin/python" python3; do
+    if "$python" -c 'import opcd_nemo.config, opcd_nemo.launch' &>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  return 1
 }
 
 # --- the front door: submit this script ---------------------------------------------------------

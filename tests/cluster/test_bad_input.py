@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cluster.jobs import Site
+from tests.recipes.conftest import ROOT
 
 MATH = "slurm/opcd_math.sh"
 # what is wrong -> the environment that says so, and words of the one line
@@ -52,6 +55,14 @@ AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
     "a wrong configuration": (
         {"OPCD_PARALLEL": "tp99"},
         ["parallel=tp99: no such file", "allowed"],
+    ),
+    "a wrong configuration for an image": (
+        {"OPCD_IMAGE": "registry.example#x:1", "OPCD_PARALLEL": "tp99"},
+        ["parallel=tp99: no such file", "allowed"],
+    ),
+    "a missing Python beside the image": (
+        {"OPCD_IMAGE": "registry.example#x:1", "OPCD_PYTHON_HOST": "/nowhere/python"},
+        ["OPCD_PYTHON_HOST=/nowhere/python: not there; allowed: a Python"],
     ),
 }
 
@@ -120,3 +131,28 @@ def test_a_dry_run_shows_the_job_and_queues_nothing(site: Site) -> None:
     assert "name: front" in configuration
     assert "  lr: 0.0003" in configuration
     assert queue(site) == before
+
+
+def test_without_a_python_the_configuration_is_left_to_the_image(
+    site: Site, tmp_path: Path
+) -> None:
+    # neither .venv nor python3: a root of the project without the first, a PATH without the second
+    for name in ("slurm", "conf", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if not program.name.startswith("python"):
+            (programs / program.name).symlink_to(program)
+    environment = {
+        "DRY_RUN": "1",
+        "OPCD_IMAGE": "registry.example#x:1",
+        "OPCD_PYTHON": "python",
+        "OPCD_ROOT": str(tmp_path),
+        "PATH": str(programs),
+    }
+    shown = site.front_door(MATH, environment=environment)
+    assert shown.returncode == 0, shown
+    (line,) = shown.stderr.splitlines()
+    assert line.startswith("# no Python of this machine has the project")
+    assert "recipes/train.py recipe=demo_brevity" in shown.stdout
