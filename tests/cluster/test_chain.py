@@ -64,3 +64,14 @@ def test_the_whole_pipeline_is_the_default(site: Site) -> None:
     assert stages == ["extract", "score", "select", "consolidate", "evaluate"]
     for stage in stages:
         assert f"stage={stage}" in shown.stdout
+
+
+def test_a_chain_that_must_fail_is_not_queued(site: Site) -> None:
+    settings = {"OPCD_RECIPE": "math_qwen3_8b_2n8g", "OPCD_NODES": "1"}
+    before = site.cluster.run(["squeue", "-h", "-o", "%i"]).stdout
+    refused = site.front_door("slurm/chain.sh", environment=settings)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: task.train: no value is given; allowed: ")
+    assert site.cluster.run(["squeue", "-h", "-o", "%i"]).stdout == before
