@@ -345,16 +345,22 @@ opcd_probe() {
   done
 }
 
-# ends an attempt that makes no progress: the ranks print their stacks
-opcd_watchdog() { # PID
-  local age
-  while sleep $((OPCD_HEARTBEAT_TIMEOUT_S / 10 + 1)) && kill -0 "$1" 2>/dev/null; do
+# stops a stage when the file STOP comes (a training sees it by itself), and ends an attempt that
+# makes no progress: the ranks print their stacks
+opcd_watchdog() { # KIND PID
+  local age told=''
+  while sleep 5 && kill -0 "$2" 2>/dev/null; do
+    if [[ $1 == stage && -z $told && -e $stop_file ]]; then
+      opcd_say "$stop_file: the ranks save what they can"
+      kill -USR1 "$2"
+      told=1
+    fi
     touch "$here/now" # by the clock of the shared folder, as the heartbeat
     age=$(($(stat -c %Y "$here/now") - $(stat -c %Y "$OPCD_HEARTBEAT")))
     ((age > OPCD_HEARTBEAT_TIMEOUT_S)) || continue
     opcd_say "watchdog: no heartbeat for $age s (OPCD_HEARTBEAT_TIMEOUT_S); see the stacks in" \
       "$here/ranks.log"
-    kill -USR2 "$1"
+    kill -USR2 "$2"
     sleep 45
     scancel --signal=KILL "$SLURM_JOB_ID" # of the steps; not of this script
     return
@@ -405,7 +411,7 @@ opcd_job() { # KIND
   touch "$OPCD_HEARTBEAT"
   "${step[@]}" </dev/null &
   step_pid=$!
-  opcd_watchdog "$step_pid" &
+  opcd_watchdog "$1" "$step_pid" &
   watchdog_pid=$!
   opcd_wait "$step_pid"
   opcd_conclude "$1" $?
@@ -441,6 +447,7 @@ opcd_conclude() { # KIND CODE
     exit 0
   fi
   grep -hE '(error|stopped by)' "$here/ranks.log" 2>/dev/null | tail -n 3
+  opcd_check_stop
   case " $codes " in
     *" $EXIT_BAD_INPUT "*) exit "$EXIT_BAD_INPUT" ;;
     *" $EXIT_DO_NOT_RESTART "*) exit "$EXIT_DO_NOT_RESTART" ;;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from opcd_nemo.durable import find_damage, read_manifest
 from tests.cluster.jobs import STEPS, Site
 from tests.cluster.plugs import PAUSE_ENV
@@ -61,6 +63,27 @@ def test_a_step_longer_than_the_notice_of_the_time_limit_is_started_again(site: 
     assert (job.state, job.restarts) == ("COMPLETED", 1), job.story()
     assert "the step has not ended in 2 s (OPCD_REQUEUE_AFTER_S)" in job.log
     assert f"attempt {job.id}.1 in" in job.ranks_log(1)
+
+
+@pytest.mark.parametrize("stage", ["extract", "consolidate"])
+def test_the_file_stop_ends_a_stage_for_good(site: Site, stage: str) -> None:
+    environment = {"OPCD_PIPELINE_STAGE": stage, "OPCD_TEST_COMMAND": "sleep 300"}
+    job = site.submit_stage(f"stop_{stage}", environment=environment)
+    site.cluster.wait_for(lambda: f"{stage} on" in job.ranks_log(0), 60, f"start\n{job.log}")
+    job.run.mkdir()
+    (job.run / "STOP").touch()
+    job.wait_for_end()
+    assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 93, 0), job.story()
+    assert f"stopped by {job.run}/STOP; allowed: submit again without that file" in job.log
+
+
+def test_a_cancelled_job_is_not_started_again(site: Site) -> None:
+    job = site.submit_stage("cancel", environment={"OPCD_TEST_COMMAND": "sleep 300"})
+    site.cluster.wait_for(lambda: "extract on" in job.ranks_log(0), 60, f"start\n{job.log}")
+    site.cluster.run(["scancel", job.id])
+    job.wait_for_end()
+    site.cluster.wait_for(lambda: job.site.cluster.run(["squeue", "-h"]).stdout == "", 60, "end")
+    assert (job.state, job.restarts) == ("CANCELLED", 0), job.story()
 
 
 def test_what_is_done_is_not_done_again(site: Site) -> None:
