@@ -455,7 +455,6 @@ opcd_conclude() { # KIND CODE
   opcd_after_signal
   compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
     "node: $(opcd_first_error "$here/ranks.log"); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
-  [[ $1 == train ]] || opcd_end 1 "stage $OPCD_PIPELINE_STAGE failed; see $here/ranks.log"
   opcd_requeue
 }
 

@@ -45,15 +45,29 @@ def test_the_stages_run_one_after_the_other(site: Site) -> None:
 
 
 def test_a_failed_stage_stops_the_chain_and_says_so(site: Site) -> None:
-    jobs = submit(site, "broken_chain", OPCD_TEST_FAIL="consolidate")
+    jobs = submit(site, "broken_chain", OPCD_TEST_FAIL="consolidate", OPCD_MAX_RESTARTS="1")
     assert [job.state for job in jobs.values()] == ["COMPLETED", "FAILED", "CANCELLED"]
-    assert "error: stage consolidate failed; see" in jobs["consolidate"].log
+    assert (jobs["consolidate"].exit_code(), jobs["consolidate"].restarts) == (93, 1)
+    assert "error: gave up after 1 restarts" in jobs["consolidate"].log
     telling = site.output / f"slurm/chain-{jobs['extract'].id}.log"
     site.cluster.wait_for(lambda: telling.exists() and "evaluate" in telling.read_text(), 30, "it")
     failed, skipped = telling.read_text().splitlines()
     assert failed.startswith("chain: stage consolidate (job ")
     assert failed.endswith("failed: FAILED; the chain stops")
     assert skipped.endswith("does not run: CANCELLED")
+
+
+def test_a_stage_that_crashes_once_is_started_again_and_the_chain_goes_on(site: Site) -> None:
+    command = "[[ $OPCD_ATTEMPT != *.0 ]] || kill -KILL $PPID"
+    jobs = submit(site, "crashed_chain", OPCD_TEST_COMMAND=command)
+    assert [job.state for job in jobs.values()] == ["COMPLETED"] * 3
+    assert [job.restarts for job in jobs.values()] == [1, 1, 1]
+
+
+def test_bad_input_of_a_stage_is_not_started_again(site: Site) -> None:
+    jobs = submit(site, "wrong_chain", OPCD_TEST_FAIL="extract", OPCD_TEST_CODE="2")
+    assert [job.state for job in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert (jobs["extract"].exit_code(), jobs["extract"].restarts) == (2, 0)
 
 
 def test_the_whole_pipeline_is_the_default(site: Site) -> None:
