@@ -147,16 +147,21 @@ opcd_check_cluster() {
   opcd_check_account "$partition"
 }
 
+# what is not known here (no answer, no list, several partitions) is for `sbatch --test-only`
 opcd_check_account() { # PARTITION
-  local account=${OPCD_ACCOUNT:-${SBATCH_ACCOUNT:-}} allowed
+  local account=${OPCD_ACCOUNT:-${SBATCH_ACCOUNT:-}} allowed config
+  [[ $1 != *,* ]] || return 0
+  config=$(scontrol show config)
+  [[ -n $account ]] ||
+    account=$(sacctmgr -nP show user "$(id -un)" format=defaultaccount 2>/dev/null)
+  [[ -n $account || $config =~ AccountingStorageType[\ =]+accounting_storage/none ]] || return 0
   allowed=$(scontrol show partition "$1" -o | grep -oE 'AllowAccounts=[^ ]+' | cut -d= -f2)
   if [[ $allowed == ALL ]]; then
-    scontrol show config | grep -qE '^AccountingStorageEnforce.*associations' || return 0
+    [[ $config =~ AccountingStorageEnforce[^$'\n']*associations ]] || return 0
     allowed=$(sacctmgr -nP show assoc "user=$(id -un)" format=account 2>/dev/null | sort -u |
       paste -sd, -)
-    [[ -n $account ]] || account=$(sacctmgr -nP show user "$(id -un)" format=defaultaccount)
   fi
-  [[ -n $account && ,$allowed, == *,$account,* ]] || opcd_refuse \
+  [[ -z $allowed || ,$allowed, == *,$account,* ]] || opcd_refuse \
     "OPCD_ACCOUNT=$account: no account of partition $1; allowed: $allowed"
 }
 
@@ -271,7 +276,8 @@ opcd_submit() { # CONFIG ARGUMENT...
   export OPCD_NODES=$nodes OPCD_RANKS_PER_NODE=$ranks
   opcd_check_cluster
   if ! refusal=$(sbatch --test-only "${flags[@]}" "$OPCD_SCRIPT" "$@" 2>&1); then
-    opcd_refuse "sbatch refuses: ${refusal##*error: }; allowed: what sinfo and scontrol show"
+    refusal=${refusal##*error: }
+    opcd_refuse "sbatch refuses: ${refusal//$'\n'/; }; allowed: what sinfo and scontrol show"
   fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' sbatch "${flags[@]}" "$OPCD_SCRIPT" "$@" && echo
