@@ -45,7 +45,13 @@ done
 log=$OPCD_OUTPUT/slurm/chain-${jobs[0]}.log
 mkdir -p "$(dirname "$log")"
 printf -v failed 'afternotok:%s?' "${jobs[@]}"
-sbatch --parsable --output="$log" --dependency="${failed%\?}" --kill-on-invalid-dep=yes \
+read -ra flags <<<"${OPCD_SBATCH_FLAGS:-}"
+sbatch --parsable "${flags[@]}" --output="$log" --dependency="${failed%\?}" --kill-on-invalid-dep=yes \
   ${OPCD_ACCOUNT:+"--account=$OPCD_ACCOUNT"} ${OPCD_PARTITION:+"--partition=$OPCD_PARTITION"} \
-  slurm/chain_report.sh "${named[@]}" >/dev/null || exit
+  slurm/chain_report.sh "${named[@]}" >/dev/null || {
+  scancel "${jobs[@]}"
+  echo "error: sbatch refuses the job that tells of a failed stage; the chain is cancelled;" \
+    "allowed: OPCD_SBATCH_FLAGS that slurm/chain_report.sh may have" >&2
+  exit 2
+}
 echo "a failed stage is told in $log"

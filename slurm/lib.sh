@@ -36,8 +36,10 @@ opcd_check_number() { # NAME VALUE
 opcd_settings() {
   if [[ -n ${OPCD_SITE:-} ]]; then # modules, interfaces, NCCL_*: one file for the site
     [[ -r $OPCD_SITE ]] || opcd_refuse "OPCD_SITE=$OPCD_SITE: not there; allowed: a file to source"
+    set -a # what it sets is for the job too
     # shellcheck disable=SC1090
     . "$OPCD_SITE"
+    set +a
   fi
   OPCD_OUTPUT=$(realpath -ms "${OPCD_OUTPUT:-$OPCD_ROOT/runs}") # not every command runs here
   OPCD_NAME=${OPCD_NAME:-$OPCD_RECIPE}
@@ -68,6 +70,8 @@ opcd_settings() {
     OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB OPCD_PROBE_TIMEOUT_S; do
     opcd_check_number "$name" "${!name}"
   done
+  [[ $OPCD_MIN_GBPS =~ ^[0-9]+(\.[0-9]+)?$ ]] || opcd_refuse "OPCD_MIN_GBPS=$OPCD_MIN_GBPS:" \
+    "allowed: a number, as 20 or 0.5"
   opcd_check_number OPCD_NODES "$nodes"
   opcd_check_number OPCD_GPUS_PER_NODE "$gpus"
   opcd_check_number OPCD_RANKS_PER_NODE "$ranks"
@@ -108,13 +112,15 @@ opcd_check_image() {
     /* | ./* | ../*) [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
       "allowed: a file or folder, or registry#name:tag" ;;
   esac
-  srun --help 2>/dev/null | grep -q -e --container-image || opcd_refuse \
+  srun --help 2>/dev/null | grep -e --container-image >/dev/null || opcd_refuse \
     "OPCD_IMAGE=$OPCD_IMAGE: srun has no --container-image; allowed: with pyxis, or no image and" \
     "OPCD_PYTHON"
 }
 
 opcd_check_mounts() {
   local mount source
+  [[ -z $OPCD_MOUNTS || -n $OPCD_IMAGE ]] || opcd_refuse "OPCD_MOUNTS=$OPCD_MOUNTS: allowed: with" \
+    "OPCD_IMAGE"
   for mount in ${OPCD_MOUNTS//,/ }; do
     source=${mount%%:*}
     [[ $source == /* ]] || opcd_refuse "OPCD_MOUNTS=$mount: allowed: /source[:/target[:ro]], ..."

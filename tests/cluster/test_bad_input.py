@@ -34,6 +34,14 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "a missing site file": ({"OPCD_SITE": "/nowhere.sh"}, ["OPCD_SITE=/nowhere.sh: not there"]),
     "no ranks": ({"OPCD_RANKS_PER_NODE": "0"}, ["OPCD_RANKS_PER_NODE=0: allowed: 1 or more"]),
+    "a word for a speed": (
+        {"OPCD_MIN_GBPS": "fast"},
+        ["OPCD_MIN_GBPS=fast: allowed: a number, as 20"],
+    ),
+    "a mount for no image": (
+        {"OPCD_MOUNTS": "/usr:/usr"},
+        ["OPCD_MOUNTS=/usr:/usr: allowed: with OPCD_IMAGE"],
+    ),
     "a word for a number": ({"OPCD_MAX_RESTARTS": "x"}, ["OPCD_MAX_RESTARTS=x: allowed: a whole"]),
 }
 AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -47,6 +55,10 @@ AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
         ["OPCD_ACCOUNT=arts: no account of partition paid; allowed: science"],
     ),
     "no account": ({"OPCD_PARTITION": "paid"}, ["OPCD_ACCOUNT=: no account of partition paid"]),
+    "an unknown one of two partitions": (
+        {"OPCD_PARTITION": "batch,nowhere"},
+        ["sbatch refuses: ", "partition", "; allowed: "],
+    ),
     "an unknown partition": (
         {"OPCD_PARTITION": "nowhere"},
         ["OPCD_PARTITION=nowhere: no such partition; allowed: batch,high,paid"],

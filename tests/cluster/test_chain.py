@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 
 from tests.cluster.jobs import Job, Site
@@ -78,6 +79,36 @@ def test_the_whole_pipeline_is_the_default(site: Site) -> None:
     assert stages == ["extract", "score", "select", "consolidate", "evaluate"]
     for stage in stages:
         assert f"stage={stage}" in shown.stdout
+
+
+def test_a_chain_whose_report_is_refused_is_cancelled(site: Site) -> None:
+    programs = site.output.parent / "programs"  # an sbatch that refuses one script
+    programs.mkdir()
+    refusing = '#!/bin/bash\n[[ "$*" != *chain_report* ]] || exit 1\nexec /usr/bin/sbatch "$@"\n'
+    (programs / "sbatch").write_text(refusing)
+    (programs / "sbatch").chmod(0o755)
+    settings = {
+        "OPCD_STAGE_COMMAND": "tests/cluster/stage.sh",
+        "OPCD_STAGES": " ".join(STAGES),
+        "OPCD_NODES": "1",
+        "OPCD_SBATCH_FLAGS": f"--begin=now+1hour --output={site.output}/%x-%j.log",
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+    refused = site.front_door("slurm/chain.sh", environment=settings)
+    assert refused.returncode == 2, refused
+    assert "error: sbatch refuses the job that tells of a failed stage" in refused.stderr
+    ids = re.findall(r": job (\d+)$", refused.stdout, re.MULTILINE)
+    assert [site.cluster.job(job)["JobState"] for job in ids] == ["CANCELLED"] * 3
+
+
+def test_the_report_has_the_flags_of_the_site(site: Site) -> None:
+    flags = f"--comment=ours --output={site.output}/%x-%j.log"
+    jobs = submit(
+        site, "flags", OPCD_TEST_FAIL="extract", OPCD_TEST_CODE="2", OPCD_SBATCH_FLAGS=flags
+    )
+    shown = site.cluster.run(["scontrol", "show", "job", "-o"]).stdout.splitlines()
+    (report,) = [one for one in shown if f"chain-{jobs['extract'].id}.log" in one]
+    assert "Comment=ours" in report
 
 
 def test_a_chain_that_must_fail_is_not_queued(site: Site) -> None:

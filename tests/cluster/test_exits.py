@@ -86,6 +86,16 @@ def test_a_cancelled_job_is_not_started_again(site: Site) -> None:
     assert (job.state, job.restarts) == ("CANCELLED", 0), job.story()
 
 
+def test_what_the_site_file_sets_reaches_the_ranks(site: Site) -> None:
+    file = site.output.parent / "site.sh"
+    file.write_text("NCCL_SOCKET_IFNAME=ib7\n")
+    environment = {"OPCD_SITE": str(file), "OPCD_TEST_COMMAND": "env"}
+    job = site.submit_stage("site_file", environment=environment)
+    job.wait_for_end()
+    assert job.state == "COMPLETED", job.story()
+    assert "NCCL_SOCKET_IFNAME=ib7" in job.ranks_log(0)
+
+
 def test_what_is_done_is_not_done_again(site: Site) -> None:
     run = site.output / "finished"
     run.mkdir()
