@@ -2,9 +2,9 @@
 # The experience pipeline as jobs that wait for each other: extract, score, select, consolidate,
 # evaluate; OPCD_STAGES="extract consolidate evaluate" names fewer (what is done is not done again).
 #
-#   OPCD_RECIPE=... slurm/chain.sh [key=value ...]
+#   OPCD_RECIPE=... slurm/chain.sh task.train=FILE [key=value ...]
 #
-# Every variable of README.md is passed on. A stage that fails ends the chain: those behind it are cancelled, and a
+# Every variable of README.md is passed on. A stage that fails for good ends the chain: those behind it are cancelled, and a
 # small job writes which one it was to OPCD_OUTPUT/slurm/chain-<first job>.log.
 set -uo pipefail
 OPCD_OUTPUT=$(realpath -ms "${OPCD_OUTPUT:-$(dirname "$0")/../runs}")

@@ -168,3 +168,30 @@ def test_without_a_python_the_configuration_is_left_to_the_image(
     (line,) = shown.stderr.splitlines()
     assert line.startswith("# no Python of this machine has the project")
     assert "recipes/train.py recipe=demo_brevity" in shown.stdout
+
+
+# the command lines of slurm/README.md, on the nodes that the scripts ask for
+DOCUMENTED = {
+    "slurm/opcd_math.sh": ["task.train=dapo/train.parquet", "context.path=experience/math"],
+    "slurm/opcd_games.sh": ["context.path=experience/frozen_lake"],
+    "slurm/opcd_system_prompt.sh": [
+        "task.train=medmcqa/train.parquet",
+        "task.test=medmcqa/validation.parquet",
+    ],
+    "slurm/opcd_extract.sh": ["task.train=dapo/train.parquet"],
+}
+
+
+@pytest.mark.parametrize("script", DOCUMENTED)
+def test_a_documented_command_line_is_complete(site: Site, script: str) -> None:
+    environment = {
+        "DRY_RUN": "1",
+        "OPCD_RECIPE": "",
+        "OPCD_GPUS_PER_NODE": "8",
+        "OPCD_RANKS_PER_NODE": "8",
+        "OPCD_MODELS": "/lustre/models",
+    }
+    shown = site.front_door(script, *DOCUMENTED[script], environment=environment)
+    assert shown.returncode == 0, shown
+    assert " ".join(DOCUMENTED[script]) in shown.stdout.splitlines()[1]
+    assert "  path: /lustre/models/Qwen" in shown.stdout
