@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 
-from tests.cluster.jobs import Job, Site
+from tests.cluster.jobs import NODES, Job, Site
+from tests.recipes.conftest import SMOKE
+from tests.recipes.test_experience import PROMPT, SETTINGS
 
+PIPELINE = [
+    *SETTINGS[:3],
+    PROMPT,
+    "experience.extraction.keep=trace",
+    "experience.extraction.num_chains=2",
+    "experience.extraction.num_steps=1",
+    "experience.extraction.max_new_tokens=4",
+]
 STAGES = ["extract", "consolidate", "evaluate"]
 
 
@@ -109,6 +120,18 @@ def test_the_report_has_the_flags_of_the_site(site: Site) -> None:
     shown = site.cluster.run(["scontrol", "show", "job", "-o"]).stdout.splitlines()
     (report,) = [one for one in shown if f"chain-{jobs['extract'].id}.log" in one]
     assert "Comment=ours" in report
+
+
+def test_a_stage_of_the_real_pipeline_runs_on_two_nodes(site: Site) -> None:
+    settings = {"OPCD_PARALLEL": "single", "OPCD_RANKS_PER_NODE": "1"}
+    settings |= {"OPCD_PROBE_MIB": "1", "OPCD_MIN_GBPS": "0.0001"}
+    arguments = [*SMOKE, *PIPELINE, f"student.path={site.model}"]
+    script, flags = "slurm/opcd_extract.sh", [f"--nodes={NODES}"]
+    job = site.sbatch("lake", script, *arguments, flags=flags, environment=settings)
+    job.wait_for_end()
+    assert (job.state, job.restarts) == ("COMPLETED", 0), job.story()
+    assert "extraction: wave 0: 2 extractions" in job.ranks_log(0)
+    assert len(json.loads((job.run / "candidates.json").read_text())) == 2
 
 
 def test_a_chain_that_must_fail_is_not_queued(site: Site) -> None:
