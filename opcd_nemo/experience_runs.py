@@ -33,6 +33,7 @@ SELECTED, CONTROLS, SUMMARY, TABLE = "selected.json", "controls.json", "summary.
 _ORIGIN = "experience.yaml"
 _COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
 _NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
+_NO_CONTEXT = {"_target_": "opcd_nemo.context.NoContext"}
 
 
 class Workplace:
@@ -53,22 +54,36 @@ class Workplace:
         Raises:
             ValueError: naming every key that differs.
         """
-        origin: Any = OmegaConf.to_container(self.settings.train, resolve=True)
-        origin["experience"] = OmegaConf.to_container(
-            OmegaConf.structured(self.settings.experience)
-        )
+        self.check_unchanged()
         file = self.root / _ORIGIN
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists() and is_first_node():
+            write_whole(file, OmegaConf.to_yaml(OmegaConf.create(self._origin())))
+
+    def check_unchanged(self) -> None:
+        """Refuse a folder that other settings have made.
+
+        Raises:
+            ValueError: naming every key that differs.
+        """
+        file = self.root / _ORIGIN
         if not file.exists():
-            if is_first_node():
-                write_whole(file, OmegaConf.to_yaml(OmegaConf.create(origin)))
             return
         saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-        if changed := differences(saved, origin, _COMPARED, _NOT_COMPARED):
+        if changed := differences(saved, self._origin(), _COMPARED, _NOT_COMPARED):
             raise ValueError(
                 f"name={self.settings.train.name}: {'; '.join(changed.values())}; allowed: the "
                 f"values in {file}, or another name"
             )
+
+    def _origin(self) -> dict[str, Any]:
+        """What made the folder."""
+        origin: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        origin["experience"] = OmegaConf.to_container(
+            OmegaConf.structured(self.settings.experience)
+        )
+        made: dict[str, Any] = origin
+        return made
 
     def stage_config(self) -> DictConfig:
         """The configuration of stages that train nothing: this round's models, no context."""
@@ -76,7 +91,7 @@ class Workplace:
         with open_dict(config):
             self._set_student(config)
             config.seed += self.settings.round - 1  # other problems in every round
-            config.context = {"_target_": "opcd_nemo.context.NoContext"}
+            config.context = _NO_CONTEXT
         return config
 
     def run_config(self, run: str) -> DictConfig:
@@ -85,6 +100,13 @@ class Workplace:
         Raises:
             ValueError: nothing is selected yet.
         """
+        return self._run_config(run, self._selected_context())
+
+    def unselected_run_config(self, run: str) -> DictConfig:
+        """The same before anything is selected: without a context."""
+        return self._run_config(run, _NO_CONTEXT)
+
+    def _run_config(self, run: str, context: dict[str, Any]) -> DictConfig:
         experience = self.settings.experience
         method, _, seed = run.partition("-")
         config = self.settings.train.copy()
@@ -92,7 +114,7 @@ class Workplace:
             config.name = str(Path(config.name) / self._round / run)
             config.seed = int(seed)
             self._set_student(config)
-            config.context = self._selected_context()
+            config.context = context
             if method != "opcd":
                 config.loss = experience.consolidation.losses[method]
                 config.rollout.sampler = "teacher"
@@ -185,3 +207,16 @@ def stage_to_check(raw: DictConfig) -> DictConfig:
     if settings.stage == "consolidate" and settings.run is None:
         raise ValueError(f"run=None: allowed: one of {', '.join(settings.runs)}")
     return place.stage_config() if settings.run is None else place.run_config(settings.run)
+
+
+def configs_before_start(raw: DictConfig) -> list[DictConfig]:
+    """The training configurations of the pipeline, checked as far as its first stage can be.
+
+    Raises:
+        ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
+    """
+    settings = load_experience(raw)
+    place = Workplace(settings)
+    place.experience(("an item",))
+    place.check_unchanged()
+    return [place.stage_config(), *map(place.unselected_run_config, settings.runs)]

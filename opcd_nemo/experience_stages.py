@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opcd_nemo.build import build_engine, build_evaluator
+from opcd_nemo.cluster import beat
 from opcd_nemo.config import TrainConfig, load_config
 from opcd_nemo.context import ExperienceContext
 from opcd_nemo.durable import write_whole
@@ -150,6 +151,7 @@ def _score(place: Workplace, say: Say) -> None:
             if book is not None:
                 book.add(key, new)
             known = known + new
+            beat()
         return known[:count]
 
     def ask_candidate(candidate: Candidate, count: int) -> list[float]:
@@ -255,6 +257,7 @@ def _evaluate(place: Workplace, say: Say) -> None:
             part: [asdict(answer) for answer in found.answers] for part, found in parts.items()
         }
         bench.write(CONTROLS, json.dumps(rows))
+        beat()
         say(f"evaluate: {job.row}, seed {job.seed}: {task.score:.3f}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.cluster import beat
 from opcd_nemo.context import NoContext
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience import as_text, newest_within, parse_items
@@ -118,6 +119,7 @@ class Extraction:
                 found = self._wave(wave, places, records)
                 if self._parallel.rank == 0:
                     write_whole(file, "".join(f"{json.dumps(one)}\n" for one in found))
+                beat()
                 say(f"extraction: wave {wave}: {_summary(found)}")
             records += found
         if not any(record["items"] for record in records):

@@ -1,19 +1,22 @@
-"""Prints the checked configuration of a recipe: `compose.py train recipe=... key=value ...`."""
+"""Prints the checked configuration of a recipe: `compose.py train|experience key=value ...`."""
 
 import sys
+import warnings
 
 from omegaconf import OmegaConf
 
 from opcd_nemo.config import load_config
+from opcd_nemo.experience_runs import configs_before_start
 from opcd_nemo.launch import compose, quoted, report_error
 
 
 def main(config_name: str, overrides: list[str]) -> int:
-    """Compose, check what is a training, and print; returns the exit code."""
+    """Compose, check every training of it, and print; returns the exit code."""
+    warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     try:
         config = compose(config_name, [quoted(override) for override in overrides])
-        if config_name == "train":
-            load_config(config)
+        for one in [config] if config_name == "train" else configs_before_start(config):
+            load_config(one)
         print(OmegaConf.to_yaml(config, resolve=True), end="")
     except Exception as error:
         return report_error(error, config_name)

@@ -36,10 +36,12 @@ opcd_check_number() { # NAME VALUE
 opcd_settings() {
   if [[ -n ${OPCD_SITE:-} ]]; then # modules, interfaces, NCCL_*: one file for the site
     [[ -r $OPCD_SITE ]] || opcd_refuse "OPCD_SITE=$OPCD_SITE: not there; allowed: a file to source"
+    set -a # what it sets is for the job too
     # shellcheck disable=SC1090
     . "$OPCD_SITE"
+    set +a
   fi
-  OPCD_OUTPUT=${OPCD_OUTPUT:-$OPCD_ROOT/runs}
+  OPCD_OUTPUT=$(realpath -ms "${OPCD_OUTPUT:-$OPCD_ROOT/runs}") # not every command runs here
   OPCD_NAME=${OPCD_NAME:-$OPCD_RECIPE}
   OPCD_SPARE_NODES=${OPCD_SPARE_NODES:-0}
   if [[ -n ${SLURM_JOB_ID:-} ]]; then # what was allocated counts
@@ -53,23 +55,28 @@ opcd_settings() {
   ranks=${OPCD_RANKS_PER_NODE:-$gpus}
   OPCD_MAX_RESTARTS=${OPCD_MAX_RESTARTS:-10}
   OPCD_HEARTBEAT_TIMEOUT_S=${OPCD_HEARTBEAT_TIMEOUT_S:-3600}
+  OPCD_REQUEUE_AFTER_S=${OPCD_REQUEUE_AFTER_S:-120}
   OPCD_MIN_FREE_GIB=${OPCD_MIN_FREE_GIB:-8}
   OPCD_MAX_CLOCK_SKEW_S=${OPCD_MAX_CLOCK_SKEW_S:-5}
   OPCD_PROBE_MIB=${OPCD_PROBE_MIB:-256}
+  OPCD_PROBE_TIMEOUT_S=${OPCD_PROBE_TIMEOUT_S:-60}
   OPCD_MIN_GBPS=${OPCD_MIN_GBPS:-$([[ $gpus == 0 ]] && echo 0.02 || echo 20)}
   OPCD_MOUNTS=${OPCD_MOUNTS:-}
   OPCD_IMAGE=${OPCD_IMAGE:-}
   if [[ -n $OPCD_IMAGE ]]; then OPCD_PYTHON=${OPCD_PYTHON:-python}; fi
   OPCD_PYTHON=${OPCD_PYTHON:-$OPCD_ROOT/.venv/bin/python}
   local name
-  for name in OPCD_SPARE_NODES OPCD_MAX_RESTARTS OPCD_HEARTBEAT_TIMEOUT_S OPCD_MIN_FREE_GIB \
-    OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB; do
+  for name in OPCD_SPARE_NODES OPCD_MAX_RESTARTS OPCD_HEARTBEAT_TIMEOUT_S OPCD_REQUEUE_AFTER_S \
+    OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_PROBE_MIB OPCD_PROBE_TIMEOUT_S; do
     opcd_check_number "$name" "${!name}"
   done
+  [[ $OPCD_MIN_GBPS =~ ^[0-9]+(\.[0-9]+)?$ ]] || opcd_refuse "OPCD_MIN_GBPS=$OPCD_MIN_GBPS:" \
+    "allowed: a number, as 20 or 0.5"
   opcd_check_number OPCD_NODES "$nodes"
   opcd_check_number OPCD_GPUS_PER_NODE "$gpus"
   opcd_check_number OPCD_RANKS_PER_NODE "$ranks"
   export OPCD_ROOT OPCD_OUTPUT OPCD_MIN_FREE_GIB OPCD_MAX_CLOCK_SKEW_S OPCD_MIN_GBPS OPCD_PROBE_MIB
+  export OPCD_PROBE_TIMEOUT_S
   export PYTHONPATH=$OPCD_ROOT:$OPCD_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}
 }
 
@@ -105,13 +112,15 @@ opcd_check_image() {
     /* | ./* | ../*) [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
       "allowed: a file or folder, or registry#name:tag" ;;
   esac
-  srun --help 2>/dev/null | grep -q -e --container-image || opcd_refuse \
+  srun --help 2>/dev/null | grep -e --container-image >/dev/null || opcd_refuse \
     "OPCD_IMAGE=$OPCD_IMAGE: srun has no --container-image; allowed: with pyxis, or no image and" \
     "OPCD_PYTHON"
 }
 
 opcd_check_mounts() {
   local mount source
+  [[ -z $OPCD_MOUNTS || -n $OPCD_IMAGE ]] || opcd_refuse "OPCD_MOUNTS=$OPCD_MOUNTS: allowed: with" \
+    "OPCD_IMAGE"
   for mount in ${OPCD_MOUNTS//,/ }; do
     source=${mount%%:*}
     [[ $source == /* ]] || opcd_refuse "OPCD_MOUNTS=$mount: allowed: /source[:/target[:ro]], ..."
@@ -123,7 +132,7 @@ opcd_check_mounts() {
 opcd_check_output() {
   local probe=$OPCD_OUTPUT/.writable.$$
   if ! { mkdir -p "$OPCD_OUTPUT" && : >"$probe"; } 2>/dev/null; then
-    opcd_refuse "OPCD_OUTPUT=$OPCD_OUTPUT: cannot be written; allowed: a writable folder that" \
+    opcd_refuse "OPCD_OUTPUT=$OPCD_OUTPUT: $(hostname) cannot write there; allowed: a writable folder that" \
       "every node has"
   fi
   rm -f "$probe"
@@ -144,16 +153,21 @@ opcd_check_cluster() {
   opcd_check_account "$partition"
 }
 
+# what is not known here (no answer, no list, several partitions) is for `sbatch --test-only`
 opcd_check_account() { # PARTITION
-  local account=${OPCD_ACCOUNT:-${SBATCH_ACCOUNT:-}} allowed
+  local account=${OPCD_ACCOUNT:-${SBATCH_ACCOUNT:-}} allowed config
+  [[ $1 != *,* ]] || return 0
+  config=$(scontrol show config)
+  [[ -n $account ]] ||
+    account=$(sacctmgr -nP show user "$(id -un)" format=defaultaccount 2>/dev/null)
+  [[ -n $account || $config =~ AccountingStorageType[\ =]+accounting_storage/none ]] || return 0
   allowed=$(scontrol show partition "$1" -o | grep -oE 'AllowAccounts=[^ ]+' | cut -d= -f2)
   if [[ $allowed == ALL ]]; then
-    scontrol show config | grep -qE '^AccountingStorageEnforce.*associations' || return 0
+    [[ $config =~ AccountingStorageEnforce[^$'\n']*associations ]] || return 0
     allowed=$(sacctmgr -nP show assoc "user=$(id -un)" format=account 2>/dev/null | sort -u |
       paste -sd, -)
-    [[ -n $account ]] || account=$(sacctmgr -nP show user "$(id -un)" format=defaultaccount)
   fi
-  [[ -n $account && ,$allowed, == *,$account,* ]] || opcd_refuse \
+  [[ -z $allowed || ,$allowed, == *,$account,* ]] || opcd_refuse \
     "OPCD_ACCOUNT=$account: no account of partition $1; allowed: $allowed"
 }
 
@@ -222,13 +236,35 @@ opcd_dry_run() { # CONFIG
 
 # the composed and checked configuration, where a Python for it is here
 opcd_compose() { # CONFIG
-  if [[ -n $OPCD_IMAGE ]]; then
-    echo "# the configuration is composed in the image"
-  elif [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then
+  local python=$OPCD_PYTHON
+  if [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then
     echo "# OPCD_STAGE_COMMAND composes its own configuration"
-  else
-    (cd "$OPCD_ROOT" && exec "$OPCD_PYTHON" slurm/compose.py "$1" "${overrides[@]}")
+    return
   fi
+  if [[ -n $OPCD_IMAGE ]] && ! python=$(opcd_host_python); then
+    echo "# no Python of this machine has the project (OPCD_PYTHON_HOST): the configuration is" \
+      "checked in the image" >&2
+    return
+  fi
+  command -v "$python" >/dev/null || opcd_refuse "OPCD_PYTHON_HOST=$python: not there; allowed: a" \
+    "Python of this machine with the project"
+  (cd "$OPCD_ROOT" && exec "$python" slurm/compose.py "$1" "${overrides[@]}")
+}
+
+# a Python outside the image that can import the project
+opcd_host_python() {
+  local python
+  if [[ -n ${OPCD_PYTHON_HOST:-} ]]; then
+    echo "$OPCD_PYTHON_HOST"
+    return
+  fi
+  for python in "$OPCD_ROOT/.venv/bin/python" python3; do
+    if "$python" -c 'import opcd_nemo.config, opcd_nemo.launch' &>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  return 1
 }
 
 # --- the front door: submit this script ---------------------------------------------------------
@@ -246,7 +282,8 @@ opcd_submit() { # CONFIG ARGUMENT...
   export OPCD_NODES=$nodes OPCD_RANKS_PER_NODE=$ranks
   opcd_check_cluster
   if ! refusal=$(sbatch --test-only "${flags[@]}" "$OPCD_SCRIPT" "$@" 2>&1); then
-    opcd_refuse "sbatch refuses: ${refusal##*error: }; allowed: what sinfo and scontrol show"
+    refusal=${refusal##*error: }
+    opcd_refuse "sbatch refuses: ${refusal//$'\n'/; }; allowed: what sinfo and scontrol show"
   fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' sbatch "${flags[@]}" "$OPCD_SCRIPT" "$@" && echo
@@ -304,28 +341,38 @@ opcd_probe() {
   local tested=("${fit[@]}") node line reports=$here/probe.log
   fit=()
   opcd_container
-  OPCD_RANKS_PER_NODE=$ranks OPCD_PROBE=${tested[0]}:$(($(opcd_port) + 16000)) \
-    timeout -k 10 300 srun --kill-on-bad-exit=0 --nodes="${#tested[@]}" --ntasks="${#tested[@]}" \
+  OPCD_RANKS_PER_NODE=$ranks OPCD_PROBE_PORT=$(($(opcd_port) + 16000)) \
+    timeout -k 10 $((7 * OPCD_PROBE_TIMEOUT_S)) srun --kill-on-bad-exit=0 --nodes="${#tested[@]}" --ntasks="${#tested[@]}" \
     --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${tested[*]}")" --chdir="$OPCD_ROOT" \
     "${container[@]}" "$OPCD_PYTHON" slurm/allreduce_probe.py "${tested[@]}" \
     >"$reports" 2>&1 </dev/null &
   opcd_wait $!
+  grep -qE "^($(IFS='|'; echo "${tested[*]}")): " "$reports" || [[ $received ]] ||
+    opcd_end "$EXIT_BAD_INPUT" "the all-reduce probe started on no node:" \
+      "$(opcd_first_error "$reports"); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has," \
+      "and an OPCD_PYTHON with torch"
   for node in "${tested[@]}"; do
     line=$(grep "^$node: " "$reports" | tail -n 1)
     opcd_judge "$node" "${line:-$node: no all-reduce with any neighbour}"
   done
 }
 
-# ends an attempt that makes no progress: the ranks print their stacks
-opcd_watchdog() { # PID
-  local age
-  while sleep $((OPCD_HEARTBEAT_TIMEOUT_S / 10 + 1)) && kill -0 "$1" 2>/dev/null; do
+# stops a stage when the file STOP comes (a training sees it by itself), and ends an attempt that
+# makes no progress: the ranks print their stacks
+opcd_watchdog() { # KIND PID
+  local age told=''
+  while sleep 5 && kill -0 "$2" 2>/dev/null; do
+    if [[ $1 == stage && -z $told && -e $stop_file ]]; then
+      opcd_say "$stop_file: the ranks save what they can"
+      kill -USR1 "$2"
+      told=1
+    fi
     touch "$here/now" # by the clock of the shared folder, as the heartbeat
     age=$(($(stat -c %Y "$here/now") - $(stat -c %Y "$OPCD_HEARTBEAT")))
     ((age > OPCD_HEARTBEAT_TIMEOUT_S)) || continue
     opcd_say "watchdog: no heartbeat for $age s (OPCD_HEARTBEAT_TIMEOUT_S); see the stacks in" \
       "$here/ranks.log"
-    kill -USR2 "$1"
+    kill -USR2 "$2"
     sleep 45
     scancel --signal=KILL "$SLURM_JOB_ID" # of the steps; not of this script
     return
@@ -335,9 +382,19 @@ opcd_watchdog() { # PID
 # SIGUSR1 comes before the time limit, SIGTERM at a preemption or a cancellation; to srun both go
 # as SIGUSR1, which it hands on: SIGTERM would end it
 opcd_on_signal() { # NAME
-  [[ $received == USR1 ]] || received=$1 # a limit that was announced is also enforced, by SIGTERM
   opcd_say "SIG$1: the ranks save after this step"
-  [[ -z ${step_pid:-} ]] || kill -USR1 "$step_pid" 2>/dev/null
+  if [[ $1 == USR1 && -z $timer_pid ]]; then
+    { sleep "$OPCD_REQUEUE_AFTER_S" && kill -ALRM $$; } &
+    timer_pid=$!
+  fi
+  [[ $received == USR1 ]] || received=$1 # a limit that was announced is also enforced, by SIGTERM
+  [[ -z $step_pid ]] || kill -USR1 "$step_pid" 2>/dev/null
+}
+
+# a step can be longer than what is left: what is not saved by now is done again
+opcd_on_timer() {
+  opcd_say "the step has not ended in $OPCD_REQUEUE_AFTER_S s (OPCD_REQUEUE_AFTER_S)"
+  opcd_requeue
 }
 
 opcd_job() { # KIND
@@ -354,9 +411,10 @@ opcd_job() { # KIND
   fi
   opcd_check_stop
   ((attempt <= OPCD_MAX_RESTARTS)) || opcd_give_up
-  received='' step_pid=''
+  received='' step_pid='' timer_pid=''
   trap 'opcd_on_signal USR1' USR1
   trap 'opcd_on_signal TERM' TERM
+  trap opcd_on_timer ALRM
   opcd_health_gate
   ((${#fit[@]} >= nodes)) || opcd_end "$EXIT_DO_NOT_RESTART" "${#fit[@]} nodes are fit for work," \
     "$nodes are needed, not fit: ${unfit[*]}; allowed: sbatch --exclude, or OPCD_SPARE_NODES"
@@ -365,7 +423,7 @@ opcd_job() { # KIND
   touch "$OPCD_HEARTBEAT"
   "${step[@]}" </dev/null &
   step_pid=$!
-  opcd_watchdog "$step_pid" &
+  opcd_watchdog "$1" "$step_pid" &
   watchdog_pid=$!
   opcd_wait "$step_pid"
   opcd_conclude "$1" $?
@@ -391,7 +449,8 @@ opcd_give_up() {
 # success is the DONE file alone: after the loss of a node srun may end with 0
 opcd_conclude() { # KIND CODE
   local codes
-  kill "$watchdog_pid" 2>/dev/null
+  # shellcheck disable=SC2086
+  kill "$watchdog_pid" $timer_pid 2>/dev/null
   codes=$(cat "$here"/exit-* 2>/dev/null | sort -n | uniq | paste -sd' ' -)
   opcd_say "srun ended with $2; exit codes of the nodes: ${codes:-none}"
   [[ $1 == train || $codes != 0 || $(cat "$here"/exit-* | wc -l) != "$nodes" ]] || touch "$done_file"
@@ -400,19 +459,24 @@ opcd_conclude() { # KIND CODE
     exit 0
   fi
   grep -hE '(error|stopped by)' "$here/ranks.log" 2>/dev/null | tail -n 3
+  opcd_check_stop
   case " $codes " in
     *" $EXIT_BAD_INPUT "*) exit "$EXIT_BAD_INPUT" ;;
     *" $EXIT_DO_NOT_RESTART "*) exit "$EXIT_DO_NOT_RESTART" ;;
   esac
   opcd_after_signal
   compgen -G "$here/started-*" >/dev/null || opcd_end "$EXIT_BAD_INPUT" "the command started on no" \
-    "node: $(opcd_first_error); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
-  [[ $1 == train ]] || opcd_end 1 "stage $OPCD_PIPELINE_STAGE failed; see $here/ranks.log"
+    "node: $(opcd_first_error "$here/ranks.log"); allowed: an OPCD_IMAGE and OPCD_MOUNTS that every node has"
   opcd_requeue
 }
 
-# the cause comes first, what it breaks after it
-opcd_first_error() { grep -m 1 -oE 'error: .*' "$here/ranks.log" || echo 'srun does not say why'; }
+# the cause comes first, what it breaks after it; that a task has ended is no cause
+opcd_first_error() { # LOG
+  local line
+  line=$(grep -vE 'error: .*: (Exited with|Killed|Terminated)' "$1" |
+    grep -m 1 -oE '[A-Za-z]*[Ee]rror: .*')
+  echo "${line:-srun does not say why}"
+}
 
 opcd_after_signal() {
   case $received in
@@ -429,7 +493,7 @@ opcd_requeue() {
   restarts=$(scontrol show job "$SLURM_JOB_ID" -o | grep -oE 'Restarts=[0-9]+' | cut -d= -f2)
   [[ $restarts == "$attempt" ]] || opcd_end 1 "attempt ${restarts:-unknown} has replaced this one"
   opcd_say "requeue"
-  trap - TERM USR1
+  trap - TERM USR1 ALRM
   scontrol requeue "$SLURM_JOB_ID" || opcd_end "$EXIT_STOPPED" "Slurm does not requeue; allowed:" \
     "submit again, it continues"
   sleep 600 # until Slurm ends this script

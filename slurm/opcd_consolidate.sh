@@ -11,8 +11,8 @@
 #SBATCH --output=%x-%j.log
 # The experience into the weights: the training of the experience pipeline.
 #
-#   sbatch slurm/opcd_consolidate.sh [key=value ...]           from the repository's root
-#   OPCD_ACCOUNT=... slurm/opcd_consolidate.sh [key=value ...] checks first, then submits itself
+#   sbatch slurm/opcd_consolidate.sh task.train=FILE [key=value ...]   from the repository's root
+#   OPCD_ACCOUNT=... slurm/opcd_consolidate.sh (the same)   checks first, then submits itself
 OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
 OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-consolidate}
 OPCD_SCRIPT=$0

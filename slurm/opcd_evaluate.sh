@@ -11,8 +11,8 @@
 #SBATCH --output=%x-%j.log
 # What the consolidated student knows, without the experience in its prompt.
 #
-#   sbatch slurm/opcd_evaluate.sh [key=value ...]           from the repository's root
-#   OPCD_ACCOUNT=... slurm/opcd_evaluate.sh [key=value ...] checks first, then submits itself
+#   sbatch slurm/opcd_evaluate.sh task.train=FILE [key=value ...]   from the repository's root
+#   OPCD_ACCOUNT=... slurm/opcd_evaluate.sh (the same)   checks first, then submits itself
 OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
 OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-evaluate}
 OPCD_SCRIPT=$0

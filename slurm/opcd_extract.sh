@@ -11,8 +11,8 @@
 #SBATCH --output=%x-%j.log
 # Experience from problems solved: OPCD_PIPELINE_STAGE=extract, score or select.
 #
-#   sbatch slurm/opcd_extract.sh [key=value ...]           from the repository's root
-#   OPCD_ACCOUNT=... slurm/opcd_extract.sh [key=value ...] checks first, then submits itself
+#   sbatch slurm/opcd_extract.sh task.train=FILE [key=value ...]   from the repository's root
+#   OPCD_ACCOUNT=... slurm/opcd_extract.sh (the same)   checks first, then submits itself
 OPCD_RECIPE=${OPCD_RECIPE:-math_qwen3_8b_2n8g}
 OPCD_PIPELINE_STAGE=${OPCD_PIPELINE_STAGE:-extract}
 OPCD_SCRIPT=$0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cluster.jobs import Site
+from tests.recipes.conftest import ROOT
 
 MATH = "slurm/opcd_math.sh"
 # what is wrong -> the environment that says so, and words of the one line
@@ -23,7 +26,7 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "an output that cannot be written": (
         {"OPCD_OUTPUT": "/proc/runs"},
-        ["OPCD_OUTPUT=/proc/runs: cannot be written; allowed: a writable folder"],
+        ["OPCD_OUTPUT=/proc/runs: ", " cannot write there; allowed: a writable folder"],
     ),
     "a missing Python": (
         {"OPCD_PYTHON": "/nowhere/python"},
@@ -31,6 +34,14 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "a missing site file": ({"OPCD_SITE": "/nowhere.sh"}, ["OPCD_SITE=/nowhere.sh: not there"]),
     "no ranks": ({"OPCD_RANKS_PER_NODE": "0"}, ["OPCD_RANKS_PER_NODE=0: allowed: 1 or more"]),
+    "a word for a speed": (
+        {"OPCD_MIN_GBPS": "fast"},
+        ["OPCD_MIN_GBPS=fast: allowed: a number, as 20"],
+    ),
+    "a mount for no image": (
+        {"OPCD_MOUNTS": "/usr:/usr"},
+        ["OPCD_MOUNTS=/usr:/usr: allowed: with OPCD_IMAGE"],
+    ),
     "a word for a number": ({"OPCD_MAX_RESTARTS": "x"}, ["OPCD_MAX_RESTARTS=x: allowed: a whole"]),
 }
 AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -44,6 +55,10 @@ AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
         ["OPCD_ACCOUNT=arts: no account of partition paid; allowed: science"],
     ),
     "no account": ({"OPCD_PARTITION": "paid"}, ["OPCD_ACCOUNT=: no account of partition paid"]),
+    "an unknown one of two partitions": (
+        {"OPCD_PARTITION": "batch,nowhere"},
+        ["sbatch refuses: ", "partition", "; allowed: "],
+    ),
     "an unknown partition": (
         {"OPCD_PARTITION": "nowhere"},
         ["OPCD_PARTITION=nowhere: no such partition; allowed: batch,high,paid"],
@@ -52,6 +67,14 @@ AT_THE_FRONT_DOOR: dict[str, tuple[dict[str, str], list[str]]] = {
     "a wrong configuration": (
         {"OPCD_PARALLEL": "tp99"},
         ["parallel=tp99: no such file", "allowed"],
+    ),
+    "a wrong configuration for an image": (
+        {"OPCD_IMAGE": "registry.example#x:1", "OPCD_PARALLEL": "tp99"},
+        ["parallel=tp99: no such file", "allowed"],
+    ),
+    "a missing Python beside the image": (
+        {"OPCD_IMAGE": "registry.example#x:1", "OPCD_PYTHON_HOST": "/nowhere/python"},
+        ["OPCD_PYTHON_HOST=/nowhere/python: not there; allowed: a Python"],
     ),
 }
 
@@ -120,3 +143,55 @@ def test_a_dry_run_shows_the_job_and_queues_nothing(site: Site) -> None:
     assert "name: front" in configuration
     assert "  lr: 0.0003" in configuration
     assert queue(site) == before
+
+
+def test_without_a_python_the_configuration_is_left_to_the_image(
+    site: Site, tmp_path: Path
+) -> None:
+    # neither .venv nor python3: a root of the project without the first, a PATH without the second
+    for name in ("slurm", "conf", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if not program.name.startswith("python"):
+            (programs / program.name).symlink_to(program)
+    environment = {
+        "DRY_RUN": "1",
+        "OPCD_IMAGE": "registry.example#x:1",
+        "OPCD_PYTHON": "python",
+        "OPCD_ROOT": str(tmp_path),
+        "PATH": str(programs),
+    }
+    shown = site.front_door(MATH, environment=environment)
+    assert shown.returncode == 0, shown
+    (line,) = shown.stderr.splitlines()
+    assert line.startswith("# no Python of this machine has the project")
+    assert "recipes/train.py recipe=demo_brevity" in shown.stdout
+
+
+# the command lines of slurm/README.md, on the nodes that the scripts ask for
+DOCUMENTED = {
+    "slurm/opcd_math.sh": ["task.train=dapo/train.parquet", "context.path=experience/math"],
+    "slurm/opcd_games.sh": ["context.path=experience/frozen_lake"],
+    "slurm/opcd_system_prompt.sh": [
+        "task.train=medmcqa/train.parquet",
+        "task.test=medmcqa/validation.parquet",
+    ],
+    "slurm/opcd_extract.sh": ["task.train=dapo/train.parquet"],
+}
+
+
+@pytest.mark.parametrize("script", DOCUMENTED)
+def test_a_documented_command_line_is_complete(site: Site, script: str) -> None:
+    environment = {
+        "DRY_RUN": "1",
+        "OPCD_RECIPE": "",
+        "OPCD_GPUS_PER_NODE": "8",
+        "OPCD_RANKS_PER_NODE": "8",
+        "OPCD_MODELS": "/lustre/models",
+    }
+    shown = site.front_door(script, *DOCUMENTED[script], environment=environment)
+    assert shown.returncode == 0, shown
+    assert " ".join(DOCUMENTED[script]) in shown.stdout.splitlines()[1]
+    assert "  path: /lustre/models/Qwen" in shown.stdout

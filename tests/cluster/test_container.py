@@ -6,6 +6,7 @@ show.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,26 @@ def test_the_command_runs_in_the_image_with_its_mounts(site: Site, image: Path) 
     assert "OPCD_ATTEMPT" in options
 
 
-def test_an_image_that_cannot_start_ends_the_job_with_its_name(site: Site) -> None:
-    job = site.submit_stage("no_image", environment={"OPCD_IMAGE": "registry.example#nobody:1"})
+@pytest.mark.parametrize(("num_mib", "what"), [("0", "command"), ("1", "all-reduce probe")])
+def test_an_image_that_cannot_start_ends_the_job_with_its_name(
+    site: Site, num_mib: str, what: str
+) -> None:
+    environment = {"OPCD_IMAGE": "registry.example#nobody:1", "OPCD_PROBE_MIB": num_mib}
+    job = site.submit_stage(f"no_image_{num_mib}", environment=environment)
     job.wait_for_end()
     assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 2, 0), job.story()
     line = job.log.splitlines()[-1]
-    assert "the command started on no node: error: pyxis_double: image registry" in line
+    assert f"the {what} started on no node: error: pyxis_double: image registry" in line
     assert "example#nobody:1: No such file or directory; allowed: an OPCD_IMAGE" in line
+
+
+def test_a_python_without_torch_is_no_sick_node(site: Site) -> None:
+    bare = site.output.parent / "bare_python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    environment = {"OPCD_PYTHON": str(bare), "OPCD_PROBE_MIB": "1"}
+    job = site.submit_stage("no_torch", environment=environment)
+    job.wait_for_end()
+    assert (job.state, job.exit_code(), job.restarts) == ("FAILED", 2, 0), job.story()
+    line = job.log.splitlines()[-1]
+    assert "started on no node: ModuleNotFoundError: No module named 'torch'; allowed" in line

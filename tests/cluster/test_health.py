@@ -74,6 +74,29 @@ def test_a_node_that_cannot_write_the_shared_folder_is_left_out(site: Site, spar
         assert_stopped_for(job, "node2")
 
 
+def test_the_node_of_the_script_is_named_when_it_cannot_write_the_shared_folder(
+    site: Site,
+) -> None:
+    site.cluster.make_read_only("node1", site.output)
+    try:
+        # its own log is on the login node's side of the folder
+        flags = [*NO_SPARE, f"--output={site.output.parent}/first_node.log"]
+        job = finished(site.submit_stage("first_node", flags=flags))
+    finally:
+        site.cluster.make_read_only("node1", site.output, read_only=False)
+    assert (job.state, job.exit_code()) == ("FAILED", 2)
+    (line,) = (site.output.parent / "first_node.log").read_text().splitlines()
+    assert f"error: OPCD_OUTPUT={site.output}: node1 cannot write there; allowed: " in line
+
+
+def test_a_relative_output_is_a_folder_of_all_nodes(site: Site) -> None:
+    relative = os.path.relpath(site.output / "relative", ROOT)
+    environment = {"OPCD_OUTPUT": relative}
+    job = finished(site.submit_stage("relative", flags=NO_SPARE, environment=environment))
+    assert job.state == "COMPLETED", job.story()
+    assert (site.output / f"relative/slurm/{job.id}/attempt-0/ranks.log").exists()
+
+
 def test_a_node_behind_a_slow_link_is_left_out(site: Site) -> None:
     interface = ["ip", "netns", "exec", f"{site.cluster.tag}node2", "tc", "qdisc"]
     limit = ["root", "tbf", "rate", "40mbit", "burst", "32kbit", "latency", "400ms"]

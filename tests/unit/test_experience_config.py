@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config import load_config
 from opcd_nemo.experience_config import Settings, load_experience
-from opcd_nemo.experience_runs import Workplace, stage_to_check
+from opcd_nemo.experience_runs import Workplace, configs_before_start, stage_to_check
 from opcd_nemo.launch import CONF, compose
 from opcd_nemo.model_files import write_json
 from opcd_nemo.registry import Entry
@@ -171,3 +171,32 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
     with pytest.raises(ValueError, match=r"experience\.extraction\.num_steps was 30, is 4"):
         stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recipe=math_qwen3_8b_2n8g"], "task.train: no value is given"),
+        (["optim.lr=-1"], "optim.lr=-1.0: allowed"),
+        (["context=pirate"], "context._target_=.*allowed: context=experience"),
+        (["experience.consolidation.losses.sft=null"], "loss.*allowed"),
+    ],
+)
+def test_a_run_that_must_fail_is_refused_before_the_first_stage(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(map(load_config, configs_before_start(raw(tmp_path, "stage=extract", *overrides))))
+
+
+def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
+    tmp_path: Path,
+) -> None:
+    configs = configs_before_start(raw(tmp_path, "stage=consolidate"))
+    assert len(configs) == 1 + len(load_experience(raw(tmp_path)).runs)
+    for config in configs:
+        load_config(config)
+    assert list(tmp_path.iterdir()) == []
+    stage_to_check(raw(tmp_path, "stage=extract"))
+    with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
+        configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.cluster import HEARTBEAT_ENV
 from opcd_nemo.experience import as_text
 from opcd_nemo.experience_config import ExtractionConfig, ScoringConfig, SelectionConfig
 from opcd_nemo.extraction import Candidate, Extraction, Speaker, candidates, waves
@@ -141,6 +142,20 @@ def test_finished_waves_are_not_repeated(tmp_path: Path) -> None:
     writer = Writer()
     assert extraction(tmp_path, writer, settings()).run(lambda line: None) == first
     assert len(writer.asked) == 4  # two problems, two extractions
+
+
+def test_every_wave_is_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = tmp_path / "heartbeat"
+    monkeypatch.setenv(HEARTBEAT_ENV, str(heartbeat))
+    monkeypatch.delenv("RANK", raising=False)
+    seen: list[bool] = []
+
+    def say(_: str) -> None:
+        seen.append(heartbeat.exists())
+        heartbeat.unlink(missing_ok=True)
+
+    extraction(tmp_path / "waves", Writer(), settings()).run(say)
+    assert seen == [True] * 3
 
 
 def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
