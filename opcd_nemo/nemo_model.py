@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from opcd_nemo import checkpoint as checkpoints
 from opcd_nemo import report
 from opcd_nemo.build import build_evaluator, build_run
-from opcd_nemo.cluster import beat
 from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
@@ -213,10 +212,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         engine = self.run.engines["student" if who == "student" else "teacher"]
         engine.load_weights(self.run.optimizer.scheduler.num_steps)
         task = self.evaluator.task_score(engine, split, with_context=with_context)
-        beat()
         retention = self.evaluator.retention(engine, with_context=with_context)
         engine.release_weights()
-        beat()
         return task, retention
 
     def setup_training_data(self, train_data_config: Any) -> None:
