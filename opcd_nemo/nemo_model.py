@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
         self.context = describe_context(config.context)
+        self.fence: Callable[[], None] = lambda: None  # see `MegatronStrategy`
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
