@@ -171,7 +171,7 @@ def test_what_a_template_puts_before_the_response_is_told(folder: Path, inputs: 
 
 
 def test_packages_other_than_required_fail() -> None:
-    found = environment._installed()
+    found = environment.installed_versions()
     assert environment.packages(found).status == "pass"
     row = environment.packages(found | {"megatron-core": "0.11.0", "jinja2": None})
     assert row.status == "fail"

@@ -61,3 +61,8 @@ def test_what_is_built_for_the_image_is_protected(
     vendor: ModuleType, name: str, is_protected: bool
 ) -> None:
     assert bool(vendor._PROTECTED.fullmatch(name)) is is_protected
+
+
+def test_one_gpu_is_enough_for_the_health_check() -> None:
+    health_check = (ROOT / "Dockerfile").read_text().partition("HEALTHCHECK")[2]
+    assert '"parallel=single"' in health_check
