@@ -20,6 +20,7 @@ from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.model_config import tensor_shapes
 from opcd_nemo.parallel import environment_world, init_parallel
 from opcd_nemo.settings import split_settings
+from opcd_nemo.tasks import Episode, Task
 
 Say = Callable[[str], None]
 
@@ -30,6 +31,7 @@ class DoctorConfig:
 
     environment_only: bool
     num_prompts: int
+    num_lengths: int
     max_new_tokens: int
     min_free_disk_gib: float
     max_divergence: float
@@ -112,13 +114,27 @@ def without_weights(
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
     checks += [
         attempt("chat template", lambda: text.templates(student, teacher, chat)),
-        text.lengths(inputs, inputs.task.episodes("train", 0, _prompts(config)), new_tokens),
+        text.lengths(inputs, _asked(config, inputs.task, settings.num_lengths), new_tokens),
         attempt(
             "same response under both prompts",
             lambda: text.same_suffix(inputs.tokenizer, source, episodes),
         ),
     ]
     return checks, inputs
+
+
+def _asked(config: TrainConfig, task: Task, count: int) -> list[Episode]:
+    """Whole training steps of `count` prompts or more, and the questions of the evaluations."""
+    evaluation = config.evaluation
+    asked = task.episodes("test", 0, evaluation.num_questions)
+    if evaluation.every_n_steps:
+        asked = [*asked, *task.episodes("validation", 0, evaluation.num_questions)]
+    found: dict[str, Episode] = {}
+    for step in range(config.trainer["max_steps"]):
+        found |= {one.uid: one for one in task.episodes("train", step, _prompts(config))}
+        if len(found) >= count:
+            break
+    return [*found.values(), *asked]
 
 
 def _prompts(config: TrainConfig) -> int:
