@@ -64,7 +64,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     )
     quiet(_first_line(parallel))
     trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
-    lock = _lock_folder(folder, parallel)  # held until this function ends
+    lock = hold_folder(folder, parallel)  # held until this function ends
     strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
@@ -186,7 +186,7 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
         raise ValueError(f"name: {stop} stops this run; allowed: a folder without that file")
 
 
-def _lock_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
+def hold_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
     """Refuse a folder that another job works on. Collective over the world."""
     lock, refusal = None, None
     if parallel.rank == 0:
