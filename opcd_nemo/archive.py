@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -150,8 +150,14 @@ def open_files(path: Path) -> Files:
     return FolderFiles(path) if path.is_dir() else TarFiles(path)
 
 
-def write_tar(path: Path, folder: Path, names: Collection[str]) -> None:
-    """Pack files of a folder into a tar: whole under its final name, or not there."""
+def write_tar(
+    path: Path, folder: Path, names: Collection[str], fence: Callable[[], None] = lambda: None
+) -> None:
+    """Pack files of a folder into a tar: whole under its final name, or not there.
+
+    Raises:
+        OSError: the disk refuses, or the `fence` does, just before the rename.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
@@ -160,6 +166,7 @@ def write_tar(path: Path, folder: Path, names: Collection[str]) -> None:
                     tar.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
             file.flush()
             os.fsync(file.fileno())
+        fence()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,10 +26,11 @@ from opcd_nemo.experience_runs import (
     Workplace,
 )
 from opcd_nemo.extraction import Candidate, Extraction, Speaker, candidates, check_extraction
+from opcd_nemo.folder_lock import FolderLock
 from opcd_nemo.hf import Checkpoint, open_checkpoint
 from opcd_nemo.inputs import Inputs, open_inputs, shared_prefix
 from opcd_nemo.model_files import read_json
-from opcd_nemo.nemo_train import train
+from opcd_nemo.nemo_train import hold_folder, train
 from opcd_nemo.parallel import Parallel, environment_world, init_parallel
 from opcd_nemo.rollout import RolloutEngine, SamplingParams
 from opcd_nemo.scoring import ScoreBook, halve
@@ -65,6 +66,7 @@ class _Bench:
     config: TrainConfig
     inputs: Inputs
     parallel: Parallel
+    lock: FolderLock | None  # of rank 0, on the workplace's folder
 
     @property
     def settings(self) -> Settings:
@@ -78,8 +80,14 @@ class _Bench:
         """The teacher's engine."""
         return self.engine(self.inputs.teacher, self.config.teacher.dtype)
 
+    def fence(self) -> None:
+        """See `FolderLock.check`; rank 0 writes."""
+        if self.lock is not None:
+            self.lock.check()
+
     def write(self, name: str, text: str) -> None:
         if self.parallel.rank == 0:
+            self.fence()
             write_whole(self.place.folder / name, text)
         self.parallel.barrier()
 
@@ -89,11 +97,13 @@ def _open(place: Workplace, raw: DictConfig) -> _Bench:
     config = load_config(raw)
     _, world_size = environment_world()
     inputs = open_inputs(config, world_size)
+    parallel = init_parallel(config.parallel, config.seed)
     return _Bench(
         place=place,
         config=config,
         inputs=inputs,
-        parallel=init_parallel(config.parallel, config.seed),
+        parallel=parallel,
+        lock=hold_folder(place.folder, parallel),
     )
 
 
@@ -125,6 +135,7 @@ def _extract(place: Workplace, say: Say) -> None:
         writer=Speaker(engine=engine, conversation=conversation, sampling=write),
         parallel=bench.parallel,
         seed=bench.config.seed,
+        fence=bench.fence,
     ).run(say)
     encode = conversation.tokenizer.encode
     found = candidates(records, settings.cap_tokens, lambda text: len(encode(text)))
@@ -141,7 +152,7 @@ def _extract(place: Workplace, say: Say) -> None:
 def _score(place: Workplace, say: Say) -> None:
     bench = _open(place, place.stage_config())
     engine = bench.teacher()
-    book = ScoreBook(place.folder / SCORES) if bench.parallel.rank == 0 else None
+    book = ScoreBook(place.folder / SCORES, bench.fence) if bench.parallel.rank == 0 else None
 
     def ask(key: str, items: tuple[str, ...], count: int) -> list[float]:
         mine = book.known(key) if book is not None else None

@@ -96,16 +96,21 @@ class Extraction:
         writer: Speaker,
         parallel: Parallel,
         seed: int,
+        fence: Callable[[], None],
     ) -> None:
-        """Take the models: `player` meets the problems, `writer` writes the experience."""
+        """Take the models: `player` meets the problems, `writer` writes the experience.
+
+        `fence` raises when the folder is no longer this run's.
+        """
         self._folder, self._settings, self._task = folder, settings, task
         self._player, self._writer = player, writer
-        self._parallel, self._seed = parallel, seed
+        self._parallel, self._seed, self._fence = parallel, seed, fence
 
     def run(self, say: Say) -> list[dict[str, Any]]:
         """Do every wave that is not done; returns the records of all. Collective over the world.
 
         Raises:
+            OSError: the disk refuses, or the fence does.
             ValueError: no extraction has written an item.
         """
         if self._parallel.rank == 0:
@@ -118,6 +123,7 @@ class Extraction:
             if found is None:
                 found = self._wave(wave, places, records)
                 if self._parallel.rank == 0:
+                    self._fence()
                     write_whole(file, "".join(f"{json.dumps(one)}\n" for one in found))
                 beat()
                 say(f"extraction: wave {wave}: {_summary(found)}")

@@ -60,7 +60,8 @@ def lock_folder(folder: Path) -> FolderLock:
     the folder over from its own earlier attempt, whose node may be out of reach.
 
     Raises:
-        ValueError: another process has it; names its host, pid and start.
+        ValueError: another process has it; names its host, pid and start. Or its file system has
+            no locks.
     """
     path, attempt = folder.with_name(f".{folder.name}.lock"), this_attempt()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,11 @@ def lock_folder(folder: Path) -> FolderLock:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        if not isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"{folder}: its file system gives no lock ({error.strerror}); allowed: one with "
+                "flock (Lustre: mounted with -o flock)"
+            ) from error
         if attempt is None or not attempt.follows(before):
             raise _refusal(folder, holder or "an unknown process") from error
         file = _replace(path)

@@ -56,6 +56,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
                 evaluation=model.summary,
                 licence=base_licence(config["student"]["path"]),
             ),
+            fence=model.fence,
         )
 
     def restore_from(

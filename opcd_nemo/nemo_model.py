@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from omegaconf import DictConfig
 from opcd_nemo import checkpoint as checkpoints
 from opcd_nemo import report
 from opcd_nemo.build import build_evaluator, build_run
-from opcd_nemo.cluster import beat
 from opcd_nemo.config import load_config
 from opcd_nemo.evaluation import Evaluation
 from opcd_nemo.inputs import open_inputs
@@ -66,6 +66,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.student_module = self.run.student.module
         self.metrics: MetricLogger | None = None
         self.context = describe_context(config.context)
+        self.fence: Callable[[], None] = lambda: None  # see `MegatronStrategy`
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
@@ -213,10 +214,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         engine = self.run.engines["student" if who == "student" else "teacher"]
         engine.load_weights(self.run.optimizer.scheduler.num_steps)
         task = self.evaluator.task_score(engine, split, with_context=with_context)
-        beat()
         retention = self.evaluator.retention(engine, with_context=with_context)
         engine.release_weights()
-        beat()
         return task, retention
 
     def setup_training_data(self, train_data_config: Any) -> None:

@@ -64,13 +64,14 @@ def train(raw: DictConfig, say: Say) -> Path:
     )
     quiet(_first_line(parallel))
     trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
-    lock = _lock_folder(folder, parallel)  # held until this function ends
+    lock = hold_folder(folder, parallel)  # held until this function ends
     strategy.fence = lock.check if lock else strategy.fence
     _set_aside_old_run(folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     _start_exp_manager(trainer, raw, folder)
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
+    model.fence = strategy.fence
     before = _scores_before(model, quiet)
     model.retention_before = before["base"][1].score
     with _metric_logger(folder, lock) as metrics:
@@ -78,16 +79,15 @@ def train(raw: DictConfig, say: Say) -> Path:
         _fit(trainer, model, strategy, continued)
         _save_final(trainer, strategy, config, folder / "checkpoints")
     scores = {**before, "student": model.scores("student", with_context=False)}
-    strategy.fence()
     _report(config, raw, model, folder, scores, started, quiet)
     if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
         package = folder / f"{folder.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         quiet(f"written: {package}")
     parallel.barrier()
-    if (
-        model.summary is not None
-    ):  # on rank 0; a cluster's script takes it, no exit code, for success
+    if model.summary is not None:  # on rank 0
+        model.fence()  # the package took its time
+        # a cluster's script takes this file, no exit code, for success
         write_whole(folder / DONE, f"{model.summary['weights_sha256']}\n")
     return folder
 
@@ -186,7 +186,7 @@ def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) ->
         raise ValueError(f"name: {stop} stops this run; allowed: a folder without that file")
 
 
-def _lock_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
+def hold_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
     """Refuse a folder that another job works on. Collective over the world."""
     lock, refusal = None, None
     if parallel.rank == 0:
@@ -253,6 +253,7 @@ def _report(
     weights_sha256 = checkpoint.weights_digest(model.run.student)
     if parallel.rank != 0:
         return
+    model.fence()
     launcher = os.environ.get(LAUNCHER_PID_ENV)
     if launcher is not None:
         peaks.append(report.peak_rss_of(int(launcher)))

@@ -67,6 +67,7 @@ class StudentOptimizer:
             wd_incr_steps=max_steps,
             wd_incr_style="constant",
         )
+        model.megatron_config.no_sync_func = self.ddp.no_sync  # reduce after the last micro-batch
         model.megatron_config.grad_scale_func = self.optimizer.scale_loss
         model.megatron_config.finalize_model_grads_func = reduce_gradients
 

@@ -25,6 +25,7 @@ def write_package(
     config_yaml: str,
     tokenizer_path: str,
     provenance: Provenance,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `path`: a file when it ends in `.nemo`, else a folder. Collective over the world.
 
@@ -34,6 +35,7 @@ def write_package(
         config_yaml: the text of `model_config.yaml`.
         tokenizer_path: the model whose tokenizer the student has.
         provenance: what goes with the weights.
+        fence: raises on rank 0, just before the rename, when the folder is no longer this run's.
 
     Raises:
         SaveError: on every rank, when it cannot be written; nothing is left behind.
@@ -56,9 +58,9 @@ def write_package(
         entries = {name: durable.measure(folder / name, sync=True) for name in names}
         if path.suffix == ".nemo":
             durable.write_manifest(folder, entries)
-            write_tar(path, folder, _small_first([*names, durable.MANIFEST]))
+            write_tar(path, folder, _small_first([*names, durable.MANIFEST]), fence)
         else:
-            durable.publish(folder, path, entries, lambda: None)
+            durable.publish(folder, path, entries, fence)
 
     try:
         _on_rank_0(parallel, path, prepare)

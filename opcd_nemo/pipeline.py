@@ -25,6 +25,7 @@ from opcd_nemo.experience_runs import (
 )
 from opcd_nemo.experience_table import summarise, table_text
 from opcd_nemo.extraction import Candidate
+from opcd_nemo.folder_lock import FolderLock, lock_folder
 from opcd_nemo.model_files import read_json
 from opcd_nemo.registry import Entry
 from opcd_nemo.scoring import Scored, select
@@ -58,7 +59,8 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     here = f"round={place.settings.round}"
     if stage == "select":
         if is_first_node():
-            select_experience(place, say)
+            with _held(place):
+                select_experience(place, say)
         return 0
     if stage == "consolidate":
         return _consolidate(place, here, launch, say)
@@ -71,8 +73,17 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
         say(f"{stage} failed with exit code {code}; the same command goes on from here")
         return code
     if stage == "evaluate" and is_first_node():
-        write_results(place, say)
+        with _held(place):
+            write_results(place, say)
     return 0
+
+
+def _held(place: Workplace) -> FolderLock:
+    """The folder, for what this process itself writes; a stage's ranks take it themselves."""
+    try:
+        return lock_folder(place.folder)
+    except ValueError as error:
+        raise ValueError(f"name: {error}") from error
 
 
 def _consolidate(place: Workplace, here: str, launch: Launch, say: Say) -> int:

@@ -38,9 +38,9 @@ class Scored:
 class ScoreBook:
     """What was asked, one line of JSON a batch of questions; a line that a crash cut is none."""
 
-    def __init__(self, file: Path) -> None:
-        """Read what is there."""
-        self._file = file
+    def __init__(self, file: Path, fence: Callable[[], None]) -> None:
+        """Read what is there; `fence` raises when the file is no longer this run's."""
+        self._file, self._fence = file, fence
         self._scores: dict[str, list[float]] = {}
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -56,7 +56,12 @@ class ScoreBook:
         return list(self._scores.get(experience, ()))
 
     def add(self, experience: str, scores: Sequence[float]) -> None:
-        """Append scores on the next questions."""
+        """Append scores on the next questions.
+
+        Raises:
+            OSError: the disk refuses, or the fence does.
+        """
+        self._fence()
         known = self._scores.setdefault(experience, [])
         line = {"experience": experience, "start": len(known), "scores": list(scores)}
         known += scores

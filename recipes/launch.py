@@ -1,23 +1,35 @@
 """Starts a recipe as a NeMo-Run experiment, which keeps its command, code version and logs.
 
 python recipes/launch.py executor=local recipe=demo_brevity            # recipes/train.py, here
-python recipes/launch.py executor=docker image=opcd-nemo recipe=...    # the same in the image
+python recipes/launch.py executor=docker image=opcd-nemo recipe=...    # in the image
 python recipes/launch.py executor=slurm script=slurm/opcd_math.sh ...  # the script submits itself
 python recipes/launch.py executor=... dry_run=true ...                 # shows what would run
 
 With Slurm the job is the script's: NeMo-Run's own batch file has neither the health gate nor the
 fence between attempts.
+
+The image's run goes to `runs/` of this repository, with the caller as its user, who owns the files.
+`models=<folder>` is there, read-only, as /models: student.path=/models/Qwen3-4B. Nothing else of
+this machine is.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = {"executor": "", "script": "slurm/opcd_math.sh", "image": "opcd-nemo", "dry_run": "false"}
+OWN = {
+    "executor": "",
+    "script": "slurm/opcd_math.sh",
+    "image": "opcd-nemo",
+    "models": "",
+    "dry_run": "false",
+}
+RUNS = "/workspace/runs"  # in the image
 ALLOWED = {
     "executor": ("local", "slurm", "docker"),
     "dry_run": ("true", "false"),
@@ -41,6 +53,8 @@ def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     for key, allowed in ALLOWED.items():
         if own[key] not in allowed:
             raise ValueError(f"{key}={own[key]}: allowed: {', '.join(allowed)}")
+    if own["models"] and not Path(own["models"]).is_dir():
+        raise ValueError(f"models={own['models']}: allowed: a folder that is there")
     return own, overrides
 
 
@@ -50,17 +64,21 @@ def command(own: dict[str, str], overrides: list[str]) -> tuple[str, list[str]]:
         return "bash", [str(ROOT / own["script"]), *overrides]
     if own["executor"] == "local":
         return sys.executable, [str(ROOT / "recipes/train.py"), *overrides]
-    return "python", ["/opt/opcd/recipes/train.py", *overrides]
+    return "python", ["/opt/opcd/recipes/train.py", f"exp_manager.exp_dir={RUNS}", *overrides]
 
 
 def build_executor(run: Any, own: dict[str, str]) -> Any:
     """NeMo-Run's executor: the image, or this machine, from which Slurm's job is submitted."""
     if own["executor"] == "docker":
+        models = [f"{Path(own['models']).resolve()}:/models:ro"] if own["models"] else []
         return run.DockerExecutor(
             container_image=own["image"],
             num_gpus=-1,
             ipc_mode="host",
-            volumes=[f"{ROOT / 'runs'}:/workspace/runs"],
+            volumes=[f"{ROOT / 'runs'}:{RUNS}", *models],
+            # NeMo-Run's log is the caller's too; the image knows no name and no home for them
+            additional_kwargs={"user": f"{os.getuid()}:{os.getgid()}"},
+            env_vars={"HOME": "/tmp", "USER": "opcd"},
             packager=run.Packager(),
         )
     return run.LocalExecutor(packager=run.Packager())
@@ -79,6 +97,8 @@ def main(arguments: list[str]) -> int:
         return 2
     import nemo_run as run
 
+    if own["executor"] == "docker":
+        (ROOT / "runs").mkdir(exist_ok=True)  # else docker makes it, for root
     entrypoint, (path, *rest) = command(own, overrides)
     script = run.Script(path=path, args=rest, entrypoint=entrypoint)
     with run.Experiment("opcd", executor=build_executor(run, own)) as experiment:

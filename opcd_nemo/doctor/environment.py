@@ -17,22 +17,24 @@ from opcd_nemo.report import versions
 
 _PACKAGE = "opcd-nemo"
 _GIB = 2**30
+_NO_CPU = "use a GPU, or an environment without transformer-engine, which cannot work on a CPU"
 
 
 def environment_checks(
     device: str, ranks_per_node: int, folder: Path, needed_gib: float
 ) -> list[Check]:
     """Rows about this machine; `needed_gib` of disk are wanted where `folder` is."""
-    found = _installed()
+    found = installed_versions()
     return [
         packages(found),
+        imports(),
         attempt("device", lambda: _device(device, ranks_per_node)),
         disk(folder, needed_gib),
         *(writable(one) for one in (folder, Path(tempfile.gettempdir()))),
     ]
 
 
-def _installed() -> dict[str, str | None]:
+def installed_versions() -> dict[str, str | None]:
     """Versions of what the project requires; None where a package is missing."""
     found: dict[str, str | None] = {}
     for requirement in _requirements():
@@ -73,6 +75,17 @@ def _satisfies(version: str | None, requirement: Requirement) -> bool:
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
+def imports() -> Check:
+    """Whether megatron-core can be imported: it imports Transformer Engine where that is there."""
+    try:
+        importlib.import_module("megatron.core")
+    except Exception as error:  # of any kind: a vendor's package fails in its own way
+        has_engine = importlib.util.find_spec("transformer_engine") is not None
+        mend = _NO_CPU if has_engine else "install megatron-core anew"
+        return judge("imports", False, f"megatron-core: {error!r}", mend)
+    return judge("imports", True, "megatron-core", "")
+
+
 def _device(device: str, ranks_per_node: int) -> Check:
     chosen, reason = choose_device(device, ranks_per_node)
     extensions = {
@@ -93,8 +106,7 @@ def extensions_fit(device: str, reason: str, installed: Mapping[str, bool]) -> C
     present = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in installed.items())
     found = f"{device} ({reason}; {present})"
     if device == "cpu":
-        mend = "pip uninstall transformer-engine: megatron-core cannot be imported with it on a CPU"
-        return judge("device", not installed["transformer_engine"], found, mend)
+        return judge("device", not installed["transformer_engine"], found, _NO_CPU)
     missing = [name for name, there in installed.items() if not there]
     mend = f"without {', '.join(missing)} it is slower: start from the image of the Dockerfile"
     return judge("device", not missing, found, mend, otherwise="warn")

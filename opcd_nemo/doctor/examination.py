@@ -11,16 +11,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from opcd_nemo.build import build_run
 from opcd_nemo.cluster import ranks_here
 from opcd_nemo.config import ParallelConfig, TrainConfig, load_config
-from opcd_nemo.doctor import models, text
+from opcd_nemo.doctor import text
 from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
-from opcd_nemo.doctor.environment import environment_checks
+from opcd_nemo.doctor.environment import environment_checks, imports, installed_versions, packages
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.model_config import tensor_shapes
 from opcd_nemo.parallel import environment_world, init_parallel
 from opcd_nemo.settings import split_settings
+from opcd_nemo.tasks import Episode, Task
 
 Say = Callable[[str], None]
 
@@ -31,6 +31,7 @@ class DoctorConfig:
 
     environment_only: bool
     num_prompts: int
+    num_lengths: int
     max_new_tokens: int
     min_free_disk_gib: float
     max_divergence: float
@@ -46,6 +47,7 @@ def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
         CheckFailed: a check failed.
     """
     run, settings = split_settings(raw, "doctor", DoctorConfig)
+    _stop_if_nothing_imports(say)
     config = load_config(run)
     checks, _ = without_weights(config, settings, config.parallel.num_ranks)
     if settings.environment_only or failed(checks):
@@ -53,6 +55,14 @@ def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
         stop_if_failed(checks)
         return None
     return config.parallel
+
+
+def _stop_if_nothing_imports(say: Say) -> None:
+    """Show the rows that need no megatron-core where it cannot be imported: the engines need it."""
+    checks = [packages(installed_versions()), imports()]
+    if failed(checks[1:]):
+        say(table(checks))
+        stop_if_failed(checks)
 
 
 def examine(raw: DictConfig, say: Say) -> list[Check]:
@@ -104,13 +114,27 @@ def without_weights(
     new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
     checks += [
         attempt("chat template", lambda: text.templates(student, teacher, chat)),
-        text.lengths(inputs, inputs.task.episodes("train", 0, _prompts(config)), new_tokens),
+        text.lengths(inputs, _asked(config, inputs.task, settings.num_lengths), new_tokens),
         attempt(
             "same response under both prompts",
             lambda: text.same_suffix(inputs.tokenizer, source, episodes),
         ),
     ]
     return checks, inputs
+
+
+def _asked(config: TrainConfig, task: Task, count: int) -> list[Episode]:
+    """Whole training steps of `count` prompts or more, and the questions of the evaluations."""
+    evaluation = config.evaluation
+    asked = task.episodes("test", 0, evaluation.num_questions)
+    if evaluation.every_n_steps:
+        asked = [*asked, *task.episodes("validation", 0, evaluation.num_questions)]
+    found: dict[str, Episode] = {}
+    for step in range(config.trainer["max_steps"]):
+        found |= {one.uid: one for one in task.episodes("train", step, _prompts(config))}
+        if len(found) >= count:
+            break
+    return [*found.values(), *asked]
 
 
 def _prompts(config: TrainConfig) -> int:
@@ -134,6 +158,9 @@ def _checkpoints_gib(config: TrainConfig, student: text.Side) -> float:
 
 
 def _with_models(config: TrainConfig, inputs: Inputs, settings: DoctorConfig) -> list[Check]:
+    from opcd_nemo.build import build_run  # imports megatron-core: see `imports`
+    from opcd_nemo.doctor import models
+
     parallel = init_parallel(config.parallel, config.seed)
     run = build_run(config, inputs, parallel)
     new_tokens = min(settings.max_new_tokens, config.rollout.max_new_tokens)

@@ -7,15 +7,19 @@ no stage waits for a token. Finished sequences leave their group's cache and sto
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 
 from opcd_nemo.attention import DecodeAttention, KeyValue, KVCache
 from opcd_nemo.batching import pack, starts_with
+from opcd_nemo.cluster import beat
 from opcd_nemo.language_model import LanguageModel, Stream
 from opcd_nemo.layers import PackedWeight, pack_weights, unpack_weights
 from opcd_nemo.rollout import SamplingParams, row_uniforms, sample_tokens
 from opcd_nemo.types import Prompt, Sample
+
+_TOKENS_PER_BEAT = 256  # seconds: whatever generates shows that it goes on
 
 
 class _Group:
@@ -122,7 +126,11 @@ class MegatronEngine:
     ) -> None:
         for group in groups:
             self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
-        while any(group.rows for group in groups):
+        for step in count():
+            if step % _TOKENS_PER_BEAT == 0:
+                beat()
+            if not any(group.rows for group in groups):
+                break
             for group in groups:
                 self._learn(group, sampling)
                 if group.rows:

@@ -27,12 +27,12 @@ from opcd_nemo.sharding import padded_ffn_size, padded_vocab_size
 
 GIB = 2**30
 _SAMPLING_BYTES = 28  # a vocabulary entry: fp32 logits, kept ones, probabilities; fp64 sum, copies
-_TRANSIENT = ("activations", "loss", "sampling", "teacher's hidden states")
+_TRANSIENT = ("activations", "logits chunk", "sampling", "teacher's hidden states")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank by what they hold, in its fullest phase."""
+    """Bytes of one rank by what they hold, in a phase."""
 
     phase: str
     parts: dict[str, float]
@@ -43,13 +43,17 @@ class Memory:
         return sum(self.parts.values())
 
 
-def peak_memory(work: Work, accelerator: Accelerator) -> Memory:
-    """The fullest phase of a run after its first step, on the fullest rank."""
-    phases = [
+def memory_by_phase(work: Work, accelerator: Accelerator) -> list[Memory]:
+    """The phases of a run after its first step, on the fullest rank."""
+    return [
         Memory(phase=name, parts=_scaled(parts, accelerator))
         for name, parts in _phases(work, accelerator).items()
     ]
-    return max(phases, key=lambda phase: phase.total)
+
+
+def peak_memory(work: Work, accelerator: Accelerator) -> Memory:
+    """The fullest phase."""
+    return max(memory_by_phase(work, accelerator), key=lambda phase: phase.total)
 
 
 def total_gib(work: Work, accelerator: Accelerator) -> float:
@@ -175,7 +179,7 @@ def _training(work: Work, accelerator: Accelerator) -> dict[str, float]:
         "gradients": 4.0 * largest_stage(work.student, layout),
         "activations": in_flight * kept,
         "teacher's hidden states": work.needs_teacher * scores * BYTES[work.teacher_dtype],
-        "loss": _loss(work, predicted) + _teacher_pass(work),
+        "logits chunk": _loss(work, predicted) + _teacher_pass(work),
     }
 
 

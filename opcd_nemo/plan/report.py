@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.duration import run_duration
-from opcd_nemo.plan.memory import GIB, fits, peak_memory, total_gib
+from opcd_nemo.plan.memory import GIB, Memory, fits, memory_by_phase, peak_memory, total_gib
 from opcd_nemo.plan.work import Layout, Work, largest_stage
 
 
@@ -15,7 +15,6 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
     """The layout of the configuration: does it fit, how long, what is slow, what does it cost."""
     memory, duration = peak_memory(work, accelerator), run_duration(work, accelerator)
     layout, tokens = work.layout, work.tokens
-    gib = {name: size / GIB for name, size in memory.parts.items()}
     slowest = max(duration.step, key=duration.step.__getitem__)
     room = "fits" if fits(work, accelerator) else "DOES NOT FIT"
     hours = layout.num_ranks * duration.run_s / 3600
@@ -29,7 +28,7 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
             f"{tokens.teacher_prompt:.0f} ({tokens.held:.0f} held) + {tokens.response:.0f}; "
             f"{work.sequences} sequences a step",
             "",
-            *_table(f"memory of the fullest rank in its fullest phase ({memory.phase}), GiB", gib),
+            *_phase_table(memory_by_phase(work, accelerator), memory.phase),
             f"{room}: {memory.total / GIB:.2f} of {accelerator.memory_gib:.1f} GiB"
             f"{' over all ranks' if accelerator.memory_is_shared else ''}, of which "
             f"{100 * accelerator.usable_share:.0f} % are used; all ranks and launcher "
@@ -42,6 +41,22 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
             f"{duration.run_s / 3600:.2f} h, {hours:.2f} GPU-hours",
         ]
     )
+
+
+def _phase_table(phases: Sequence[Memory], fullest: str) -> list[str]:
+    """What a rank holds, a column a phase."""
+    names = list(dict.fromkeys(name for phase in phases for name in phase.parts))
+    width = max(map(len, names))
+    heads = [f"{phase.phase}{'*' * (phase.phase == fullest)}" for phase in phases]
+    rows = [("", heads)]
+    rows += [(name, [_gib(phase.parts.get(name, 0.0)) for phase in phases]) for name in names]
+    rows += [("sum", [_gib(phase.total) for phase in phases])]
+    lines = [f"  {name:{width}}{''.join(f' {cell:>11}' for cell in row)}" for name, row in rows]
+    return [f"memory of the fullest rank by phase, GiB; *{fullest} is the fullest", *lines]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3f}" if size else "-"
 
 
 def _table(title: str, values: Mapping[str, float]) -> list[str]:

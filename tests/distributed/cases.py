@@ -38,6 +38,7 @@ LAYOUTS = {
     "tp2pp2": Layout(world=4, tp=2, pp=2),
     "tp2pp2sp": Layout(world=4, tp=2, pp=2, sequence_parallel=True),
     "tp2dp2": Layout(world=4, tp=2),
+    "pp2dp2": Layout(world=4, pp=2),
 }
 SHARDED = [name for name in LAYOUTS if name != "one"]
 
@@ -195,7 +196,11 @@ BETAS = (0.9, 0.999)
 
 CONTEXT, OTHER_CONTEXT = (5, 9, 13, 17, 21, 8, 3), (5, 9, 2)
 NUM_PROMPTS, NUM_ANCHORS = 8, 2
-TURNS = (1, 2, 1, 1, 5, 3, 1, 2)  # ranks get different numbers of samples
+TURNS = (  # of each step: ranks get different numbers of samples, and steps fewer or more
+    (1, 2, 1, 1, 5, 3, 1, 2),
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (3, 5, 2, 1, 4, 1, 6, 2),
+)
 _LEAD = (4, 6, 11)
 
 

@@ -76,7 +76,7 @@ def _step_loss(
 ) -> torch.Tensor:
     places = [
         (place, turn)
-        for place, turns in enumerate(cases.TURNS)
+        for place, turns in enumerate(cases.TURNS[step])
         for turn in range(turns if case.games else 1)
     ]
     pairs = [cases.training_turn(step, place, turn) for place, turn in places]

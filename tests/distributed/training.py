@@ -97,7 +97,8 @@ class FixedTask:
 
     def _at(self, step: int, places: range) -> list[FixedEpisode]:
         return [
-            FixedEpisode(step, place, cases.TURNS[place] if self.games else 1) for place in places
+            FixedEpisode(step, place, cases.TURNS[step][place] if self.games else 1)
+            for place in places
         ]
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from opcd_nemo.folder_lock import lock_folder
 from tests.recipes.conftest import run_python
 
 SETTINGS = (
@@ -56,6 +57,15 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path
     assert f"* {summary['experience']['content_hash'][:12]}" in listed.stdout
     run = json.loads((folder / "opcd-1" / "summary.json").read_text())
     assert run["context_lineage"]["experience"] == summary["experience"]["content_hash"]
+
+
+def test_a_second_job_on_a_stage_s_folder_is_refused(smoke: list[str], tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "lake"):
+        done = pipeline(smoke, tmp_path, "stage=extract")
+    assert done.returncode == 2, done.stderr
+    assert "name: " in done.stderr
+    assert "in use by host" in done.stderr
+    assert not (tmp_path / "lake" / "extraction").exists()
 
 
 def test_a_prompt_that_cannot_fit_is_one_line(smoke: list[str], tmp_path: Path) -> None:

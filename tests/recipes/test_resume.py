@@ -24,6 +24,7 @@ RESUMABLE = [
     "optim.lr=1e-3",
     "name=run",
 ]
+SAVE_NEMO = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -60,6 +61,37 @@ def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path,
     assert refused.returncode == 2
     assert "in use by host" in refused.stderr
     assert "pid" in refused.stderr
+
+
+_TAKEN_OVER = """
+import sys
+from pathlib import Path
+from opcd_nemo import package, report
+from opcd_nemo.launch import run_recipe
+from recipes.train import load_main
+module, name = {"report": (report, "write_answers"), "package": (package, "write_tar")}[sys.argv[1]]
+write = getattr(module, name)
+def write_late(path, *more):
+    write(path, *more)
+    path.parent.with_name(".run.lock").write_text("a later attempt")
+setattr(module, name, write_late)
+del sys.argv[1]
+run_recipe(load_main, "train")
+"""
+
+
+@pytest.mark.parametrize("after", ["report", "package"])
+def test_a_run_that_is_taken_over_at_its_very_end_publishes_no_more(
+    after: str, smoke: list[str], tmp_path: Path
+) -> None:
+    place = f"exp_manager.exp_dir={tmp_path}"
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    arguments = [after, *smoke, *RESUMABLE, place, "trainer.max_steps=1", SAVE_NEMO]
+    failed = run_python("-c", _TAKEN_OVER, *arguments, environment=alone)
+    assert failed.returncode == 1
+    assert "the folder is now held by a later attempt" in failed.stderr
+    assert (tmp_path / "run" / "run.nemo").exists() == (after == "package")
+    assert not (tmp_path / "run" / "DONE").exists()
 
 
 def test_a_full_disk_is_named_and_the_checkpoints_before_stay(

@@ -10,7 +10,7 @@ import pytest
 from opcd_nemo.config import load_config
 from opcd_nemo.doctor import environment, text
 from opcd_nemo.doctor.checks import Check, refusal, stop_if_failed, table
-from opcd_nemo.doctor.examination import DoctorConfig, _checkpoints_gib, without_weights
+from opcd_nemo.doctor.examination import DoctorConfig, _asked, _checkpoints_gib, without_weights
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.launch import compose
 from opcd_nemo.settings import split_settings
@@ -138,6 +138,19 @@ def test_new_tokens_past_the_positions_fail(inputs: Inputs) -> None:
     assert text.lengths(inputs, episodes, 2000).status == "fail"
 
 
+def test_prompts_of_later_steps_and_of_evaluations_are_looked_at(
+    folder: Path, inputs: Inputs
+) -> None:
+    steps = ["batching.global_batch_size=4", "trainer.max_steps=5"]
+    found = doctor(folder, *steps, "doctor.num_lengths=10")["prompt lengths"].found
+    assert found.endswith("longest of 14 prompts")  # three steps, two test questions
+    config = load_config(compose("train", settings(folder, *steps, "evaluation.every_n_steps=5")))
+    asked = [one.uid for one in _asked(config, inputs.task, 100)]
+    expected = [inputs.task.episodes("train", step, 4) for step in range(5)]
+    expected += [inputs.task.episodes(split, 0, 2) for split in ("test", "validation")]
+    assert asked == [one.uid for part in expected for one in part]
+
+
 ALTERED = {
     "upper case": ("{{ message.content }}", "{{ message.content | upper }}"),
     "shortened": ("{{ message.content }}", "{{ message.content[:20] }}"),
@@ -171,7 +184,7 @@ def test_what_a_template_puts_before_the_response_is_told(folder: Path, inputs: 
 
 
 def test_packages_other_than_required_fail() -> None:
-    found = environment._installed()
+    found = environment.installed_versions()
     assert environment.packages(found).status == "pass"
     row = environment.packages(found | {"megatron-core": "0.11.0", "jinja2": None})
     assert row.status == "fail"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +80,16 @@ def settings(**changes: Any) -> ExtractionConfig:
     return ExtractionConfig(**{**plain, **changes})
 
 
-def extraction(folder: Path, writer: Any, config: ExtractionConfig) -> Extraction:
+def is_ours() -> None: ...
+
+
+def is_lost() -> None:
+    raise OSError("the folder is now held by another")
+
+
+def extraction(
+    folder: Path, writer: Any, config: ExtractionConfig, fence: Callable[[], None] = is_ours
+) -> Extraction:
     questions = [
         Question(uid=f"q{n}", text=f"What is {n}?", judge=lambda text: float(text == "42"))
         for n in range(6)
@@ -101,6 +110,7 @@ def extraction(folder: Path, writer: Any, config: ExtractionConfig) -> Extractio
         writer=speaker,
         parallel=ALONE,
         seed=0,
+        fence=fence,
     )
 
 
@@ -118,6 +128,14 @@ def test_every_chain_meets_problems_and_writes_items(tmp_path: Path) -> None:
     assert records[0]["turns"] == [f"What is {records[0]['uid'][1:]}?"]
     learn = [text for text in writer.asked if text.startswith("LEARN")]
     assert all(text.endswith("Answer:\n42||(none)") for text in learn)
+
+
+def test_a_folder_that_is_taken_over_gets_no_wave_and_no_scores(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="now held by"):
+        extraction(tmp_path, Writer(), settings(), is_lost).run(lambda line: None)
+    with pytest.raises(OSError, match="now held by"):
+        ScoreBook(tmp_path / "scoring.jsonl", is_lost).add("a", [1.0])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shared_problems_are_the_same_for_every_chain(tmp_path: Path) -> None:
@@ -261,12 +279,12 @@ def test_a_random_pool_takes_one_of_every_chain_first() -> None:
 
 def test_a_line_that_a_crash_cut_is_asked_again(tmp_path: Path) -> None:
     file = tmp_path / "scoring.jsonl"
-    book = ScoreBook(file)
+    book = ScoreBook(file, is_ours)
     book.add("a", [1.0, 0.0])
     book.add("a", [1.0])
     with file.open("a") as opened:
         opened.write('{"experience": "a", "sta')
-    again = ScoreBook(file)
+    again = ScoreBook(file, is_ours)
     assert again.known("a") == [1.0, 0.0, 1.0]
     assert again.known("b") == []
     again.add("b", [0.5])

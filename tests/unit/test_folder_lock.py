@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,21 @@ def test_a_lock_names_its_holder_and_ends_with_it(run: Path) -> None:
     held.check()
     held.close()
     lock_folder(run).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_as_that(
+    number: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv(ATTEMPT_ENV, "12.1")
+    with pytest.raises(ValueError, match=r"gives no lock \(.*\); allowed: .* -o flock") as caught:
+        lock_folder(run)
+    assert os.strerror(number) in str(caught.value)
+    assert "in use" not in str(caught.value)
 
 
 def test_a_later_attempt_takes_over_and_the_earlier_one_can_publish_nothing(

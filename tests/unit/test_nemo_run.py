@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.recipes.conftest import ROOT
+
+IN_IMAGE = "exp_manager.exp_dir=/workspace/runs"
+HAS_NEMO_RUN = importlib.util.find_spec("nemo_run") is not None
+needs_nemo_run = pytest.mark.skipif(not HAS_NEMO_RUN, reason="nemo_run: not installed")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,10 @@ def launcher() -> ModuleType:
             ["executor=local", "recipe=demo_json"],
             (sys.executable, [f"{ROOT}/recipes/train.py", "recipe=demo_json"]),
         ),
-        (["executor=docker"], ("python", ["/opt/opcd/recipes/train.py"])),
+        (
+            ["executor=docker", "optim.lr=1"],
+            ("python", ["/opt/opcd/recipes/train.py", IN_IMAGE, "optim.lr=1"]),
+        ),
     ],
 )
 def test_the_command_is_the_one_by_hand(
@@ -51,6 +60,7 @@ def test_the_command_is_the_one_by_hand(
         ([], "executor=: allowed: local, slurm, docker"),
         (["executor=lsf"], "executor=lsf: allowed: local"),
         (["executor=slurm", "script=x.sh"], "script=x.sh: allowed: slurm/opcd_consolidate.sh"),
+        (["executor=docker", "models=nowhere"], "models=nowhere: allowed: a folder that is there"),
         (["executor=local", "dry_run=1"], "dry_run=1: allowed: true, false"),
     ],
 )
@@ -62,7 +72,30 @@ def test_a_wrong_setting_is_one_line(
     assert line.startswith(f"error: {words}")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is None, reason="nemo_run: not installed")
+@pytest.mark.parametrize(
+    "run",
+    [
+        SimpleNamespace(DockerExecutor=SimpleNamespace, Packager=object),
+        pytest.param("nemo_run", marks=needs_nemo_run),
+    ],
+)
+def test_the_image_s_run_is_written_where_its_caller_finds_it(
+    run: Any, launcher: ModuleType, tmp_path: Path
+) -> None:
+    run = importlib.import_module(run) if run == "nemo_run" else run
+    own, _ = launcher.split(["executor=docker", "image=mine", f"models={tmp_path}"])
+    executor = launcher.build_executor(run, own)
+    assert executor.container_image == "mine"
+    mounts = dict(volume.split(":")[1::-1] for volume in executor.volumes)
+    assert mounts == {"/workspace/runs": f"{ROOT}/runs", "/models": str(tmp_path)}
+    assert executor.volumes[1].endswith(":ro")
+    assert executor.additional_kwargs == {"user": f"{os.getuid()}:{os.getgid()}"}
+    assert executor.env_vars["HOME"] == "/tmp"
+    own, _ = launcher.split(["executor=docker"])
+    assert len(launcher.build_executor(run, own).volumes) == 1
+
+
+@needs_nemo_run
 def test_a_dry_run_shows_the_script(tmp_path: Path) -> None:
     arguments = ["executor=slurm", "dry_run=true", "optim.lr=3e-6"]
     shown = subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 from opcd_nemo.experience import content_hash
 from opcd_nemo.experience_config import Settings, load_experience
 from opcd_nemo.experience_runs import Workplace
+from opcd_nemo.folder_lock import lock_folder
 from opcd_nemo.launch import compose
 from opcd_nemo.pipeline import run_pipeline, select_experience
 from opcd_nemo.registry import COMMANDS, run_command
@@ -60,6 +61,21 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
         ("stage=consolidate", "round=1", "run=opcd-1"),
         ("stage=consolidate", "round=1", "run=offpolicy-1"),
     ]
+
+
+def test_a_stage_s_ranks_can_take_the_folder_and_no_second_job_can(tmp_path: Path) -> None:
+    place = written(tmp_path)
+
+    def launch(extra: Sequence[str]) -> int:
+        lock_folder(place.folder).close()
+        return 1
+
+    assert run_pipeline(place.settings, launch, lambda line: None) == 1  # after the selection
+    with (
+        lock_folder(place.folder),
+        pytest.raises(ValueError, match=r"name: .* in use by .*allowed"),
+    ):
+        run_pipeline(settings(tmp_path, "stage=select"), launch, lambda line: None)
 
 
 def test_finished_runs_are_left_alone(tmp_path: Path) -> None:

@@ -210,6 +210,24 @@ def test_every_layout_has_all_ranks_and_divides_models_and_batch() -> None:
     assert not [each for each in found if each.pp == 8]  # 36 layers
 
 
+def test_every_part_of_memory_stands_beside_the_others_phase_by_phase() -> None:
+    one, processor = work(model=QWEN), accelerator(memory_gib=400.0)
+    _, table = plan_report(one, processor, "").split("memory of the fullest rank by phase, GiB; ")
+    title, heads, *lines = table.split("\nfits: ")[0].splitlines()
+    phases = memory.memory_by_phase(one, processor)
+    fullest = max(phases, key=lambda phase: phase.total)
+    marked = [f"{one.phase}*" if one is fullest else one.phase for one in phases]
+    assert heads.split() == marked
+    assert title == f"*{fullest.phase} is the fullest"
+    cells = {line[:26].strip(): line.split()[-3:] for line in lines}
+    assert set(cells) == {name for phase in phases for name in phase.parts} | {"sum"}
+    assert [cells["gradients"][:2], cells["KV cache"][2]] == [["-", "-"], "-"]
+    for column, phase in enumerate(phases):
+        shown = {name: row[column] for name, row in cells.items() if row[column] != "-"}
+        assert shown.pop("sum") == f"{phase.total / memory.GIB:.3f}"
+        assert shown == {name: f"{size / memory.GIB:.3f}" for name, size in phase.parts.items()}
+
+
 def test_slowest_phase_is_the_bottleneck() -> None:
     one = work(model=QWEN, sequences=64)
     report = plan_report(one, accelerator(bandwidth_share=1e-4), "")

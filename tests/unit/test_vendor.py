@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import tomllib
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.recipes.conftest import ROOT
 
@@ -61,3 +64,19 @@ def test_what_is_built_for_the_image_is_protected(
     vendor: ModuleType, name: str, is_protected: bool
 ) -> None:
     assert bool(vendor._PROTECTED.fullmatch(name)) is is_protected
+
+
+def test_one_gpu_is_enough_for_the_health_check() -> None:
+    health_check = (ROOT / "Dockerfile").read_text().partition("HEALTHCHECK")[2]
+    assert '"parallel=single"' in health_check
+
+
+def test_the_listed_base_images_have_the_megatron_core_that_is_required() -> None:
+    rows = re.findall(
+        r"^# nvcr\.io/nvidia/nemo:\S+ +\S+ +(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [Requirement(line) for line in project["dependencies"]]
+    (megatron,) = [one for one in required if one.name == "megatron-core"]
+    assert rows
+    assert [row for row in rows if row not in megatron.specifier] == []
