@@ -99,7 +99,7 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float, stage: str) -> Tre
     kind = rng.random()
     short, whole, game = 0.2, 0.05 + 0.1 * progress, 0.1 + 0.1 * progress
     if stage == "write":
-        short, whole, game = 0.4, 0.3, 0.1
+        short, whole, game = 0.35, 0.25, 0.1
     if kind < short:
         return sampler.extraction(rng, hidden=hidden, short=True)
     if kind < short + whole:

@@ -177,6 +177,8 @@ class Sampler:
         endings = [shown[name] for name in ("hole", "goal") if name in shown]
         for text in [*shown.values(), *3 * endings]:  # one a game, of many moves
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
+        last = trace.rsplit("Board:", 1)[1]  # recited, so that symbols are learned to be named
+        answers.append(self._answer(len(trunk), f"{ASSISTANT}\n\nBoard:", last))
         answers.append(self._answer(len(trunk), ASSISTANT, written(played.moved, shown)))
         return Tree(trunk=trunk, answers=answers, marks=named)
 

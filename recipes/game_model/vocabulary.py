@@ -42,6 +42,7 @@ GAMES = (
     " moves are used.",
 )
 NOTES = (ITEM, "\n- ", "to go ", "never step on", "reach", "push", " onto")
+NEXT_ITEM = f"\n{ITEM}"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -74,7 +75,7 @@ def words() -> list[str]:
     header = header[: header.index("\n{experience}")]
     start, rest = extraction_prompt().split("\n\n{trace}")
     end = rest.removeprefix("\n\n{outcome}")
-    return [*answers, *symbols, *GAMES, *NOTES, header, start, end]
+    return [*answers, *symbols, *GAMES, *NOTES, header, start, end, NEXT_ITEM]
 
 
 def make_tokenizer() -> Tokenizer:
