@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-unit test-kernels check format golden crash-test cluster-test image-test clean \
+.PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z check \
+	format golden crash-test cluster-test image-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
@@ -26,15 +27,23 @@ demo-games: $(RUN) ## a small model plays, writes notes of its games and learns 
 
 test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
-	for folder in distributed recipes golden; do $(PYTEST) tests/$$folder; done
+	$(PYTEST) tests/distributed
+	$(MAKE) --no-print-directory --jobs=2 --output-sync test-recipes-a-to-e test-recipes-f-to-z
+	$(PYTEST) tests/golden
 
-# what uses one core, two at a time
+# what leaves a core idle, two at a time
 test-unit: $(DEV)
 	$(PYTEST) tests/unit
 
 test-kernels: $(DEV)
 	$(PYTEST) tests/kernels
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
+
+test-recipes-a-to-e: $(DEV)
+	$(PYTEST) tests/recipes/test_[a-e]*.py
+
+test-recipes-f-to-z: $(DEV)
+	$(PYTEST) tests/recipes/test_[f-z]*.py
 
 check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def run_python(
         capture_output=True,
         input=stdin,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )
 
