@@ -473,7 +473,7 @@ opcd_conclude() { # KIND CODE
 # the cause comes first, what it breaks after it; that a task has ended is no cause
 opcd_first_error() { # LOG
   local line
-  line=$(grep -vE 'error: .*: (Exited with|Killed|Terminated)' "$1" |
+  line=$(grep -vE 'error: (.*: (Exited with|Killed|Terminated)|\*\*\* .* CANCELLED AT)' "$1" |
     grep -m 1 -oE '[A-Za-z]*[Ee]rror: .*')
   echo "${line:-srun does not say why}"
 }
