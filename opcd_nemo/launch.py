@@ -331,6 +331,7 @@ def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
             "nproc_per_node": parallel.num_ranks,
             "rdzv_backend": "c10d",
             "rdzv_endpoint": f"127.0.0.1:{parallel.port}",
+            "local_addr": "127.0.0.1",  # a container may not find its own name
         }
     return {
         "min_nodes": node.count,

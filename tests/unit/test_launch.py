@@ -126,6 +126,12 @@ def test_one_hardware_queue_is_for_layouts_that_overlap_communication() -> None:
     assert launch.needs_one_connection(dataclasses.replace(layout, context_parallel_size=2))
 
 
+def test_ranks_of_one_machine_meet_without_its_name() -> None:
+    layout = load_config(launch.compose("train", ["parallel=dp2"])).parallel
+    settings = launch._rendezvous(layout, None)
+    assert settings["local_addr"] == settings["rdzv_endpoint"].split(":")[0] == "127.0.0.1"
+
+
 def test_nodes_meet_at_the_first_and_no_two_runs_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = load_config(launch.compose("train", ["parallel=dp2"])).parallel
     node = Nodes(count=2, rank=1, rendezvous="node1:15000")
