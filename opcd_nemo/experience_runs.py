@@ -200,9 +200,8 @@ def stage_to_check(raw: DictConfig) -> DictConfig:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    settings = load_experience(raw)
-    place = Workplace(settings)
-    place.experience(("an item",))
+    place = _checked_place(raw)
+    settings = place.settings
     place.open()
     if settings.stage == "consolidate" and settings.run is None:
         raise ValueError(f"run=None: allowed: one of {', '.join(settings.runs)}")
@@ -215,8 +214,13 @@ def configs_before_start(raw: DictConfig) -> list[DictConfig]:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    settings = load_experience(raw)
-    place = Workplace(settings)
-    place.experience(("an item",))
+    place = _checked_place(raw)
     place.check_unchanged()
-    return [place.stage_config(), *map(place.unselected_run_config, settings.runs)]
+    return [place.stage_config(), *map(place.unselected_run_config, place.settings.runs)]
+
+
+def _checked_place(raw: DictConfig) -> Workplace:
+    """Where the pipeline works, its keys checked, and that its context takes items."""
+    place = Workplace(load_experience(raw))
+    place.experience(("an item",))
+    return place

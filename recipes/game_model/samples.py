@@ -157,13 +157,13 @@ class Sampler:
         opened, *events = trace.split("\n\nMove: ")
         trunk, answers = self.encode(ahead + opened), []
         named = self._named(marks(start, start, None), len(trunk))
-        before, has_pushed = start, False
-        for event, direction, board in zip(events, played.moved, played.boards[1:], strict=True):
+        has_pushed = False
+        steps = zip(events, played.moved, pairwise(played.boards), strict=True)
+        for event, direction, (before, board) in steps:
             trunk += self.encode(f"\n\nMove: {event}")
             has_pushed = has_pushed or pushed(before, board)
             told = {"goal"} if has_pushed and not board.won else None
             named |= self._named(marks(start, board, told, direction), len(trunk))
-            before = board
             if direction is not None:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
