@@ -29,7 +29,6 @@ test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
 	$(PYTEST) tests/distributed
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-recipes-a-to-e test-recipes-f-to-z
-	$(PYTEST) tests/golden
 
 # what leaves a core idle, two at a time
 test-unit: $(DEV)
@@ -43,7 +42,7 @@ test-recipes-a-to-e: $(DEV)
 	$(PYTEST) tests/recipes/test_[a-e]*.py
 
 test-recipes-f-to-z: $(DEV)
-	$(PYTEST) tests/recipes/test_[f-z]*.py
+	$(PYTEST) tests/recipes/test_[f-z]*.py tests/golden
 
 check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile
 	$(BIN)/ruff check .

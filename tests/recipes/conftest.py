@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_chat_model
+from tests.warm import SOCKET_ENV, WARM_PYTHON
 
 ROOT = Path(__file__).parents[2]
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -20,6 +21,11 @@ SMOKE = (
     "evaluation.retention_max_new_tokens=4 rollout.max_new_tokens=4 batching.global_batch_size=4 "
     "batching.micro_batch_size=2 parallel.timeout_s=60 parallel.device=cpu"
 ).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm(warm: None) -> None:
+    """Every recipe here, but those that a test wants `fresh`."""
 
 
 @pytest.fixture(scope="session")
@@ -40,19 +46,24 @@ def train(smoke: list[str]) -> Train:
     """Runs `recipes/train.py` on the tiny model."""
 
     def run(
-        *overrides: str, environment: Mapping[str, str] | None = None
+        *overrides: str, environment: Mapping[str, str] | None = None, fresh: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        return run_python("recipes/train.py", *smoke, *overrides, environment=environment)
+        command = ("recipes/train.py", *smoke, *overrides)
+        return run_python(*command, environment=environment, fresh=fresh)
 
     return run
 
 
 def run_python(
-    *arguments: str, environment: Mapping[str, str] | None = None, stdin: str = ""
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    stdin: str = "",
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python in the repository's root."""
+    """Run this Python in the repository's root; `fresh`: with all imports of its own."""
+    python = sys.executable if fresh or SOCKET_ENV not in os.environ else str(WARM_PYTHON)
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=ROOT,
         env=_clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
         capture_output=True,

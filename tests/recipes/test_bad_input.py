@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.conftest import Train, run_python
+from tests.recipes.conftest import Train
 from tests.tiny import write_chat_model
 
 # what is wrong -> the command's last words, and what the one line must say
@@ -100,33 +100,22 @@ def _edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.fixture(scope="module")
-def refusals(smoke: list[str], places: dict[str, str]) -> dict[str, tuple[int, str, str]]:
-    """Exit code, stdout and stderr of every mistake."""
-    commands = [
-        [*smoke, *(text.format(**places) for text in overrides)]
-        for overrides, _ in MISTAKES.values()
-    ]
-    done = run_python("-m", "tests.recipes.forked", "recipes/train.py", stdin=json.dumps(commands))
-    assert done.returncode == 0, done.stderr
-    return dict(zip(MISTAKES, json.loads(done.stdout), strict=True))
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_ends_with_one_line_and_code_2(
-    mistake: str, refusals: dict[str, tuple[int, str, str]], places: dict[str, str]
+    mistake: str, train: Train, places: dict[str, str]
 ) -> None:
-    code, stdout, stderr = refusals[mistake]
-    assert stderr.startswith("error: "), stderr
-    assert stderr.count("\n") == 1, stderr
-    for words in MISTAKES[mistake][1]:
-        assert words.format(**places) in stderr
-    assert code == 2
-    assert stdout == ""  # a run's first line comes before its models load
+    overrides, expected = MISTAKES[mistake]
+    refusal = train(*(text.format(**places) for text in overrides))
+    assert refusal.stderr.startswith("error: "), refusal.stderr
+    assert refusal.stderr.count("\n") == 1, refusal.stderr
+    for words in expected:
+        assert words.format(**places) in refusal.stderr
+    assert refusal.returncode == 2
+    assert refusal.stdout == ""  # a run's first line comes before its models load
 
 
 def test_line_stands_alone_on_a_users_screen(train: Train) -> None:
-    refusal = train("student.path=nowhere")
+    refusal = train("student.path=nowhere", fresh=True)
     assert refusal.stderr.startswith("error: student.path=nowhere: ")
     assert refusal.stderr.count("\n") == 1, refusal.stderr
     assert (refusal.returncode, refusal.stdout) == (2, "")

@@ -39,6 +39,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_a_row(tmp_path: Path) -
         "recipes/doctor.py",
         "doctor.environment_only=true",
         environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        fresh=True,
     )
     assert done.returncode == 1
     assert "FAIL  imports   megatron-core: OSError('libcuda.so.1" in done.stdout

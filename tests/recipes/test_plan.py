@@ -23,7 +23,7 @@ SIZES = {
 def test_memory_of_a_run_is_within_a_tenth_of_the_plan(tmp_path: Path) -> None:
     model = write_chat_model(tmp_path / "model", **SIZES)
     given = [*SMOKE, f"student.path={model}", f"exp_manager.exp_dir={tmp_path}", "name=run"]
-    done = run_python("recipes/train.py", *given, "parallel=single")
+    done = run_python("recipes/train.py", *given, "parallel=single", fresh=True)
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_rss_gib"]
     done = run_python("recipes/plan.py", *given, "parallel=single", "accelerator=this_cpu")

@@ -25,9 +25,8 @@ def runs(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder = tmp_path_factory.mktemp("runs")
 
     def run(layout: str) -> Path:
-        done = train(
-            *("recipe=demo_brevity", f"parallel={layout}", f"exp_manager.exp_dir={folder}")
-        )
+        command = ("recipe=demo_brevity", f"parallel={layout}", f"exp_manager.exp_dir={folder}")
+        done = train(*command, fresh=layout == "dp2")
         assert done.returncode == 0, done.stderr
         for words in ("device cpu", "in-context gap before training", "after training"):
             assert words in done.stdout
