@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|tp3|single] [TASK=brevity|bullets|json|pirate]
+demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|cp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
 
 demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=games (a lake)|sokoban]

@@ -141,14 +141,15 @@ def make_distill_batches(
     """This rank's micro-batches. Collective over dp, through `sum_over_ranks`.
 
     Args:
-        rollouts: this rank's rollouts; ranks may have different numbers of them (games).
+        rollouts: this rank's rollouts, all of cp's together; ranks may have different numbers of
+            them (games).
         micro_batch_size: sequences a micro-batch.
         aggregation: how tokens are weighed.
         sum_over_ranks: sums a tensor over the data-parallel ranks.
         device: where the tensors go.
         teacher_prefix: the token ids of the context, held by the teacher as keys and values;
             None when no teacher scores.
-        stream_multiple: streams are padded to a multiple of this (tp under sequence parallelism).
+        stream_multiple: streams are padded to a multiple of this (`LanguageModel.split_multiple`).
         equal_streams: pad the student's streams alike, as pipeline stages need.
     """
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)

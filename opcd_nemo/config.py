@@ -163,7 +163,8 @@ class TrainConfig:
 _POSITIVE = (
     "rollout.top_p rollout.max_new_tokens batching.global_batch_size batching.micro_batch_size "
     "optim.lr optim.eps optim.clip_grad parallel.num_ranks parallel.tensor_model_parallel_size "
-    "parallel.pipeline_model_parallel_size parallel.threads_per_rank parallel.timeout_s "
+    "parallel.pipeline_model_parallel_size parallel.context_parallel_size "
+    "parallel.threads_per_rank parallel.timeout_s "
     "evaluation.num_questions evaluation.num_retention evaluation.max_new_tokens "
     "evaluation.retention_max_new_tokens evaluation.top_p evaluation.samples_per_question "
     "trainer.max_steps"
@@ -269,12 +270,6 @@ def _check_sizes(config: TrainConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1"
-        )
-    if parallel.context_parallel_size != 1:
-        raise ValueError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size}: allowed: 1, for "
-            "attention over packed streams is not split; longer sequences: tensor_model_parallel_"
-            "size with sequence_parallel, recompute_modules=[mlp]"
         )
     if parallel.recompute_modules not in ([], ["mlp"]):
         raise ValueError(

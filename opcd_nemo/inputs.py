@@ -14,7 +14,7 @@ from opcd_nemo.config import TrainConfig
 from opcd_nemo.context import ContextSource, NoContext, content_hash
 from opcd_nemo.hf import Checkpoint, ModelConfig, keep_layers, open_checkpoint
 from opcd_nemo.losses import TopKLoss
-from opcd_nemo.parallel import check_layout
+from opcd_nemo.parallel import check_batch, check_layout
 from opcd_nemo.plugs import build_plug
 from opcd_nemo.rollout import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
@@ -124,16 +124,11 @@ def _check_losses(config: TrainConfig, vocab_size: int) -> None:
 
 def _check_world(config: TrainConfig, world_size: int) -> None:
     parallel, batching = config.parallel, config.batching
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    check_layout(
-        world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    )
-    dp = world_size // model_parallel
-    if batching.global_batch_size % (batching.micro_batch_size * dp):
-        raise ValueError(
-            f"batching.global_batch_size={batching.global_batch_size}: allowed: a multiple of "
-            f"batching.micro_batch_size={batching.micro_batch_size} x {dp} data-parallel ranks"
-        )
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    check_layout(world_size, tp, pp, cp)
+    dp = world_size // (tp * pp)
+    check_batch(batching.global_batch_size, batching.micro_batch_size, dp, cp)
 
 
 def _check_writable(folder: Path) -> None:

@@ -6,8 +6,10 @@ this rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from opcd_nemo.attention import (
     Rotary,
 )
 from opcd_nemo.batching import TokenBatch
+from opcd_nemo.context_parallel import Places, SplitAttention, StreamShare
 from opcd_nemo.decode import decode_block
 from opcd_nemo.hf import (
     Checkpoint,
@@ -44,7 +47,7 @@ from opcd_nemo.parallel import Parallel
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
 _FP8_ROWS = 16
-HeadLoss = Callable[[Head, TokenBatch, int], tuple[torch.Tensor, Stats]]
+HeadLoss = Callable[[Head, Places, int], tuple[torch.Tensor, Stats]]
 
 
 def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
@@ -99,7 +102,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
+        context_parallel_size=parallel.cp,
         recompute_granularity="selective" if parallel.recompute_modules else None,
         recompute_modules=list(parallel.recompute_modules),
         fp8=parallel.fp8,
@@ -206,12 +209,25 @@ class LanguageModel:
 
     @property
     def stream_multiple(self) -> int:
-        """Stream lengths are multiples of this.
+        """Lengths of streams that a rank has whole are multiples of this.
 
         Sequence parallelism splits them over tp; FP8 products take rows by the 16.
         """
         rows = 1 if self.parallel.fp8 is None else _FP8_ROWS
         return rows * (self.parallel.tp if self.parallel.sequence_parallel else 1)
+
+    @property
+    def split_multiple(self) -> int:
+        """Lengths of streams that are trained or scored, over all of cp, are multiples of this."""
+        cp = self.parallel.cp
+        return self.stream_multiple if cp == 1 else cp * math.lcm(2, self.stream_multiple)
+
+    def share(self, batch: TokenBatch) -> StreamShare:
+        """What this rank has of a stream that is trained or scored."""
+        parallel = self.parallel
+        return StreamShare(
+            stream_tokens=len(batch.token_ids_T), cp=parallel.cp, cp_rank=parallel.cp_rank
+        )
 
     @contextmanager
     def _without_fp8(self) -> Iterator[None]:
@@ -239,6 +255,20 @@ class LanguageModel:
         tables = self.rotary_tables(batch.position_ids_T)
         return Stream(batch.token_ids_T, PackedAttention(tables, batch.packing, **attention))
 
+    def own_places(self, batch: TokenBatch) -> Places:
+        """Which of a batch's response tokens this rank's tokens predict."""
+        return self.share(batch).find(batch.predict_index_N)[0]
+
+    def split_stream(self, batch: TokenBatch, prefix: dict[int, KeyValue] | None = None) -> Stream:
+        """This rank's share of a packed batch, whose attention is collective over cp."""
+        if self.parallel.cp == 1:
+            return self.stream(batch, prefix=prefix)
+        share = self.share(batch)
+        gather = partial(gather_from_sequence_parallel_region, group=self.parallel.cp_group)
+        tables = self.rotary_tables(share.take(batch.position_ids_T))
+        state = SplitAttention(tables, batch.packing, share, gather, prefix=prefix)
+        return Stream(share.take(batch.token_ids_T), state)
+
     @torch.no_grad()
     def stage_forward(self, stream: Stream) -> torch.Tensor | None:
         """Forward through all stages; hidden [T, H] on the last, None elsewhere.
@@ -261,7 +291,7 @@ class LanguageModel:
         return self._whole_stream(out)
 
     def _whole_stream(self, out: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, H] of the whole stream, gathered under sequence parallelism."""
+        """Hidden states [T, H] of all tokens of tp, which sequence parallelism has split."""
         if self.parallel.sequence_parallel:
             # losses give the full gradient on every rank: split it, do not sum it
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
@@ -284,15 +314,24 @@ class LanguageModel:
     ) -> list[torch.Tensor]:
         """Hidden states [N, H] at the predicting tokens of each batch; last stage only.
 
-        Without gradient. Collective over tp and pp.
+        Without gradient. Collective over tp, pp and cp: all ranks of cp get all of them.
         """
         self.module.eval()
         scores = []
         for batch, prefix in zip(batches, prefixes, strict=True):
-            hidden = self.stage_forward(self.stream(batch, prefix=prefix))
+            hidden = self.stage_forward(self.split_stream(batch, prefix))
             if hidden is not None:
-                scores.append(hidden[batch.predict_index_N])
+                scores.append(self._predicting(hidden, batch))
         return scores
+
+    def _predicting(self, hidden_TH: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [N, H], of this rank's tokens and the others'. Collective over cp."""
+        if self.parallel.cp == 1:
+            return hidden_TH[batch.predict_index_N]
+        places, index = self.share(batch).find(batch.predict_index_N)
+        hidden_NH = hidden_TH.new_zeros(len(batch.predict_index_N), hidden_TH.shape[1])
+        hidden_NH[places] = hidden_TH[index]
+        return self.parallel.sum_over_cp(hidden_NH)
 
     def prefill(
         self, batch: TokenBatch, cache: KVCache, prefix: dict[int, KeyValue] | None
@@ -310,7 +349,8 @@ class LanguageModel:
         Args:
             wrapped: Megatron's DistributedDataParallel around `module`.
             batches: one packed stream a micro-batch, all padded alike when pp > 1.
-            loss: (head, batch, index of the micro-batch) -> (weighted sum, Stats).
+            loss: (head, which of the micro-batch's response tokens its rows predict, index of the
+                micro-batch) -> (weighted sum, Stats).
 
         Returns:
             This rank's summed statistics; empty on every stage but the last.
@@ -320,11 +360,12 @@ class LanguageModel:
 
         def forward_step(batches: Iterator[tuple[int, TokenBatch]], model: Any) -> Any:
             index, batch = next(batches)
-            out = model(*self.stream(batch))
+            out = model(*self.split_stream(batch))
 
             def loss_of(out: torch.Tensor) -> Any:
-                hidden = self._whole_stream(out)[batch.predict_index_N]
-                value, stats = loss(self.head(hidden), batch, index)
+                places, predicting = self.share(batch).find(batch.predict_index_N)
+                hidden = self._whole_stream(out)[predicting]
+                value, stats = loss(self.head(hidden), places, index)
                 total.add(stats)
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
@@ -335,7 +376,7 @@ class LanguageModel:
             data_iterator=iter(list(enumerate(batches))),
             model=wrapped,
             num_microbatches=len(batches),
-            seq_length=len(batches[0].token_ids_T),
+            seq_length=len(batches[0].token_ids_T),  # Megatron divides by cp and tp
             micro_batch_size=1,
             forward_only=False,
         )

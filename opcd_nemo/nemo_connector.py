@@ -156,5 +156,6 @@ def _layout(parallel: Parallel) -> dict[str, Any]:
         "num_ranks": parallel.world_size,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
+        "context_parallel_size": parallel.cp,
         "sequence_parallel": parallel.sequence_parallel,
     }

@@ -71,6 +71,7 @@ class MegatronStrategy(DDPStrategy):
         parallel, state = self.parallel, AppState()
         state.tensor_model_parallel_size = parallel.tp
         state.pipeline_model_parallel_size = parallel.pp
+        state.context_parallel_size = parallel.cp
         state.model_parallel_size = parallel.tp * parallel.pp
         state.tensor_model_parallel_rank = parallel.tp_rank
         state.pipeline_model_parallel_rank = parallel.pp_rank

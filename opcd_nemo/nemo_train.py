@@ -134,7 +134,8 @@ class _NoLogger:
 def _first_line(parallel: Parallel) -> str:
     return (
         f"device {parallel.device.type} ({parallel.device_reason}); {parallel.world_size} ranks: "
-        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}; layers: {parallel.layer_spec}"
+        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}, cp {parallel.cp} of it; "
+        f"layers: {parallel.layer_spec}"
     )
 
 
@@ -274,6 +275,7 @@ def _report(
         "tp": parallel.tp,
         "pp": parallel.pp,
         "dp": parallel.dp,
+        "cp": parallel.cp,
         "seed": config.seed,
         "context_hash": model.context_hash,
         "context_lineage": model.context["lineage"],

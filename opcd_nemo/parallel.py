@@ -1,7 +1,7 @@
 """Devices, process groups and collectives: the one place where CPU and GPU differ.
 
 `init_parallel` decides device and backend, creates Megatron's groups over tensor (tp), pipeline
-(pp) and data (dp) axes, seeds, and returns a frozen `Parallel` that everybody receives.
+(pp), data (dp) and context (cp) axes, seeds, and returns a frozen `Parallel` for everybody.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import importlib.util
 import logging
+import math
 import os
 import random
 from collections import deque
@@ -46,7 +47,11 @@ class ParallelSettings(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """Where this process stands on the three axes, and the collectives over them."""
+    """Where this process stands on the axes, and the collectives over them.
+
+    Context parallelism is a part of data parallelism: each of the dp ranks samples its own prompts,
+    and cp neighbours among them share the passes that train and score.
+    """
 
     device: torch.device
     device_reason: str
@@ -56,16 +61,18 @@ class Parallel:
     tp: int
     pp: int
     dp: int
+    cp: int
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     sequence_parallel: bool
-    context_parallel_size: int
     recompute_modules: tuple[str, ...]
     fp8: Fp8Format | None
     tp_group: Any
     pp_group: Any
     dp_group: Any
+    cp_group: Any
     in_flight: deque[tuple[Any, torch.Tensor]] = field(default_factory=deque)
 
     @property
@@ -86,6 +93,12 @@ class Parallel:
         """Sum in place over data-parallel ranks. Collective over dp."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def sum_over_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over context-parallel ranks. Collective over cp."""
+        if self.cp > 1:
+            dist.all_reduce(tensor, group=self.cp_group)
         return tensor
 
     def max_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -159,11 +172,11 @@ class Parallel:
 
     def gather_over_dp(self, values: Sequence[Any]) -> list[Any]:
         """The concatenation of every data-parallel rank's `values`. Collective over dp."""
-        if self.dp == 1:
-            return list(values)
-        parts: list[Any] = [None] * self.dp
-        dist.all_gather_object(parts, list(values), group=self.dp_group)
-        return [value for part in parts for value in part]
+        return _gather_values(values, self.dp, self.dp_group)
+
+    def gather_over_cp(self, values: Sequence[Any]) -> list[Any]:
+        """The concatenation of every context-parallel rank's `values`. Collective over cp."""
+        return _gather_values(values, self.cp, self.cp_group)
 
     def give_back_memory(self) -> None:
         """Return freed memory to the system: between phases of a step, large pieces lie idle."""
@@ -176,6 +189,14 @@ class Parallel:
         """Wait for every rank. Collective over the world."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _gather_values(values: Sequence[Any], size: int, group: Any) -> list[Any]:
+    if size == 1:
+        return list(values)
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, list(values), group=group)
+    return [value for part in parts for value in part]
 
 
 def environment_world() -> tuple[int, int]:
@@ -212,17 +233,41 @@ def backend_version(device: torch.device) -> str:
     return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def check_layout(world_size: int, tp: int, pp: int) -> None:
-    """Refuse a world that the model-parallel sizes do not divide.
+def check_layout(world_size: int, tp: int, pp: int, cp: int) -> None:
+    """Refuse a world that the sizes do not divide.
 
     Raises:
-        ValueError: naming both keys and the world size.
+        ValueError: naming the keys and the world size.
     """
     if world_size % (tp * pp):
         raise ValueError(
             f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size="
             f"{pp} = {tp * pp} does not divide the world size {world_size}; "
             "allowed: a world size that is a multiple of their product"
+        )
+    dp = world_size // (tp * pp)
+    if dp % cp:
+        raise ValueError(
+            f"parallel.context_parallel_size={cp} does not divide the {dp} data-parallel ranks of "
+            f"world size {world_size}; allowed: a divisor of that"
+        )
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, dp: int, cp: int) -> None:
+    """Refuse a batch that does not come out even over ranks and micro-batches.
+
+    Raises:
+        ValueError: naming the keys and the data-parallel ranks.
+    """
+    ranks = f"{dp} data-parallel ranks"
+    unit = micro_batch_size * dp
+    if cp > 1:  # neighbours share micro-batches
+        unit = math.lcm(micro_batch_size * dp // cp, dp)
+        ranks = f"{dp // cp} groups of context-parallel ranks, and of {ranks}"
+    if global_batch_size % unit:
+        raise ValueError(
+            f"batching.global_batch_size={global_batch_size}: allowed: a multiple of "
+            f"batching.micro_batch_size={micro_batch_size} x {ranks}"
         )
 
 
@@ -260,8 +305,12 @@ def init_parallel(settings: ParallelSettings, seed: int) -> Parallel:
         ValueError: the layout does not fit the world, or the rendezvous port is in use.
     """
     rank, world_size = environment_world()
-    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    check_layout(world_size, tp, pp)
+    check_layout(
+        world_size,
+        settings.tensor_model_parallel_size,
+        settings.pipeline_model_parallel_size,
+        settings.context_parallel_size,
+    )
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     device, reason = choose_device(settings.device, local_world)
     spec = choose_layer_spec(settings.layer_spec, device)
@@ -317,15 +366,17 @@ def _create_groups(
         world_size=dist.get_world_size(),
         tp=tp,
         pp=pp,
-        dp=parallel_state.get_data_parallel_world_size(),
+        dp=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        cp=parallel_state.get_context_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         sequence_parallel=settings.sequence_parallel,
-        context_parallel_size=settings.context_parallel_size,
         recompute_modules=tuple(settings.recompute_modules),
         fp8=settings.fp8,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        cp_group=parallel_state.get_context_parallel_group(),
     )

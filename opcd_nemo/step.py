@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from opcd_nemo.batching import Aggregation, DistillBatch, TokenBatch, make_distill_batches
+from opcd_nemo.batching import Aggregation, DistillBatch, make_distill_batches
+from opcd_nemo.context_parallel import Places
 from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.losses import BAD_TOKENS, Head, Loss
 from opcd_nemo.metrics import Stats, Stopwatch
@@ -71,8 +72,8 @@ def distill_step(run: Run, step: int) -> Stats:
     with run.watch.phase("rollout"):
         rollouts = _rollouts(run, phase.sampler, step)
     with run.watch.phase("teacher"):
-        batches = distill_batches(run, rollouts, phase.loss)
-        scores = run.teacher.score(batches) if phase.loss.needs_teacher else []
+        batches = distill_batches(run, run.parallel.gather_over_cp(rollouts), phase.loss)
+        scores = teacher_scores(run, batches, phase.loss)
     with run.watch.phase("student"):
         run.parallel.give_back_memory()
         run.optimizer.zero_grad()
@@ -120,31 +121,49 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
 
 
 def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillBatch]:
-    """This rank's micro-batches of its rollouts. Collective over dp."""
+    """The micro-batches of these rollouts, which all ranks of cp have. Collective over dp."""
+    parallel = run.parallel
     return make_distill_batches(
         rollouts,
         micro_batch_size=run.micro_batch_size,
         aggregation=run.aggregation,
-        sum_over_ranks=run.parallel.sum_over_dp,
-        device=run.parallel.device,
+        sum_over_ranks=lambda counts: parallel.sum_over_dp(counts) / parallel.cp,
+        device=parallel.device,
         teacher_prefix=run.teacher.prefix_ids if loss.needs_teacher else None,
-        stream_multiple=run.student.stream_multiple,
-        equal_streams=run.parallel.pp > 1,
+        stream_multiple=run.student.split_multiple,
+        equal_streams=parallel.pp > 1,
     )
+
+
+def teacher_scores(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> list[torch.Tensor]:
+    """What the teacher says of the response tokens that are this rank's among those of cp.
+
+    Empty on every stage but the last, or when the loss needs no teacher. Collective.
+    """
+    if not loss.needs_teacher:
+        return []
+    return [
+        hidden_NH[run.student.own_places(batch.student)]
+        for batch in batches
+        for hidden_NH in run.teacher.score([batch])
+    ]
 
 
 def accumulate_gradients(
     run: Run, batches: Sequence[DistillBatch], scores: Sequence[torch.Tensor], loss: Loss
 ) -> Stats:
-    """This rank's loss over its micro-batches, its gradient in the buffers. Collective."""
+    """This rank's part of the loss of the micro-batches, its gradient in the buffers. Collective.
 
-    def weighted(head: Head, _: TokenBatch, index: int) -> tuple[torch.Tensor, Stats]:
+    `scores` are as `teacher_scores` gives them.
+    """
+
+    def weighted(head: Head, own: Places, index: int) -> tuple[torch.Tensor, Stats]:
         batch = batches[index]
         return loss(
             head,
             run.teacher.head(scores[index]) if scores else None,
-            target_ids_N=batch.target_ids_N,
-            weight_N=batch.weight_N,
+            target_ids_N=batch.target_ids_N[own],
+            weight_N=batch.weight_N[own],
             parallel=run.parallel,
         )
 

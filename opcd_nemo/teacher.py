@@ -56,7 +56,7 @@ class Teacher:
     def score(self, batches: Sequence[DistillBatch]) -> list[torch.Tensor]:
         """Hidden states [N, H] of each micro-batch's response tokens, in the student's order.
 
-        Empty on every pipeline stage but the last. Collective over tp and pp.
+        Empty on every pipeline stage but the last. Collective over tp, pp and cp.
         """
         streams = [stream for batch in batches for stream in batch.teacher]
         if self._prefix is None and any(stream.has_prefix for stream in streams):

@@ -21,7 +21,7 @@ from opcd_nemo.metrics import read_metrics
 from tests.crash import TIMED, Job
 from tests.tiny import write_chat_model
 
-MOVES = ["tp2_pp2-single", "single-tp2", "dp2-single", "pp2-tp2"]
+MOVES = ["tp2_pp2-single", "single-tp2", "dp2-single", "pp2-tp2", "cp2-single", "dp2-cp2"]
 SETTINGS = (
     "exp_manager.checkpoint_callback_params.every_n_train_steps=2 trainer.max_steps=4"
 ).split()

@@ -25,7 +25,7 @@ from opcd_nemo.metrics import Stats
 from opcd_nemo.parallel import Parallel
 from opcd_nemo.rollout import SamplingParams, collect_rollouts
 from opcd_nemo.sharding import hf_names
-from opcd_nemo.step import Run, accumulate_gradients, distill_batches, over_ranks
+from opcd_nemo.step import Run, accumulate_gradients, distill_batches, over_ranks, teacher_scores
 from opcd_nemo.teacher import Teacher
 from opcd_nemo.types import Rollout
 
@@ -34,7 +34,7 @@ _TOKENS = 4  # of a micro-batch, whose gradient is computed a second time with w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A small batch: what the student sampled, and both models' streams of it."""
+    """A small batch: what the student sampled, over cp, and both models' streams of it."""
 
     rollouts: list[Rollout]
     batches: list[DistillBatch]
@@ -58,6 +58,7 @@ def sample_probe(run: Run, num_prompts: int, max_new_tokens: int) -> Probe:
         first_index=mine.start,
     )
     engine.release_weights()
+    rollouts = parallel.gather_over_cp(rollouts)
     return Probe(rollouts=rollouts, batches=distill_batches(run, rollouts, run.phase.loss))
 
 
@@ -102,7 +103,7 @@ def same_model(run: Run, probe: Probe, limit: float) -> Check:
 
 def _loss(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> float:
     """The mean loss over all ranks; its gradient stays in the buffers."""
-    scores = run.teacher.score(batches) if loss.needs_teacher else []
+    scores = teacher_scores(run, batches, loss)
     run.optimizer.zero_grad()
     stats = over_ranks(run.parallel, accumulate_gradients(run, batches, scores, loss))
     others = {*BAD_TOKENS, CAPTURED_MASS}

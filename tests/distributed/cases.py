@@ -23,6 +23,7 @@ class Layout:
     world: int
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     recompute_modules: tuple[str, ...] = ()
 
@@ -32,6 +33,7 @@ LAYOUTS = {
     "tp2": Layout(world=2, tp=2),
     "pp2": Layout(world=2, pp=2),
     "dp2": Layout(world=2),
+    "cp2": Layout(world=2, cp=2),
     "tp2sp": Layout(world=2, tp=2, sequence_parallel=True, recompute_modules=("mlp",)),
     "tp3": Layout(world=3, tp=3),
     "tp4": Layout(world=4, tp=4),
@@ -39,8 +41,14 @@ LAYOUTS = {
     "tp2pp2sp": Layout(world=4, tp=2, pp=2, sequence_parallel=True),
     "tp2dp2": Layout(world=4, tp=2),
     "pp2dp2": Layout(world=4, pp=2),
+    "cp4": Layout(world=4, cp=4),
+    "cp2dp2": Layout(world=4, cp=2),
+    "cp2pp2": Layout(world=4, cp=2, pp=2),
+    "cp2tp2sp": Layout(world=4, cp=2, tp=2, sequence_parallel=True, recompute_modules=("mlp",)),
 }
 SHARDED = [name for name in LAYOUTS if name != "one"]
+# sampling, heads and files know nothing of the split of a stream that trains
+UNSPLIT = [name for name, layout in LAYOUTS.items() if layout.cp == 1]
 
 Size = Literal["odd", "even"]
 LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard", "top4_drop", "top4_renorm"]
@@ -147,7 +155,11 @@ TRAIN_CASES = {
     "even-default": TrainCase(family="qwen2-untied", size="even", adam=DEFAULT),
     "even": TrainCase(family="llama-untied", size="even", distributed_optimizer=True),
     "even-overlap": TrainCase(
-        family="qwen3-tied", size="even", distributed_optimizer=True, overlap=True
+        family="qwen3-tied",
+        size="even",
+        distributed_optimizer=True,
+        overlap=True,
+        micro_batch_size=1,  # so short that some ranks of cp have nothing but padding
     ),
     "forward_kl": TrainCase(family="qwen3-untied", loss="forward_kl"),
     "jsd": TrainCase(family="llama-tied", loss="jsd", distributed_optimizer=True),
@@ -183,10 +195,21 @@ _WIDE = [
     "jsd",
     "games",
 ]
+_SPLIT = {
+    "cp2": ["llama-untied-distributed", "even-overlap", "hard", "games", "on-policy"],
+    "cp4": ["games"],
+    "cp2dp2": ["games"],
+    "cp2pp2": ["even-overlap"],
+    "cp2tp2sp": ["even-overlap", "qwen2-untied-distributed"],
+}
+BF16 = replace(TRAIN_CASES["llama-untied-distributed"], bf16=True)
+BF16_LAYOUTS = ["one", "cp2"]
 
 
 def train_cases(layout: str) -> list[str]:
     """All cases in worlds of one and two, some in wider ones: four ranks share two cores here."""
+    if layout in _SPLIT:
+        return _SPLIT[layout]
     return list(TRAIN_CASES) if LAYOUTS[layout].world <= 2 else _WIDE
 
 
@@ -251,7 +274,7 @@ PADDING_WINS = "padding-wins"  # every real logit is far below the 0 of padded v
 SEQUENCES = [prompt.token_ids for prompt in generation_prompts(led=True)[:6]]
 
 CHECKPOINTS = {  # saved under the first layout, loaded under the second
-    2: [("tp2", "dp2"), ("pp2", "tp2"), ("dp2", "tp2sp"), ("tp2", "pp2")],
+    2: [("tp2", "cp2"), ("pp2", "tp2"), ("dp2", "tp2sp"), ("cp2", "pp2")],
     4: [("tp2pp2", "tp4"), ("tp4", "tp2dp2")],
 }
 CHECKPOINT_CASES = ["llama-untied", "qwen3-tied-distributed", "ema", "hard_sync"]

@@ -65,9 +65,9 @@ def _count(
     scores: list[torch.Tensor] = []
     counted_teacher = _counted(lambda: scores.extend(teacher.score([taught], [prefix])))
 
-    def loss(head: Head, batch: TokenBatch, _: int) -> Any:
+    def loss(head: Head, *_: object) -> Any:
         divergence = DivergenceLoss("reverse_kl", beta=0.5, temperature=1.0, chunk_tokens=8)
-        count = len(batch.predict_index_N)
+        count = len(head.hidden_NH)
         return divergence(
             head,
             teacher.head(scores[0]),

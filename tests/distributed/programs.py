@@ -35,15 +35,12 @@ def run_world(world: int, models: Path, results: Path) -> None:
                     case: train(parallel, models, cases.TRAIN_CASES[case], steps=cases.STEPS)
                     for case in cases.train_cases(name)
                 },
-                "logits": {m: logits(parallel, models / m) for m in cases.CONVERTED},
-                "kept_logits": logits(
-                    parallel, models / "qwen3-untied-odd-teacher", cases.KEPT_LAYERS
-                ),
-                "gguf_logits": logits(parallel, models / "llama.gguf"),
-                "generate": generate_all(parallel, models),
-                "head": head_losses(parallel, models) if parallel.pp == 1 else {},
                 "failure": failures(parallel, models) if name in cases.FAILING else {},
             }
+            if name in cases.UNSPLIT:
+                found |= models_alone(parallel, models)
+            if name in cases.BF16_LAYOUTS:
+                found["bf16"] = train(parallel, models, cases.BF16, steps=1)
             if name == "one":
                 found["micro"] = {
                     case: train(parallel, models, cases.MICRO_BATCHES[case], steps=1)
@@ -53,6 +50,18 @@ def run_world(world: int, models: Path, results: Path) -> None:
                 torch.save(found, results / f"{name}.pt")
             parallel.barrier()
     _finish()
+
+
+def models_alone(parallel: Parallel, models: Path) -> dict[str, Any]:
+    """What is asked of models without training them."""
+    kept = logits(parallel, models / "qwen3-untied-odd-teacher", cases.KEPT_LAYERS)
+    return {
+        "logits": {m: logits(parallel, models / m) for m in cases.CONVERTED},
+        "kept_logits": kept,
+        "gguf_logits": logits(parallel, models / "llama.gguf"),
+        "generate": generate_all(parallel, models),
+        "head": head_losses(parallel, models) if parallel.pp == 1 else {},
+    }
 
 
 def run_moves(world: int, models: Path, results: Path) -> None:

@@ -28,7 +28,7 @@ def start(layout_name: str) -> Parallel:
         pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sequence_parallel,
         layer_spec="auto",
-        context_parallel_size=1,
+        context_parallel_size=layout.cp,
         recompute_modules=list(layout.recompute_modules),
         fp8=None,
         threads_per_rank=1,

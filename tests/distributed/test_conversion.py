@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.bars import check, relative_error
-from tests.distributed.cases import CONVERTED, KEPT_LAYERS, LAYOUTS, SEQUENCES
+from tests.distributed.cases import CONVERTED, KEPT_LAYERS, SEQUENCES, UNSPLIT
 
 Results = Callable[[str], Any]
 BAR = "logits: transformers"
@@ -21,7 +21,7 @@ def expected_logits(model: Any) -> torch.Tensor:
     return torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", UNSPLIT)
 @pytest.mark.parametrize("name", CONVERTED)
 def test_logits_equal_transformers(
     name: str, layout: str, results: Results, transformers_models: dict[str, Any]
@@ -31,7 +31,7 @@ def test_logits_equal_transformers(
     check(BAR, error, 1e-4, f"{layout} {name}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", UNSPLIT)
 def test_logits_of_a_gguf_file_equal_transformers(
     layout: str, results: Results, transformers_models: dict[str, Any]
 ) -> None:
@@ -40,7 +40,7 @@ def test_logits_of_a_gguf_file_equal_transformers(
     check(BAR, relative_error(results(layout)["gguf_logits"], expected_logits(model)), 1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", UNSPLIT)
 def test_logits_of_kept_layers_equal_transformers(
     layout: str, results: Results, transformers_models: dict[str, Any]
 ) -> None:

@@ -20,11 +20,12 @@ from tests.distributed.cases import (
     NEW_TOKENS,
     PREFIX,
     SAMPLED_FROM,
+    UNSPLIT,
     generation_prompts,
 )
 
 Results = Callable[[str], Any]
-NARROW = [name for name, layout in LAYOUTS.items() if layout.world <= 2]
+NARROW = [name for name in UNSPLIT if LAYOUTS[name].world <= 2]
 PLAIN = [name for name in NARROW if not LAYOUTS[name].sequence_parallel]
 RAGGED, LED = (generation_prompts(led=led) for led in (False, True))
 HALF_LED = [p if p.index % 2 else Prompt(token_ids=p.token_ids[1:], index=p.index) for p in LED]
@@ -52,7 +53,7 @@ def greedy(
 
 @pytest.mark.parametrize(
     ("layout", "pack"),
-    [*((layout, "packed") for layout in LAYOUTS), *((layout, "plain") for layout in PLAIN)],
+    [*((layout, "packed") for layout in UNSPLIT), *((layout, "plain") for layout in PLAIN)],
 )
 @pytest.mark.parametrize("name", GENERATORS)
 def test_greedy_tokens_equal_transformers(
@@ -71,7 +72,7 @@ def test_rows_finish_at_different_times(name: str, results: Results) -> None:
     assert all(s.finish_reason == "eos" for s in samples if len(s.response_ids) < NEW_TOKENS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", UNSPLIT)
 def test_a_held_prefix_and_a_lead_in_the_stream_go_together(
     layout: str, results: Results, greedy: Any
 ) -> None:
@@ -106,7 +107,7 @@ def test_the_prompts_share_what_the_variants_say() -> None:
 @pytest.mark.parametrize(
     ("layout", "variant"),
     [
-        *product(LAYOUTS, ["", ", split"]),
+        *product(UNSPLIT, ["", ", split"]),
         *product(NARROW, [", plain", ", narrow", ", held", ", reversed"]),
     ],
 )
@@ -155,7 +156,7 @@ def test_finished_rows_stop_costing(layout: str, results: Results) -> None:
     assert all(later <= earlier for earlier, later in pairwise(steps))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", UNSPLIT)
 @pytest.mark.parametrize("variant", ["padding, greedy", "padding, hot"])
 def test_padded_vocabulary_is_never_sampled(variant: str, layout: str, results: Results) -> None:
     samples = tokens(results(layout)["generate"][variant])

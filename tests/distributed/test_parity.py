@@ -100,7 +100,7 @@ def test_the_teacher_never_changes(layout: str, results: Results) -> None:
         assert found["teacher_without_gradient"], case
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp3", "tp4", "tp2pp2", "tp2sp", "tp2pp2sp"])
+@pytest.mark.parametrize("layout", ["tp2", "tp3", "tp4", "tp2pp2", "tp2sp", "tp2pp2sp", "cp2tp2sp"])
 def test_padding_stays_exactly_zero(layout: str, results: Results) -> None:
     for case, found in results(layout)["train"].items():
         assert set(found["padding"].values()) == {0.0}, (case, found["padding"])

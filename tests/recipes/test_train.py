@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from opcd_nemo.metrics import read_metrics
 from tests.recipes.conftest import Train
 
-LAYOUTS = {"dp2": (1, 1, 2), "tp2": (2, 1, 1), "pp2": (1, 2, 1)}
+LAYOUTS = {"dp2": (1, 1, 2, 1), "tp2": (2, 1, 1, 1), "pp2": (1, 2, 1, 1), "cp2": (1, 1, 2, 2)}
 SUMMARY_KEYS = (
     "base in_context student retention_before retention_after retention_in_context steps "
-    "seconds_total cpu_seconds_per_step peak_rss_gib world_size tp pp dp seed versions"
+    "seconds_total cpu_seconds_per_step peak_rss_gib world_size tp pp dp cp seed versions"
 ).split()
 
 
@@ -41,7 +41,7 @@ def test_run_leaves_every_file(runs: dict[str, Path], layout: str) -> None:
     folder = runs[layout]
     summary = json.loads((folder / "summary.json").read_text())
     assert set(SUMMARY_KEYS) <= summary.keys()
-    assert (summary["tp"], summary["pp"], summary["dp"]) == LAYOUTS[layout]
+    assert tuple(summary[axis] for axis in ("tp", "pp", "dp", "cp")) == LAYOUTS[layout]
     assert (summary["world_size"], summary["steps"]) == (2, 2)
     assert summary["versions"].keys() >= {"torch", "megatron-core", "nemo-toolkit"}
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
@@ -58,3 +58,4 @@ def test_layouts_agree_on_the_first_loss(runs: dict[str, Path]) -> None:
     }
     assert losses["tp2"] == pytest.approx(losses["dp2"], rel=1e-5)
     assert losses["pp2"] == pytest.approx(losses["dp2"], rel=1e-5)
+    assert losses["cp2"] == pytest.approx(losses["dp2"], rel=1e-5)

@@ -53,7 +53,7 @@ def view(settings: ParallelConfig, device: str, **rank: int) -> Any:
         device=torch.device(device),
         layer_spec="local",
         sequence_parallel=settings.sequence_parallel,
-        context_parallel_size=settings.context_parallel_size,
+        cp=settings.context_parallel_size,
         recompute_modules=tuple(settings.recompute_modules),
         fp8=settings.fp8,
         is_first_stage=pp_rank == 0,

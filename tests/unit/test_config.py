@@ -60,10 +60,8 @@ def composed() -> DictConfig:
             id="number-for-switch",
         ),
         pytest.param(
-            "parallel.context_parallel_size=2",
-            "parallel.context_parallel_size=2: allowed: 1, for attention over packed streams is "
-            "not split; longer sequences: tensor_model_parallel_size with sequence_parallel, "
-            "recompute_modules=[mlp]",
+            "parallel.context_parallel_size=0",
+            "parallel.context_parallel_size=0: allowed: a number > 0",
             id="context-parallel",
         ),
         pytest.param(

@@ -82,6 +82,19 @@ def test_layout_and_world_size(model: Path, tmp_path: Path) -> None:
     )
 
 
+def test_context_parallel_ranks_are_data_parallel_ranks(model: Path, tmp_path: Path) -> None:
+    sizes = "parallel=tp2", "parallel.context_parallel_size=2"
+    assert refused(model, tmp_path, *sizes, world_size=6) == (
+        "parallel.context_parallel_size=2 does not divide the 3 data-parallel ranks of world size "
+        "6; allowed: a divisor of that"
+    )
+    batch = "batching.global_batch_size=8", "batching.micro_batch_size=8"
+    assert refused(model, tmp_path, *sizes, *batch, world_size=8) == (
+        "batching.global_batch_size=8: allowed: a multiple of batching.micro_batch_size=8 x 2 "
+        "groups of context-parallel ranks, and of 4 data-parallel ranks"
+    )
+
+
 def test_batch_and_data_parallel_ranks(model: Path, tmp_path: Path) -> None:
     message = refused(model, tmp_path, world_size=3)
     assert message == (

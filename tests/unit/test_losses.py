@@ -77,6 +77,17 @@ class Inputs:
         return total.detach(), stats, hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_give_a_zero_with_gradient(kind: str) -> None:
+    inputs = Inputs()  # as on a rank of cp that predicts nothing
+    for name in ("hidden", "teacher_hidden", "targets", "weight_N"):
+        setattr(inputs, name, getattr(inputs, name)[:0])
+    total, stats, hidden, weight = inputs.run(make(kind, 7))
+    assert (total.item(), hidden.shape) == (0.0, (0, STUDENT))
+    assert (weight == 0).all()
+    assert all(sums == (0.0, 0.0) for sums in stats.sums.values())
+
+
 def closed_form(
     inputs: Inputs, kind: str, temperature: float, beta: float = 0.4
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
