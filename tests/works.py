@@ -13,6 +13,7 @@ def layout(**changes: Any) -> Layout:
         "tp": 1,
         "pp": 1,
         "dp": 1,
+        "cp": 1,
         "sequence_parallel": False,
         "micro_batch_size": 4,
         "distributed_optimizer": True,

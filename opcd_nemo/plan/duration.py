@@ -2,7 +2,8 @@
 
 Sources: roofline (Williams et al. 2009); a ring all-reduce sends 2 (n-1)/n of its bytes over every
 link (Patarasuk and Yuan 2009); two all-reduces a layer and direction of tensor parallelism (arXiv
-1909.08053, section 3); the pipeline's bubble (pp-1)/m of 1F1B (arXiv 2104.04473, section 2.2).
+1909.08053, section 3); keys and values gathered over cp (arXiv 2407.21783, section 3.3.2); the
+pipeline's bubble (pp-1)/m of 1F1B (arXiv 2104.04473, section 2.2).
 """
 
 from __future__ import annotations
@@ -123,11 +124,16 @@ def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     layout = work.layout
     stream = teacher_stream(work, work.tokens.response)
     flops = work.num_microbatches * forward_flops(work.teacher, stream, layout.tp, layout.pp)
+    flops /= layout.cp
     if work.teacher_life != "frozen":
         context = Stream(rows=1, before=0, shared=0, own=work.tokens.held)
         flops += forward_flops(work.teacher, context, layout.tp, layout.pp)
-    hidden = stream.tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
+    width = work.teacher.hidden_size * BYTES[work.teacher_dtype]
+    hidden = stream.tokens / layout.cp * width
     exchange = _tensor_exchange(work, accelerator, hidden, work.teacher, passes=1)
+    exchange += _context_exchange(work, accelerator, stream, of_teacher=True)
+    scores = stream.rows * work.tokens.response * width
+    exchange += 2 * (layout.cp - 1) / layout.cp * scores / accelerator.link(layout.tp * layout.cp)
     seconds = flops / accelerator.flops(work.teacher_dtype, accelerator.prefill_share)
     # every micro-batch goes through all stages before the next one is asked for
     return layout.pp * seconds, work.num_microbatches * layout.pp * exchange
@@ -147,11 +153,12 @@ def student_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     dtype, share = work.student_dtype, accelerator.training_share
     one = (passes - others) / accelerator.flops("fp8" if work.fp8 else dtype, share)
     others += loss_flops(work, stream.rows * work.tokens.response)
-    one += others / accelerator.flops(dtype, share)
+    one = (one + others / accelerator.flops(dtype, share)) / layout.cp
     bubble = 1 + (layout.pp - 1) / count
     seconds = count * bubble * one
-    hidden = stream.tokens * work.student.hidden_size * BYTES[work.student_dtype]
+    hidden = stream.tokens / layout.cp * work.student.hidden_size * BYTES[work.student_dtype]
     exchange = _tensor_exchange(work, accelerator, hidden, work.student, passes=2)
+    exchange += 2 * _context_exchange(work, accelerator, stream, of_teacher=False)
     if layout.pp > 1:
         exchange += 2 * hidden / accelerator.link(layout.num_ranks)
     return seconds, count * bubble * exchange
@@ -167,6 +174,20 @@ def _tensor_exchange(
     sent = 2 * (tp - 1) / tp * size / accelerator.link(tp)
     calls = 2 * passes * model.num_layers / work.layout.pp
     return calls * (accelerator.collective_latency_s + sent)
+
+
+def _context_exchange(
+    work: Work, accelerator: Accelerator, stream: Stream, *, of_teacher: bool
+) -> float:
+    """One all-gather of keys and values a layer over cp; in backward a reduce-scatter."""
+    layout = work.layout
+    if layout.cp == 1:
+        return 0.0
+    model = work.teacher if of_teacher else work.student
+    dtype = work.teacher_dtype if of_teacher else work.student_dtype
+    size = stream.tokens * key_value_width(model, layout.tp) * BYTES[dtype]
+    sent = (layout.cp - 1) / layout.cp * size / accelerator.link(layout.tp * layout.cp)
+    return model.num_layers / layout.pp * (accelerator.collective_latency_s + sent)
 
 
 def optimizer_seconds(work: Work, accelerator: Accelerator) -> float:

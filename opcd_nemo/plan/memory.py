@@ -169,12 +169,13 @@ def _training(work: Work, accelerator: Accelerator) -> dict[str, float]:
     """Gradients, what backward needs of the micro-batches in flight, and the loss."""
     layout = work.layout
     stream = student_stream(work, work.tokens.max_new)
-    predicted = stream.rows * work.tokens.max_new
+    predicted = stream.rows * work.tokens.max_new / layout.cp
     in_flight = min(layout.pp, work.num_microbatches)
     kept = work.student.num_layers / layout.pp * layer_activations(work, stream, accelerator)
     if layout.recompute_mlp:  # of one layer at a time
-        kept += _mlp_channels(work) * stream.tokens * BYTES[work.student_dtype]
-    scores = work.num_microbatches * predicted * work.teacher.hidden_size
+        kept += _mlp_channels(work) * stream.tokens / layout.cp * BYTES[work.student_dtype]
+    whole = layout.cp if layout.cp > 1 else 0  # of one micro-batch, before this rank takes its own
+    scores = (work.num_microbatches + whole) * predicted * work.teacher.hidden_size
     return {
         "gradients": 4.0 * largest_stage(work.student, layout),
         "activations": in_flight * kept,
@@ -188,19 +189,21 @@ def layer_activations(work: Work, stream: Stream, accelerator: Accelerator) -> f
 
     Inputs of both norms and of the first linears (whole, or a tp share of the norms' under sequence
     parallelism), queries, keys, values, the attention's output, and four times the gated channels.
-    Without a fused kernel the fp32 softmax, its copy in the model's dtype and a mask, too.
+    Without a fused kernel the fp32 softmax, its copy in the model's dtype and a mask, too. Of all
+    but keys and values a rank of cp has its share.
     """
     model, layout, size = work.student, work.layout, BYTES[work.student_dtype]
     queries = query_width(model, layout.tp)
     hidden = 4 * model.hidden_size / _sequence_shards(work)
     mlp = 0.0 if layout.recompute_mlp else _mlp_channels(work)
-    channels = hidden + 2 * queries + key_value_width(model, layout.tp) + mlp
+    keys = key_value_width(model, layout.tp)
     repeated = stream.rows * (stream.before + stream.shared + stream.own)
-    kept = stream.tokens * channels * size
+    kept = stream.tokens / layout.cp * (hidden + 2 * queries + mlp + keys) * size
+    if not accelerator.fused_attention or layout.cp > 1:
+        kept += repeated * keys * size  # rows see the shared start
     if accelerator.fused_attention:
         return kept
-    kept += repeated * key_value_width(model, layout.tp) * size  # rows see the shared start
-    return kept + _scores(model, stream, layout.tp) * (4 + size + 1)
+    return kept + _scores(model, stream, layout.tp) / layout.cp * (4 + size + 1)
 
 
 def _mlp_channels(work: Work) -> float:
@@ -233,4 +236,5 @@ def _loss(work: Work, predicted: float) -> float:
 def _teacher_pass(work: Work) -> float:
     """Nothing of the teacher's forward is left but its hidden states; its stream is as wide."""
     stream = teacher_stream(work, work.tokens.max_new)
-    return stream.tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
+    tokens = stream.tokens / work.layout.cp
+    return tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]

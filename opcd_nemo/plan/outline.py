@@ -12,6 +12,7 @@ import yaml
 from opcd_nemo.config import TrainConfig
 from opcd_nemo.inputs import Inputs, open_inputs
 from opcd_nemo.model_config import ModelConfig, keep_layers, parse_config
+from opcd_nemo.parallel import check_batch, check_layout
 from opcd_nemo.plan.work import Layout, Tokens, Work
 from opcd_nemo.plugs import build_plug
 from opcd_nemo.rollout import shared_start
@@ -167,25 +168,18 @@ def layout_of(config: TrainConfig) -> Layout:
     """The layout of a configuration.
 
     Raises:
-        ValueError: tp and pp do not divide the ranks, or these the batch.
+        ValueError: tp, pp and cp do not divide the ranks, or these the batch.
     """
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if parallel.num_ranks % (tp * pp):
-        raise ValueError(
-            f"parallel.num_ranks={parallel.num_ranks}: allowed: a multiple of tp {tp} x pp {pp}"
-        )
-    batch, micro = config.batching.global_batch_size, config.batching.micro_batch_size
-    dp = parallel.num_ranks // (tp * pp)
-    if batch % (micro * dp):
-        raise ValueError(
-            f"batching.global_batch_size={batch}: allowed: a multiple of "
-            f"batching.micro_batch_size={micro} x {dp} data-parallel ranks"
-        )
+    cp, dp = parallel.context_parallel_size, parallel.num_ranks // (tp * pp)
+    check_layout(parallel.num_ranks, tp, pp, cp)
+    check_batch(config.batching.global_batch_size, config.batching.micro_batch_size, dp, cp)
     return Layout(
         tp=tp,
         pp=pp,
         dp=dp,
+        cp=cp,
         sequence_parallel=parallel.sequence_parallel,
         micro_batch_size=config.batching.micro_batch_size,
         distributed_optimizer=config.optim.use_distributed_optimizer,

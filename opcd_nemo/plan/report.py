@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.duration import run_duration
@@ -82,30 +83,29 @@ def _advice(slowest: str) -> str:
 def layouts(work: Work) -> Iterator[Layout]:
     """Every layout of the same number of ranks that the models and the batch allow.
 
-    tp up to 8 that pads no KV group, with sequence parallelism; pp that divides all layers.
+    tp up to 8 that pads no KV group, with sequence parallelism; pp that divides all layers; cp.
     """
-    own = work.layout
-    for tp in (1, 2, 4, 8):
-        for pp in (1, 2, 4, 8):
-            for micro in (1, 2, 4, 8, 16):
-                dp = own.num_ranks // (tp * pp)
-                good = (
-                    own.num_ranks % (tp * pp) == 0
-                    and work.sequences % (micro * max(1, dp)) == 0
-                    and not any(
-                        model.num_query_groups % tp for model in (work.student, work.teacher)
-                    )
-                    and not any(model.num_layers % pp for model in (work.student, work.teacher))
-                )
-                if good:
-                    yield replace(
-                        own,
-                        tp=tp,
-                        pp=pp,
-                        dp=dp,
-                        micro_batch_size=micro,
-                        sequence_parallel=tp > 1,
-                    )
+    own, sizes = work.layout, (1, 2, 4, 8)
+    for tp, pp, cp, micro in product(sizes, sizes, sizes, (*sizes, 16)):
+        dp = own.num_ranks // (tp * pp)
+        models = work.student, work.teacher
+        good = (
+            own.num_ranks % (tp * pp * cp) == 0
+            and work.sequences % (micro * dp // cp) == 0
+            and work.sequences % dp == 0
+            and not any(model.num_query_groups % tp for model in models)
+            and not any(model.num_layers % pp for model in models)
+        )
+        if good:
+            yield replace(
+                own,
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                cp=cp,
+                micro_batch_size=micro,
+                sequence_parallel=tp > 1,
+            )
 
 
 def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
@@ -119,12 +119,12 @@ def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
         rank = (not room, duration.step_s if room else memory.total)
         hours = layout.num_ranks * duration.run_s / 3600
         line = (
-            f"{one.layout.name():34} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
+            f"{one.layout.name():39} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
             f"{duration.step_s:10.2f} {hours:10.2f}  {slowest}"
         )
         rows.append((rank, line))
     title = (
-        f"{'layout':34} {'fits':>4} {'GiB/rank':>9} {'s/step':>10} {'GPU-hours':>10}  bottleneck"
+        f"{'layout':39} {'fits':>4} {'GiB/rank':>9} {'s/step':>10} {'GPU-hours':>10}  bottleneck"
     )
     ranked = [line for _, line in sorted(rows, key=lambda row: row[0])]
     left = f"{len(ranked) - show} more: plan.show={len(ranked)}" if len(ranked) > show else ""

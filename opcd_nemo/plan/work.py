@@ -19,11 +19,15 @@ BYTES = {"bf16": 2, "fp32": 4}  # a number, by its word in conf/
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a run lies on its ranks; `recompute_mlp`: in the backward pass, from its input."""
+    """How a run lies on its ranks; `recompute_mlp`: in the backward pass, from its input.
+
+    The dp ranks sample each for itself; cp of them share the passes that train and score.
+    """
 
     tp: int
     pp: int
     dp: int
+    cp: int
     sequence_parallel: bool
     micro_batch_size: int
     distributed_optimizer: bool
@@ -37,9 +41,10 @@ class Layout:
 
     def name(self) -> str:
         """As a row of a table shows it."""
+        split = f" cp{self.cp}" if self.cp > 1 else ""
         marks = " sp" if self.sequence_parallel else ""
         marks += " recompute" if self.recompute_mlp else ""
-        return f"tp{self.tp} pp{self.pp} dp{self.dp} micro {self.micro_batch_size}{marks}"
+        return f"tp{self.tp} pp{self.pp} dp{self.dp}{split} micro {self.micro_batch_size}{marks}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +89,18 @@ class Work:
 
     @property
     def rows(self) -> int:
-        """Sequences of one data-parallel rank in a step."""
+        """Sequences that one data-parallel rank samples in a step."""
         return max(1, self.sequences // self.layout.dp)
+
+    @property
+    def trained_rows(self) -> int:
+        """Sequences that one data-parallel rank trains on in a step, alone or with others."""
+        return max(1, self.sequences * self.layout.cp // self.layout.dp)
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one data-parallel rank in a step."""
-        return max(1, self.rows // self.layout.micro_batch_size)
+        return max(1, self.trained_rows // self.layout.micro_batch_size)
 
     def on(self, layout: Layout) -> Work:
         """The same work on another layout."""
@@ -113,15 +123,18 @@ class Stream:
 
 
 def student_stream(work: Work, response: float) -> Stream:
-    """One micro-batch as the student reads it; the last response token predicts nothing."""
-    tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.rows)
+    """One micro-batch as the student reads it; the last response token predicts nothing.
+
+    The ranks of cp have a cp-th of its tokens each, and of their pairs.
+    """
+    tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.trained_rows)
     shared = tokens.shared if rows > 1 else 0
     return Stream(rows=rows, before=0, shared=shared, own=tokens.prompt - shared + response - 1)
 
 
 def teacher_stream(work: Work, response: float) -> Stream:
     """The same micro-batch as the teacher reads it, its context held."""
-    tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.rows)
+    tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.trained_rows)
     own = tokens.teacher_prompt - tokens.held + response - 1
     return Stream(rows=rows, before=tokens.held, shared=0, own=own)
 

@@ -23,6 +23,8 @@ from tests.unit.test_paper_recipes import RECIPES, recipe
 ROOT = Path(__file__).parents[2]
 SHAPE_OF = {name.split("/")[1]: config for name, config in SHAPES.items()}
 FP8 = "safety_qwen2p5_7b_1n8g"  # asked for FP8 besides
+SPLIT = "math_qwen3_8b_2n8g"  # asked for context parallelism
+MORE = {FP8: ["parallel.fp8=hybrid"], SPLIT: ["parallel=h100_2n8g_tp4_cp2"]}
 PIPELINED = ("Qwen3-4B", 2, 2)  # model, tp, pp: none of the recipes has stages, and it is tied
 
 PROGRAM = """
@@ -50,7 +52,7 @@ def layouts() -> list[tuple[str, int, int]]:
 def built() -> dict[str, Any]:
     asked = {
         "layouts": layouts(),
-        "recipes": {name: ["parallel.fp8=hybrid"] if name == FP8 else [] for name in RECIPES},
+        "recipes": {name: MORE.get(name, []) for name in RECIPES},
     }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -88,7 +90,7 @@ def test_megatrons_configurations_are_the_recipes(name: str, built: dict[str, An
             "num_query_groups": shape.num_query_groups,
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": 1,
-            "context_parallel_size": 1,
+            "context_parallel_size": 2 if name == SPLIT else 1,
             "sequence_parallel": tp > 1,
             "recompute_granularity": "selective",
             "recompute_modules": ["mlp"],

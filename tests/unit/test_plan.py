@@ -108,6 +108,35 @@ def test_activations_shrink_with_what_is_split_or_recomputed() -> None:
     assert backward_flops(QWEN, stream, layout(recompute_mlp=True)) == plain + ffn
 
 
+def test_context_parallelism_divides_a_training_pass_but_no_keys_and_values() -> None:
+    split = layout(dp=2, cp=2, micro_batch_size=1)
+    whole, one = work(model=QWEN, layout=layout(dp=2, micro_batch_size=1)), work(model=QWEN)
+    shared = work(model=QWEN, layout=split)
+    assert (whole.rows, whole.num_microbatches) == (4, 4)
+    assert (shared.rows, shared.trained_rows, shared.num_microbatches) == (4, 8, 8)
+    stream = Stream(rows=1, before=0, shared=0, own=100)
+    keys = 100 * key_value_width(QWEN, 1) * 2
+    found, expected = (memory.layer_activations(w, stream, accelerator()) for w in (shared, one))
+    assert found == expected / 2 + keys
+    training, alone = (parts(model=QWEN, layout=each.layout) for each in (shared, whole))
+    for name in ("student weights", "optimizer", "gradients", "context"):
+        assert training[name] == alone[name]
+    hidden = 24 * QWEN.hidden_size * 2  # of a sequence, before a rank takes its own of it
+    assert training["teacher's hidden states"] == alone["teacher's hidden states"] + hidden
+
+
+def test_time_of_a_split_pass_is_its_share_and_an_exchange_a_layer() -> None:
+    split = work(model=QWEN, layout=layout(dp=2, cp=2, micro_batch_size=1))
+    whole = work(model=QWEN, layout=layout(dp=2, micro_batch_size=1))
+    quick = accelerator(collective_latency_s=0.0)
+    for seconds in (duration.student_seconds, duration.teacher_seconds):
+        assert seconds(split, quick)[0] == pytest.approx(seconds(whole, quick)[0])
+        assert seconds(whole, quick)[1] == 0
+    size = (40 + 20 - 1) * key_value_width(QWEN, 1) * 2
+    sent = QWEN.num_layers * size / 2 / quick.link(2)
+    assert duration.student_seconds(split, quick)[1] == pytest.approx(8 * 2 * sent)
+
+
 def test_scores_are_stored_where_attention_is_not_fused() -> None:
     one = work(model=QWEN)
     stream = Stream(rows=2, before=0, shared=0, own=100)
@@ -202,9 +231,11 @@ def test_every_layout_has_all_ranks_and_divides_models_and_batch() -> None:
     one = work(student=QWEN, teacher=LLAMA, layout=layout(dp=16), sequences=64)
     found = list(layouts(one))
     assert len(found) == len(set(found)) > 10
+    assert {each.cp for each in found} == {1, 2, 4, 8}
     for each in found:
         assert each.num_ranks == 16
-        assert 64 % (each.micro_batch_size * each.dp) == 0
+        assert 64 % (each.micro_batch_size * each.dp // each.cp) == 64 % each.dp == 0
+        assert each.dp % each.cp == 0
         assert not QWEN.num_layers % each.pp
         assert not LLAMA.num_layers % each.pp
     assert not [each for each in found if each.pp == 8]  # 36 layers
@@ -242,12 +273,23 @@ def test_papers_recipe_is_planned_without_its_models_and_data() -> None:
     assert "shapes from Qwen3-4B.yaml and Qwen3-8B.yaml" in report
     assert "student 1,005,764,096, teacher 2,047,915,008" in report
     assert "GPU-hours" in report
-    assert report.splitlines()[-1].endswith("more: plan.show=54")
+    assert report.splitlines()[-1].endswith("more: plan.show=144")
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_every_accelerator_answers(name: str) -> None:
     assert "bottleneck: " in said(*MATHS, f"accelerator={name}")
+
+
+def test_long_sequences_take_less_of_a_rank_over_two_of_them() -> None:
+    report = said(*MATHS, "parallel=h100_2n8g_tp4_cp2")
+    assert "tp4 pp1 dp4 cp2 micro 1 sp recompute on 16 x H100" in report
+
+    def activations(report: str) -> float:
+        (line,) = (line for line in report.splitlines() if line.startswith("  activations"))
+        return float(line.split()[-1])
+
+    assert activations(report) < 0.65 * activations(said(*MATHS))
 
 
 def test_shape_comes_from_the_file_that_is_given(tmp_path: Path) -> None:
@@ -262,7 +304,8 @@ def test_shape_comes_from_the_file_that_is_given(tmp_path: Path) -> None:
     [
         ("student.path=models/unknown", "student.path=models/unknown: not there; allowed: a model"),
         ("plan.context_tokens=null", "task.train: no value is given; allowed: "),
-        ("parallel.num_ranks=6", "parallel.num_ranks=6: allowed: a multiple of tp 4 x pp 1"),
+        ("parallel.num_ranks=6", "parallel.tensor_model_parallel_size=4 x parallel.pipeline_model"),
+        ("parallel.context_parallel_size=3", "parallel.context_parallel_size=3 does not divide "),
         ("batching.micro_batch_size=64", "batching.global_batch_size=128: allowed: a multiple"),
         ("~accelerator.tflops.bf16", "accelerator.tflops: no bf16; allowed: one of fp32, fp8"),
         (
