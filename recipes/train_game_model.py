@@ -23,7 +23,8 @@ from opcd_nemo.model_config import ModelConfig
 from opcd_nemo.tasks.boards import STEPS
 
 THREADS = 2
-TREES = 28  # of a step
+TREES = {"play": 28, "write": 20}  # of a step
+SHORT_TREES = 12  # of each kind and step, where writing is taught
 PARTS = 4  # of a step's trees, each padded to one length
 HIDDEN = 0.8  # of the trees: symbols of their own
 LEARNING_RATE = 2e-3
@@ -58,7 +59,7 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float, stage: str) -> Tre
     kind = rng.random()
     short, whole, game = 0.2, 0.05 + 0.1 * progress, 0.1 + 0.1 * progress
     if stage == "write":
-        short, whole, game = 0.35, 0.25, 0.1
+        short, whole, game = 0.15, 0.25, 0.2
     if kind < short:
         return sampler.extraction(rng, hidden=hidden, short=True)
     if kind < short + whole:
@@ -71,7 +72,11 @@ def draw_tree(sampler: Sampler, rng: Random, progress: float, stage: str) -> Tre
 def draw_step(sampler: Sampler, step: int, args: Any) -> list[list[Tree]]:
     """A step's trees, in parts of about as many tokens, each of trees of about one length."""
     rng = Random(f"{args.seed}/{step}")
-    trees = [draw_tree(sampler, rng, step / args.steps, args.stage) for _ in range(TREES)]
+    progress = step / args.steps
+    trees = [draw_tree(sampler, rng, progress, args.stage) for _ in range(TREES[args.stage])]
+    if args.stage == "write":
+        trees += [sampler.outcome(rng) for _ in range(SHORT_TREES)]
+        trees += [sampler.moves(rng, hidden=rng.random() < HIDDEN) for _ in range(SHORT_TREES)]
     trees = sorted((tree for tree in trees if tree.answers), key=lambda tree: tree.num_tokens)
     share = sum(tree.num_tokens for tree in trees) / PARTS
     parts: list[list[Tree]] = [[] for _ in range(PARTS)]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import pairwise
 from random import Random
 
 from tokenizers import Tokenizer
 
 from opcd_nemo.experience import as_text
-from opcd_nemo.tasks.boards import STEPS, Board, Direction
+from opcd_nemo.tasks.boards import STEPS, Board, Cell, Direction
 from opcd_nemo.tasks.games import GameEpisode
 from opcd_nemo.tasks.sokoban import Sokoban
 
@@ -25,7 +24,6 @@ from .settings import (
     good_moves,
     next_push,
     open_boards,
-    pushed,
     ways,
 )
 from .vocabulary import ASSISTANT, END, GAMES, ITEM, USER, extraction_prompt, notes_template
@@ -138,16 +136,12 @@ class Sampler:
         return Tree(trunk=trunk, answers=answers, marks=named)
 
     def extraction(self, rng: Random, *, hidden: bool, short: bool = False) -> Tree:
-        """A game of random moves, and what may be written of it; after every move, its control.
+        """A game of random moves, and what is written of it; after every move, its control.
 
         A `short` one begins where it may end at once, and does.
         """
         start, setting = self._drawn(rng, hidden)
-        first = None
-        if short:
-            ends = [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
-            start = rng.choice(ends)
-            first = rng.choice(ending_moves(start))
+        start, first = before_an_end(rng, start) if short else (start, None)
         episode = setting.game(start)
         played = play_at_random(rng, episode, setting, first)
         facts = setting.facts()
@@ -157,30 +151,63 @@ class Sampler:
         opened, *events = trace.split("\n\nMove: ")
         trunk, answers = self.encode(ahead + opened), []
         named = self._named(marks(start, start, None), len(trunk))
-        has_pushed = False
-        steps = zip(events, played.moved, pairwise(played.boards), strict=True)
-        for event, direction, (before, board) in steps:
+        for event, direction, board in zip(events, played.moved, played.boards[1:], strict=True):
             trunk += self.encode(f"\n\nMove: {event}")
-            has_pushed = has_pushed or pushed(before, board)
-            told = {"goal"} if has_pushed and not board.won else None
-            named |= self._named(marks(start, board, told, direction), len(trunk))
+            named |= self._named(marks(start, board, None, direction), len(trunk))
             if direction is not None:
                 given, text = f"{ASSISTANT}{ITEM}", facts[direction]
                 answers.append(self._answer(len(trunk), given, text))
         trunk += self.encode(behind)
-        named |= {
-            place + 1: self.encode(OUTCOMES[word])[0]
-            for place, token in enumerate(trunk)
-            if (word := self._tokenizer.id_to_token(token)) in OUTCOMES
-        }
+        named |= self._named_outcome(trunk)
         shown = facts_shown(episode, played, facts)
-        endings = [shown[name] for name in ("hole", "goal") if name in shown]
-        for text in [*shown.values(), *3 * endings]:  # one a game, of many moves
+        for text in shown.values():
             answers.append(self._answer(len(trunk), f"{ASSISTANT}{ITEM}", text))
-        last = trace.rsplit("Board:", 1)[1]  # recited, so that symbols are learned to be named
-        answers.append(self._answer(len(trunk), f"{ASSISTANT}\n\nBoard:", last))
-        answers.append(self._answer(len(trunk), ASSISTANT, written(played.moved, shown)))
+        written = "\n".join(f"{ITEM}{text}" for text in shown.values())
+        answers.append(self._answer(len(trunk), ASSISTANT, written))
         return Tree(trunk=trunk, answers=answers, marks=named)
+
+    def moves(self, rng: Random, *, hidden: bool) -> Tree:
+        """A board, and what each move that changes it shows.
+
+        A move's direction is learned from these within some hundred steps: the player is anywhere,
+        where whole games begin in a corner and the first move has but two directions.
+        """
+        start, setting = self._drawn(rng, hidden)
+        board = draw_board(rng, start, setting.rules.rounds)
+        ahead, _ = extraction_prompt().split("{trace}")
+        opened = setting.game(board).transcript()
+        trunk, answers, facts = self.encode(f"{USER}{ahead}{opened}"), [], setting.facts()
+        for direction, letter in setting.controls.items():
+            episode = setting.game(board)
+            episode.reply(f"[{letter}]")
+            after = episode.play.board
+            if after != board:
+                event = episode.transcript().removeprefix(opened)
+                cells = marks(start, after, None, direction)
+                text = f"{ITEM}{facts[direction]}"
+                answers.append(self._answer(len(trunk), f"{event}{ASSISTANT}", text, cells))
+        named = self._named(marks(start, board, None), len(trunk))
+        return Tree(trunk=trunk, answers=answers, marks=named)
+
+    def outcome(self, rng: Random) -> Tree:
+        """The end of a game without its moves, and what it shows.
+
+        Symbols are learned to be copied from here within a hundred steps; from whole games, whose
+        boards are full of them, they were not within two thousand.
+        """
+        start, setting = self._drawn(rng, hidden=True)
+        start, first = before_an_end(rng, start)
+        episode = setting.game(start)
+        played = play_at_random(rng, episode, setting, first)
+        asked = extraction_prompt().format(trace=setting.rules.opening, outcome=episode.outcome)
+        trunk = self.encode(f"{USER}{asked}")
+        shown = facts_shown(episode, played, setting.facts())
+        answers = [
+            self._answer(len(trunk), f"{ASSISTANT}{ITEM}", shown[name])
+            for name in ("hole", "goal")
+            if name in shown
+        ]
+        return Tree(trunk=trunk, answers=answers, marks=self._named_outcome(trunk))
 
     def _drawn(self, rng: Random, hidden: bool) -> tuple[Board, Setting]:
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
@@ -199,6 +226,14 @@ class Sampler:
             fork=fork, tokens=read + self.encode(text + END), given=len(read), marks=named
         )
 
+    def _named_outcome(self, trunk: Sequence[int]) -> dict[int, int]:
+        """Marks of the symbols in an outcome: the words that come before them in its note."""
+        return {
+            place + 1: self.encode(OUTCOMES[word])[0]
+            for place, token in enumerate(trunk)
+            if (word := self._tokenizer.id_to_token(token)) in OUTCOMES
+        }
+
     def _named(self, cells: Sequence[str | None], end: int) -> dict[int, int]:
         """The marks of a board, by the places of its tokens, the last of which is before `end`."""
         start = end - len(cells)
@@ -212,11 +247,17 @@ def marks(
 
     The player names the move that led there, else what the opening calls it. Of the rest, where
     there are notes: what they tell of by their words, and a free cell the first move of a shortest
-    way to it, so that the way to the goal grows from cell to cell. Below a room, from where all of
-    it is seen, the wall names the next push, then the next move.
+    way to it, so that the way to the goal grows from cell to cell. Without notes the cells beside
+    the player name the move there. Below a room, from where all of it is seen, the wall names the
+    next push, then the next move.
     """
     is_room = isinstance(board, Sokoban)
-    free = ways(board) if known is not None and (is_room or "hole" in known) else {}
+    free: Mapping[Cell, Direction] = {}
+    if known is None:
+        row, column = board.player
+        free = {(row + down, column + right): d for d, (down, right) in STEPS.items()}
+    elif is_room or "hole" in known:
+        free = ways(board)
     found: list[str | None] = []
     for cell in ((row, column) for row in range(board.size) for column in range(board.size)):
         what = board.what(cell)
@@ -258,6 +299,13 @@ def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str
     return f"{move} [{letter}]"
 
 
+def before_an_end(rng: Random, start: Board) -> tuple[Board, Direction]:
+    """A board of a game that one move may end, and such a move."""
+    ends = [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
+    board = rng.choice(ends)
+    return board, rng.choice(ending_moves(board))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
     """A finished game: every direction moved in, None where nothing moved, and all its boards."""
@@ -281,19 +329,10 @@ def play_at_random(
 
 
 def facts_shown(episode: GameEpisode, played: Played, facts: Mapping[str, str]) -> dict[str, str]:
-    """What a finished game shows; its goal, where it was not reached, is a guess from its board."""
-    shown = {name for name in played.moved if name is not None}
-    if episode.play.ending == "lost":
-        shown.add("hole")
-    has_pushed = any(pushed(*pair) for pair in pairwise(played.boards))
-    if episode.play.ending == "won" or has_pushed or not shown:
-        shown.add("goal")
-    return {name: facts[name] for name in facts if name in shown}
+    """What is written of a finished game: the last move that moved something, and what ended it.
 
-
-def written(moved: Sequence[str | None], shown: Mapping[str, str]) -> str:
-    """One or two lines: how the game ended, and the last moves; the same for the same game."""
-    last = [name for name in reversed(moved) if name is not None]
-    ending = [name for name in ("hole", "goal") if name in shown]
-    names = list(dict.fromkeys([*last[:1], *ending, *last]))
-    return "\n".join(f"{ITEM}{shown[name]}" for name in names[:2])
+    Of earlier moves the model remembers the direction or the letter, seldom both.
+    """
+    shown: list[str] = [name for name in played.moved if name is not None][-1:]
+    shown += {"lost": ["hole"], "won": ["goal"]}.get(episode.play.ending, [])
+    return {name: facts[name] for name in shown}
