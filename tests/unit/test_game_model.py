@@ -66,6 +66,7 @@ def trees() -> list[Tree]:
         rng, draws = Random(1), sampler(game)
         found.append(draws.lesson(rng, 3, hidden=True))
         found += [draws.game(rng, hidden=True), draws.extraction(rng, hidden=True)]
+        found += [draws.moves(rng, hidden=True), draws.outcome(rng)]
     return found
 
 
@@ -249,5 +250,11 @@ def test_the_model_pushes_by_notes_of_what_it_never_met() -> None:
 
 def test_the_model_writes_what_is_mostly_right_of_usual_symbols() -> None:
     items = trial().items(maps()["validation"][:16], 8, hidden=False)
-    assert items.num_without <= 2  # 0.75 to 0.86 of 40 are right: the bars leave room for chance
-    assert items.num_right / items.num_written >= 0.5
+    assert items.num_without <= 6  # 7 of 40 games; the bars leave room for chance
+    assert items.num_right / items.num_written >= 0.5  # 36 of 43
+
+
+def test_the_model_writes_which_symbol_is_a_hole_whatever_it_is() -> None:
+    items = trial().items(maps()["validation"][:16], 8, hidden=True)
+    right, written = items.kinds["never"]
+    assert right / written >= 0.7  # 15 of 15 in 40 games
