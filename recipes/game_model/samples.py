@@ -329,10 +329,10 @@ def play_at_random(
 
 
 def facts_shown(episode: GameEpisode, played: Played, facts: Mapping[str, str]) -> dict[str, str]:
-    """What is written of a finished game: the last move that moved something, and what ended it.
+    """What is written of a finished game: its last move, if it moved something, and what ended it.
 
     Of earlier moves the model remembers the direction or the letter, seldom both.
     """
-    shown: list[str] = [name for name in played.moved if name is not None][-1:]
+    shown: list[str] = [name for name in played.moved[-1:] if name is not None]
     shown += {"lost": ["hole"], "won": ["goal"]}.get(episode.play.ending, [])
     return {name: facts[name] for name in shown}
