@@ -109,8 +109,11 @@ opcd_check_image() {
     return
   fi
   case $OPCD_IMAGE in # a reference is for the registry to know
-    /* | ./* | ../*) [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
-      "allowed: a file or folder, or registry#name:tag" ;;
+    *'#'* | *://*) ;;
+    /* | ./* | ../* | *.sqsh)
+      [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
+        "allowed: a file or folder, or registry#name:tag"
+      OPCD_IMAGE=$(realpath -s "$OPCD_IMAGE") ;; # pyxis takes img/x.sqsh for a name in a registry
   esac
   srun --help 2>/dev/null | grep -e --container-image >/dev/null || opcd_refuse \
     "OPCD_IMAGE=$OPCD_IMAGE: srun has no --container-image; allowed: with pyxis, or no image and" \
