@@ -1,4 +1,4 @@
-"""What the front door of `slurm/` shows and refuses, beside a Slurm of stand-ins."""
+"""What the front door of `slurm/` shows and refuses where no Slurm answers, or one of stand-ins."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ SLURM = {
     "sbatch": "[ $1 = --test-only ] || echo 17",
     "srun": "echo --container-image",
 }
+SILENT = "for i in 1 2 3; do echo 'error: Unable to contact the controller' >&2; done; exit 1"
 RECIPE = "medical_llama3p2_3b_1n8g"
 DATA = ["task.train=medmcqa/train.parquet", "task.test=medmcqa/validation.parquet"]
 
@@ -87,3 +88,30 @@ def test_pyxis_gets_an_image_s_file_by_its_whole_path(
     assert shown.returncode == 0, shown.stderr
     option = "--container-image=" + given.format(folder=tmp_path)
     assert option in shown.stdout.replace("\\", "").split()
+
+
+@pytest.mark.parametrize("programs", [{}, {**SLURM, "sinfo": SILENT}])
+def test_a_dry_run_needs_no_slurm(tmp_path: Path, programs: dict[str, str]) -> None:
+    shown = front_door(tmp_path, programs, *DATA, "optim.lr=3e-6", DRY_RUN="1")
+    assert shown.returncode == 0, shown.stderr
+    submission, step, *configuration = shown.stdout.splitlines()
+    assert submission.startswith("sbatch --export=ALL --nodes=1 --gpus-per-node=8")
+    assert step.startswith("srun --nodes=1 --ntasks=1")
+    assert "  lr: 3.0e-06" in configuration
+    assert only_line(shown).startswith("# no Slurm answers: partition, account and size are not")
+
+
+def test_without_a_slurm_nothing_is_queued(tmp_path: Path) -> None:
+    refused = front_door(tmp_path, {**SLURM, "sinfo": SILENT}, *DATA)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert only_line(refused) == (
+        "error: sinfo: error: Unable to contact the controller; allowed: a machine of a Slurm"
+        " cluster that answers"
+    )
+
+
+def test_a_dry_run_shows_the_job_and_then_what_the_cluster_lacks(tmp_path: Path) -> None:
+    shown = front_door(tmp_path, SLURM, *DATA, DRY_RUN="1", OPCD_PARTITION="nowhere")
+    assert shown.returncode == 2
+    assert "name: " + RECIPE in shown.stdout.splitlines()
+    assert only_line(shown) == ("error: OPCD_PARTITION=nowhere: no such partition; allowed: batch")
