@@ -206,8 +206,7 @@ opcd_command() { # KIND ARGUMENT...
   overrides=("recipe=$OPCD_RECIPE" "name=$OPCD_NAME" "exp_manager.exp_dir=$OPCD_OUTPUT"
     "parallel.num_ranks=$((nodes * ranks))" ${OPCD_PARALLEL:+"parallel=$OPCD_PARALLEL"})
   if [[ $kind == train ]]; then
-    overrides+=(exp_manager=resumable
-      exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true)
+    overrides+=(exp_manager=job) # recipes/launch.py adds it too
     command=("$OPCD_PYTHON" recipes/train.py)
   else
     overrides+=("stage=$OPCD_PIPELINE_STAGE")
