@@ -5,9 +5,9 @@ python recipes/launch.py executor=docker image=opcd-nemo recipe=...    # in the 
 python recipes/launch.py executor=slurm script=slurm/opcd_math.sh ...  # the script submits itself
 python recipes/launch.py executor=... dry_run=true ...                 # shows what would run
 
-A training is the same job everywhere, JOB below: it is continued by the same command and leaves a
-`.nemo` file. With Slurm the job is the script's: NeMo-Run's own batch file has neither the health gate nor the
-fence between attempts.
+A training is the same job everywhere, JOB below: the same command continues it, and it leaves a
+`.nemo` file. With Slurm the job is the script's: NeMo-Run's own batch file has neither the health
+gate nor the fence between attempts.
 
 The image's run goes to `runs/` of this repository, with the caller as its user, who owns the files.
 `models=<folder>` is there, read-only, as /models: student.path=/models/Qwen3-4B. Nothing else of

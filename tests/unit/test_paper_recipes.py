@@ -67,6 +67,9 @@ COMMON = {
     "warmup.steps": 0,
     "teacher.life": "frozen",
     "student.dtype": "bf16",
+    "retention._target_": "opcd_nemo.tasks.instructions.instructions",  # the paper asks IF-Eval
+    "retention.level": "prompt",
+    "evaluation.num_retention": 300,
     "batching.aggregation": "sequence_mean",  # the paper's formula; its code averages over tokens
 }
 TABLE: dict[str, dict[str, object]] = {
@@ -113,9 +116,11 @@ ONLY: dict[str, dict[str, object]] = {
     "sokoban_qwen3_4b_1n8g": {"task.size": 6, "task.num_boxes": 1},
     "safety_llama3p1_8b_1n8g": {"loss.tail": "renorm"},
 }
+THINKING_TOKENS = 4096  # of retention's answers where the model thinks before them
 DIFFERENT = {  # on purpose, from every two steps and the test set
     "exp_manager.checkpoint_callback_params.every_n_train_steps": 10,
     "evaluation.every_n_steps": 10,
+    "evaluation.min_retention": 0.85,  # the paper reports IF-Eval and stops by nothing
 }
 
 
@@ -153,6 +158,14 @@ def test_a_recipe_has_the_papers_values(name: str) -> None:
         "parallel.device": "cuda",
     }
     assert values(config, expected) == expected
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_retention_s_answers_have_room_for_what_the_model_thinks(name: str) -> None:
+    config = recipe(name)
+    thinks = config.student.chat_template_arguments.get("enable_thinking", False)
+    tokens = config.evaluation.retention_max_new_tokens
+    assert tokens == (THINKING_TOKENS if thinks else 1024)
 
 
 @pytest.mark.parametrize("name", RECIPES)
