@@ -7,6 +7,7 @@ code; what differs on purpose stands in `DIFFERENT` and in recipes/paper.md.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.experience_runs import configs_before_start
 from opcd_nemo.launch import CONF, compose
 
 FILES = {
@@ -124,6 +126,16 @@ DIFFERENT = {  # on purpose, from every two steps and the test set
 }
 
 
+PAPER = (CONF.parent / "recipes/paper.md").read_text()
+COMMANDS = [
+    ("experience" if chain else program, tuple(f"{chain}{arguments}".split()))
+    for chain, program, arguments in re.findall(
+        r"(?:OPCD_(recipe=\S+ )slurm/chain\.sh|recipes/(train|experience)\.py) ((?:[\w.=/]+ ?)+)",
+        re.sub(r"\\\n\s*", "", PAPER.partition("## Commands")[2]).replace("RECIPE=", "recipe="),
+    )
+]
+
+
 @functools.cache
 def recipe(name: str, *more: str) -> TrainConfig:
     kind, files = RECIPES[name][3:]
@@ -214,3 +226,21 @@ def test_the_exact_loss_and_the_baselines_are_a_word_away(name: str) -> None:
         assert off_policy.rollout.max_new_tokens == 512
     assert recipe(name, "loss.kind=forward_kl", "rollout=teacher").loss["k"] == 256
     assert recipe(name, "parallel=dp2").parallel.num_ranks == 2
+
+
+@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def test_a_documented_command_is_complete(program: str, arguments: tuple[str, ...]) -> None:
+    config = compose(program, list(arguments))
+    for one in [config] if program == "train" else configs_before_start(config):
+        load_config(one)
+
+
+def test_every_registry_that_a_command_reads_is_made_by_a_command_before_it() -> None:
+    made: set[str] = set()
+    for program, arguments in COMMANDS:
+        values = dict(argument.split("=", 1) for argument in arguments)
+        if program == "experience":
+            made.add(f"runs/{values['recipe']}/registry")
+        elif "context.path" in values:
+            assert values["context.path"] in made
+    assert len(made) == 3
