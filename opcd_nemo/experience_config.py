@@ -83,7 +83,7 @@ class ExperienceConfig:
 
     rounds: int
     replay: bool
-    min_retention: float
+    next_round_retention: float | None
     extraction: ExtractionConfig
     scoring: ScoringConfig
     selection: SelectionConfig
@@ -135,7 +135,7 @@ _AT_LEAST_ONE = (
     "extraction.max_new_tokens extraction.problem_max_new_tokens scoring.num_questions "
     "scoring.first_questions selection.min_steps selection.count"
 ).split()
-_SHARES = ("experience.min_retention", "experience.scoring.keep", "experience.extraction.top_p")
+_SHARES = ("experience.scoring.keep", "experience.extraction.top_p")
 
 
 def load_experience(raw: DictConfig) -> Settings:
@@ -193,6 +193,7 @@ def _check_words(node: Any) -> None:
 
 def _check_runs(settings: Settings) -> None:
     plan, selection = settings.experience.consolidation, settings.experience.selection
+    _check_stop(settings.experience)
     if not plan.methods or not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
         raise ValueError(
             f"experience.consolidation.methods={plan.methods}, seeds={plan.seeds}: allowed: one "
@@ -212,6 +213,17 @@ def _check_runs(settings: Settings) -> None:
             f"experience.selection.min_steps={selection.min_steps}: allowed: at most "
             f"experience.extraction.num_steps={num_steps}"
         )
+
+
+def _check_stop(experience: ExperienceConfig) -> None:
+    share = experience.next_round_retention
+    if share is None:
+        return
+    key = f"experience.next_round_retention={share}"
+    if not 0 < share <= 1:
+        raise ValueError(f"{key}: allowed: a number > 0, at most 1, or null")
+    if experience.rounds == 1:
+        raise ValueError(f"{key}: allowed: null with experience.rounds=1")
 
 
 def _check_prompt(extraction: ExtractionConfig) -> None:

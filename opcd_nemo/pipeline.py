@@ -165,12 +165,12 @@ def _retained(place: Workplace, say: Say) -> bool:
     rows = read_json(place.folder / SUMMARY)["rows"]
     first = Workplace(replace(place.settings, round=1))
     base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]
-    now, share = rows["opcd"]["retention"], place.settings.experience.min_retention
-    if now >= share * base:
+    now, share = rows["opcd"]["retention"], place.settings.experience.next_round_retention
+    if share is None or now >= share * base:
         return True
     say(
         f"stopped after round {place.settings.round}: retention {now:.2f} is below "
-        f"experience.min_retention={share} of the base's {base:.2f}"
+        f"experience.next_round_retention={share} of the base's {base:.2f}"
     )
     return False
 

@@ -5,8 +5,9 @@ python recipes/launch.py executor=docker image=opcd-nemo recipe=...    # in the 
 python recipes/launch.py executor=slurm script=slurm/opcd_math.sh ...  # the script submits itself
 python recipes/launch.py executor=... dry_run=true ...                 # shows what would run
 
-With Slurm the job is the script's: NeMo-Run's own batch file has neither the health gate nor the
-fence between attempts.
+A training is the same job everywhere, JOB below: the same command continues it, and it leaves a
+`.nemo` file. With Slurm the job is the script's: NeMo-Run's own batch file has neither the health
+gate nor the fence between attempts.
 
 The image's run goes to `runs/` of this repository, with the caller as its user, who owns the files.
 `models=<folder>` is there, read-only, as /models: student.path=/models/Qwen3-4B. Nothing else of
@@ -29,6 +30,8 @@ OWN = {
     "models": "",
     "dry_run": "false",
 }
+READ_BY = {"script": "slurm", "image": "docker", "models": "docker"}  # no other executor's
+JOB = "exp_manager=job"  # slurm/lib.sh adds it to a training too
 RUNS = "/workspace/runs"  # in the image
 ALLOWED = {
     "executor": ("local", "slurm", "docker"),
@@ -41,18 +44,23 @@ def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """This program's settings, and the overrides of the recipe.
 
     Raises:
-        ValueError: a setting has another value than is allowed.
+        ValueError: a setting has another value than is allowed, or no effect.
     """
-    own, overrides = dict(OWN), []
+    given: dict[str, str] = {}
+    overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
+        if key in OWN:
+            given[key] = value
         else:
             overrides.append(argument)
+    own = OWN | given
     for key, allowed in ALLOWED.items():
         if own[key] not in allowed:
             raise ValueError(f"{key}={own[key]}: allowed: {', '.join(allowed)}")
+    for key in given.keys() & READ_BY.keys():
+        if own["executor"] != READ_BY[key]:
+            raise ValueError(f"{key}={own[key]}: allowed: with executor={READ_BY[key]}")
     if own["models"] and not Path(own["models"]).is_dir():
         raise ValueError(f"models={own['models']}: allowed: a folder that is there")
     return own, overrides
@@ -63,8 +71,8 @@ def command(own: dict[str, str], overrides: list[str]) -> tuple[str, list[str]]:
     if own["executor"] == "slurm":
         return "bash", [str(ROOT / own["script"]), *overrides]
     if own["executor"] == "local":
-        return sys.executable, [str(ROOT / "recipes/train.py"), *overrides]
-    return "python", ["/opt/opcd/recipes/train.py", f"exp_manager.exp_dir={RUNS}", *overrides]
+        return sys.executable, [str(ROOT / "recipes/train.py"), JOB, *overrides]
+    return "python", ["/opt/opcd/recipes/train.py", JOB, f"exp_manager.exp_dir={RUNS}", *overrides]
 
 
 def build_executor(run: Any, own: dict[str, str]) -> Any:

@@ -109,10 +109,14 @@ opcd_check_image() {
     return
   fi
   case $OPCD_IMAGE in # a reference is for the registry to know
-    /* | ./* | ../*) [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
-      "allowed: a file or folder, or registry#name:tag" ;;
+    *'#'* | *://*) ;;
+    /* | ./* | ../* | *.sqsh)
+      [[ -r $OPCD_IMAGE ]] || opcd_refuse "OPCD_IMAGE=$OPCD_IMAGE: not there;" \
+        "allowed: a file or folder, or registry#name:tag"
+      OPCD_IMAGE=$(realpath -s "$OPCD_IMAGE") ;; # pyxis takes img/x.sqsh for a name in a registry
   esac
-  srun --help 2>/dev/null | grep -e --container-image >/dev/null || opcd_refuse \
+  ! command -v srun >/dev/null || srun --help 2>/dev/null | grep -e --container-image >/dev/null ||
+    opcd_refuse \
     "OPCD_IMAGE=$OPCD_IMAGE: srun has no --container-image; allowed: with pyxis, or no image and" \
     "OPCD_PYTHON"
 }
@@ -138,10 +142,20 @@ opcd_check_output() {
   rm -f "$probe"
 }
 
+# for the front door alone: prints why no Slurm answers here
+opcd_no_slurm() {
+  local said
+  if ! command -v sbatch >/dev/null; then
+    echo "sbatch: not there"
+  elif ! said=$(sinfo -h -o %P 2>&1); then
+    echo "sinfo: ${said%%$'\n'*}"
+  else
+    return 1
+  fi
+}
+
 # for the front door alone: what the cluster has
-opcd_check_cluster() {
-  command -v sbatch >/dev/null || opcd_refuse "sbatch: not there; allowed: a machine of a Slurm" \
-    "cluster"
+opcd_check_cluster() { # ARGUMENT...
   local partition=${OPCD_PARTITION:-${SBATCH_PARTITION:-}} most
   [[ -n $partition ]] || partition=$(sinfo -h -o %P | sed -n 's/\*$//p')
   [[ -n $(sinfo -h -p "$partition" -o %P 2>/dev/null) ]] || opcd_refuse \
@@ -151,6 +165,11 @@ opcd_check_cluster() {
   ((gpus <= ${most:-0})) || opcd_refuse "OPCD_GPUS_PER_NODE=$gpus: nodes of partition" \
     "$partition have ${most:-0}; allowed: at most that"
   opcd_check_account "$partition"
+  local refusal
+  if ! refusal=$(sbatch --test-only "${flags[@]}" "$OPCD_SCRIPT" "$@" 2>&1); then
+    refusal=${refusal##*error: }
+    opcd_refuse "sbatch refuses: ${refusal//$'\n'/; }; allowed: what sinfo and scontrol show"
+  fi
 }
 
 # what is not known here (no answer, no list, several partitions) is for `sbatch --test-only`
@@ -187,8 +206,7 @@ opcd_command() { # KIND ARGUMENT...
   overrides=("recipe=$OPCD_RECIPE" "name=$OPCD_NAME" "exp_manager.exp_dir=$OPCD_OUTPUT"
     "parallel.num_ranks=$((nodes * ranks))" ${OPCD_PARALLEL:+"parallel=$OPCD_PARALLEL"})
   if [[ $kind == train ]]; then
-    overrides+=(exp_manager=resumable
-      exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true)
+    overrides+=(exp_manager=job) # recipes/launch.py adds it too
     command=("$OPCD_PYTHON" recipes/train.py)
   else
     overrides+=("stage=$OPCD_PIPELINE_STAGE")
@@ -270,7 +288,7 @@ opcd_host_python() {
 # --- the front door: submit this script ---------------------------------------------------------
 
 opcd_submit() { # CONFIG ARGUMENT...
-  local config=$1 flags refusal
+  local config=$1 flags missing
   shift
   flags=(--export=ALL "--nodes=$((nodes + OPCD_SPARE_NODES))" "--gpus-per-node=$gpus"
     ${OPCD_ACCOUNT:+"--account=$OPCD_ACCOUNT"} ${OPCD_PARTITION:+"--partition=$OPCD_PARTITION"}
@@ -280,16 +298,18 @@ opcd_submit() { # CONFIG ARGUMENT...
   read -ra extra <<<"${OPCD_SBATCH_FLAGS:-}"
   flags+=("${extra[@]}")
   export OPCD_NODES=$nodes OPCD_RANKS_PER_NODE=$ranks
-  opcd_check_cluster
-  if ! refusal=$(sbatch --test-only "${flags[@]}" "$OPCD_SCRIPT" "$@" 2>&1); then
-    refusal=${refusal##*error: }
-    opcd_refuse "sbatch refuses: ${refusal//$'\n'/; }; allowed: what sinfo and scontrol show"
-  fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' sbatch "${flags[@]}" "$OPCD_SCRIPT" "$@" && echo
-    opcd_dry_run "$config"
-    exit
+    opcd_dry_run "$config" || exit
   fi
+  if missing=$(opcd_no_slurm); then
+    [[ ${DRY_RUN:-0} == 1 ]] ||
+      opcd_refuse "$missing; allowed: a machine of a Slurm cluster that answers"
+    echo "# no Slurm answers: partition, account and size are not checked ($missing)" >&2
+    exit 0
+  fi
+  opcd_check_cluster "$@"
+  [[ ${DRY_RUN:-0} != 1 ]] || exit 0
   opcd_compose "$config" >/dev/null || exit
   exec sbatch --parsable "${flags[@]}" "$OPCD_SCRIPT" "$@"
 }

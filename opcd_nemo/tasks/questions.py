@@ -8,6 +8,7 @@ from functools import partial
 from operator import attrgetter
 
 from opcd_nemo.tasks import Context, Episode, Trace
+from opcd_nemo.tasks.answers import spoken
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
 from opcd_nemo.tasks.verifiers import mentions
@@ -114,11 +115,16 @@ def capitals() -> QuestionTask:
         Question(
             uid=f"retention/{country}",
             text=f"What is the capital of {country}?",
-            judge=partial(mentions, capital),
+            judge=partial(_says, capital),
         )
         for country, capital in CAPITALS.items()
     ]
     return QuestionTask({"train": [], "validation": [], "test": questions}, seed=0)
+
+
+def _says(capital: str, reply: str) -> float | None:
+    said = spoken(reply)
+    return float(mentions(capital, said)) if said.strip() else None
 
 
 def anchors(seed: int, step: int, n: int) -> list[Episode]:

@@ -44,7 +44,14 @@ def select(place: Workplace, *items: str) -> Entry:
         ("round=2", "round=2: allowed: 1 to 1"),
         ("experience.rounds=0", "experience.rounds=0: allowed: 1 or more"),
         ("experience.replay=3", "experience.replay=3: allowed: true or false"),
-        ("experience.min_retention=0", "experience.min_retention=0.0: allowed: a number > 0"),
+        (
+            "experience.next_round_retention=0",
+            "experience.next_round_retention=0.0: allowed: a number > 0, at most 1, or null",
+        ),
+        (
+            "experience.next_round_retention=0.5",
+            "experience.next_round_retention=0.5: allowed: null with experience.rounds=1",
+        ),
         ("experience.extraction.keep=all", "keep=all: allowed: items, trace"),
         ("experience.extraction.prompt=x", r"prompt='x': allowed: a text with \{trace\}"),
         ("experience.extraction.num_chains=0", "num_chains=0: allowed: 1 or more"),
@@ -200,3 +207,10 @@ def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
     stage_to_check(raw(tmp_path, "stage=extract"))
     with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
         configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))
+
+
+def test_rounds_of_online_learning_stop_when_too_much_is_forgotten(tmp_path: Path) -> None:
+    assert load_experience(raw(tmp_path)).experience.next_round_retention is None
+    online = load_experience(raw(tmp_path, "experience=online")).experience
+    assert online.rounds > 1
+    assert online.next_round_retention == 0.5

@@ -388,6 +388,7 @@ def test_retention_can_ask_for_instructions() -> None:
     config = load_config(compose("train", ["retention=instructions"]))
     episodes = build_plug(config.retention).episodes("test", 0, 200)
     assert len(episodes) == 200
+    assert config.evaluation.retention_max_new_tokens == 128  # the demo's 32 cut most answers
     with pytest.raises(ValueError, match=r"^retention\.level=word: allowed: prompt, instruction$"):
         load_config(compose("train", ["retention=instructions", "retention.level=word"]))
 

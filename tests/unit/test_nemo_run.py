@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.launch import compose
 from tests.recipes.conftest import ROOT
 
+JOB = "exp_manager=job"
 IN_IMAGE = "exp_manager.exp_dir=/workspace/runs"
 HAS_NEMO_RUN = importlib.util.find_spec("nemo_run") is not None
 needs_nemo_run = pytest.mark.skipif(not HAS_NEMO_RUN, reason="nemo_run: not installed")
@@ -38,11 +40,11 @@ def launcher() -> ModuleType:
         ),
         (
             ["executor=local", "recipe=demo_json"],
-            (sys.executable, [f"{ROOT}/recipes/train.py", "recipe=demo_json"]),
+            (sys.executable, [f"{ROOT}/recipes/train.py", JOB, "recipe=demo_json"]),
         ),
         (
             ["executor=docker", "optim.lr=1"],
-            ("python", ["/opt/opcd/recipes/train.py", IN_IMAGE, "optim.lr=1"]),
+            ("python", ["/opt/opcd/recipes/train.py", JOB, IN_IMAGE, "optim.lr=1"]),
         ),
     ],
 )
@@ -54,6 +56,14 @@ def test_the_command_is_the_one_by_hand(
     assert not command[1][0].startswith(str(ROOT)) or Path(command[1][0]).is_file()
 
 
+def test_the_command_leaves_what_the_script_s_job_leaves() -> None:
+    manager = compose("train", [JOB]).exp_manager
+    assert manager.resume_if_exists
+    assert manager.checkpoint_callback_params.save_nemo_on_train_end
+    assert not manager.checkpoint_callback_params.save_weights_only
+    assert f"overrides+=({JOB})" in (ROOT / "slurm/lib.sh").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -62,6 +72,12 @@ def test_the_command_is_the_one_by_hand(
         (["executor=slurm", "script=x.sh"], "script=x.sh: allowed: slurm/opcd_consolidate.sh"),
         (["executor=docker", "models=nowhere"], "models=nowhere: allowed: a folder that is there"),
         (["executor=local", "dry_run=1"], "dry_run=1: allowed: true, false"),
+        (
+            ["executor=local", "script=slurm/opcd_math.sh"],
+            "script=slurm/opcd_math.sh: allowed: with executor=slurm",
+        ),
+        (["executor=slurm", "image=mine"], "image=mine: allowed: with executor=docker"),
+        (["executor=local", "models=."], "models=.: allowed: with executor=docker"),
     ],
 )
 def test_a_wrong_setting_is_one_line(

@@ -7,6 +7,7 @@ code; what differs on purpose stands in `DIFFERENT` and in recipes/paper.md.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config import TrainConfig, load_config
+from opcd_nemo.experience_runs import configs_before_start
 from opcd_nemo.launch import CONF, compose
 
 FILES = {
@@ -67,6 +69,9 @@ COMMON = {
     "warmup.steps": 0,
     "teacher.life": "frozen",
     "student.dtype": "bf16",
+    "retention._target_": "opcd_nemo.tasks.instructions.instructions",  # the paper asks IF-Eval
+    "retention.level": "prompt",
+    "evaluation.num_retention": 300,
     "batching.aggregation": "sequence_mean",  # the paper's formula; its code averages over tokens
 }
 TABLE: dict[str, dict[str, object]] = {
@@ -113,10 +118,22 @@ ONLY: dict[str, dict[str, object]] = {
     "sokoban_qwen3_4b_1n8g": {"task.size": 6, "task.num_boxes": 1},
     "safety_llama3p1_8b_1n8g": {"loss.tail": "renorm"},
 }
+THINKING_TOKENS = 4096  # of retention's answers where the model thinks before them
 DIFFERENT = {  # on purpose, from every two steps and the test set
     "exp_manager.checkpoint_callback_params.every_n_train_steps": 10,
     "evaluation.every_n_steps": 10,
+    "evaluation.min_retention": 0.85,  # the paper reports IF-Eval and stops by nothing
 }
+
+
+PAPER = (CONF.parent / "recipes/paper.md").read_text()
+COMMANDS = [
+    ("experience" if chain else program, tuple(f"{chain}{arguments}".split()))
+    for chain, program, arguments in re.findall(
+        r"(?:OPCD_(recipe=\S+ )slurm/chain\.sh|recipes/(train|experience)\.py) ((?:[\w.=/]+ ?)+)",
+        re.sub(r"\\\n\s*", "", PAPER.partition("## Commands")[2]).replace("RECIPE=", "recipe="),
+    )
+]
 
 
 @functools.cache
@@ -153,6 +170,14 @@ def test_a_recipe_has_the_papers_values(name: str) -> None:
         "parallel.device": "cuda",
     }
     assert values(config, expected) == expected
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_retention_s_answers_have_room_for_what_the_model_thinks(name: str) -> None:
+    config = recipe(name)
+    thinks = config.student.chat_template_arguments.get("enable_thinking", False)
+    tokens = config.evaluation.retention_max_new_tokens
+    assert tokens == (THINKING_TOKENS if thinks else 1024)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -201,3 +226,21 @@ def test_the_exact_loss_and_the_baselines_are_a_word_away(name: str) -> None:
         assert off_policy.rollout.max_new_tokens == 512
     assert recipe(name, "loss.kind=forward_kl", "rollout=teacher").loss["k"] == 256
     assert recipe(name, "parallel=dp2").parallel.num_ranks == 2
+
+
+@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def test_a_documented_command_is_complete(program: str, arguments: tuple[str, ...]) -> None:
+    config = compose(program, list(arguments))
+    for one in [config] if program == "train" else configs_before_start(config):
+        load_config(one)
+
+
+def test_every_registry_that_a_command_reads_is_made_by_a_command_before_it() -> None:
+    made: set[str] = set()
+    for program, arguments in COMMANDS:
+        values = dict(argument.split("=", 1) for argument in arguments)
+        if program == "experience":
+            made.add(f"runs/{values['recipe']}/registry")
+        elif "context.path" in values:
+            assert values["context.path"] in made
+    assert len(made) == 3

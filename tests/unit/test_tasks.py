@@ -387,3 +387,22 @@ def test_pirates_are_known_by_whole_words(text: str, pirate: bool) -> None:
 )
 def test_an_answer_is_found_as_whole_words(answer: str, text: str, found: bool) -> None:
     assert mentions(answer, text) is found
+
+
+@pytest.mark.parametrize(
+    ("reply", "score", "answered"),
+    [
+        ("It is Rome.", 1.0, True),
+        ("<think>Rome or Milan?</think>It is Rome.", 1.0, True),
+        ("<think>Rome or Milan?</think>It is Milan.", 0.0, True),
+        ("<think>Rome or Milan? Rome is", 0.0, False),
+        ("<think>Rome</think>", 0.0, False),
+    ],
+)
+def test_a_capital_is_judged_by_what_is_said_not_by_what_is_thought(
+    reply: str, score: float, answered: bool
+) -> None:
+    episodes = capitals().episodes("test", 0, len(CAPITALS))
+    (episode,) = [one for one in episodes if one.uid == "retention/Italy"]
+    episode.reply(reply)
+    assert (episode.score(), episode.answered) == (score, answered)
