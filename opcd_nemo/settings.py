@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, is_dataclass, make_dataclass
+from dataclasses import asdict, make_dataclass
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,8 +25,7 @@ def split_settings(raw: DictConfig, name: str, kind: type[Settings]) -> tuple[Di
     with open_dict(run):
         group = run.pop(name)
     parent: Any = make_dataclass(name, [(name, kind)])  # so that errors name the whole key
-    settings: Settings = getattr(read_schema(parent, OmegaConf.create({name: group})), name)
-    assert is_dataclass(settings)
+    settings: Any = getattr(read_schema(parent, OmegaConf.create({name: group})), name)
     for key, value in asdict(settings).items():
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}.{key}={group[key]}: allowed: a finite number >= 0")
