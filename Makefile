@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z check \
-	format golden crash-test cluster-test image-test clean \
+	format golden crash-test pipeline-crash-test cluster-test image-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
@@ -79,6 +79,9 @@ crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; cha
 	$(BIN)/python -m tests.crash
 	$(BIN)/python -m tests.crash --kills 3 --layout tp2 --one-rank
 	$(BIN)/python -m tests.layouts
+
+pipeline-crash-test: $(DEV) ## kill the experience pipeline at 8 random moments, each time to the same table
+	$(BIN)/python -m tests.kill_pipeline --kills 8
 
 cluster-test: $(DEV) ## the scripts of slurm/ on a real Slurm of eight hosts in namespaces (root, 10 min)
 	tests/cluster/packages.sh slurmctld slurm-wlm munge libslurm-dev iproute2

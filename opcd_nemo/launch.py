@@ -177,6 +177,9 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
     telemetry = logging.getLogger("nv_one_logger")  # NeMo's; on screen from its import on
     telemetry.addHandler(logging.NullHandler())
     telemetry.propagate = False
+    if LAUNCHER_PID_ENV in os.environ or os.environ.get("RANK", "0") != "0":
+        # what a task's files hold is said once: by the launcher, which opens them first
+        logging.getLogger("opcd_nemo.tasks.splits").setLevel(logging.ERROR)
     main = load_main()
     from nemo.core.config import hydra_runner
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import asdict, make_dataclass
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+
+from opcd_nemo.schema import read_schema
 
 Settings = TypeVar("Settings")
 
@@ -20,29 +21,12 @@ def split_settings(raw: DictConfig, name: str, kind: type[Settings]) -> tuple[Di
     Raises:
         ValueError: one line with the key, its value and what is allowed.
     """
-    assert is_dataclass(kind)
     run = raw.copy()
     with open_dict(run):
         group = run.pop(name)
-    allowed = ", ".join(field.name for field in fields(kind))
-    try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), group))
-    except OmegaConfBaseException as error:
-        key, reason = error.full_key or "", (error.msg or str(error)).splitlines()[0]
-        shown = f"{name}.{key}={OmegaConf.select(group, key)}"
-        raise ValueError(
-            f"{shown}: {reason}; allowed: {allowed}, as in conf/{name}.yaml"
-        ) from error
-    assert isinstance(settings, kind)
-    _check(name, group, get_type_hints(kind))
+    parent: Any = make_dataclass(name, [(name, kind)])  # so that errors name the whole key
+    settings: Any = getattr(read_schema(parent, OmegaConf.create({name: group})), name)
+    for key, value in asdict(settings).items():
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}.{key}={group[key]}: allowed: a finite number >= 0")
     return run, settings
-
-
-def _check(name: str, group: Any, hints: dict[str, Any]) -> None:
-    for key, hint in hints.items():
-        value = OmegaConf.select(group, key)
-        if hint is bool and type(value) is not bool:
-            raise ValueError(f"{name}.{key}={value}: allowed: true or false")
-        number = isinstance(value, int | float) and hint in (int, float)
-        if number and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}.{key}={value}: allowed: a finite number >= 0")

@@ -118,7 +118,7 @@ def _split_by_hash(place: float, shares: Mapping[Split, float | str]) -> Split:
 
 def _distinct(problems: Iterable[Problem]) -> list[Problem]:
     first: dict[str, Problem] = {}
-    repeated = 0
+    repeated: list[str] = []
     for problem in problems:
         known = first.setdefault(problem.identity, problem)
         if known is problem:
@@ -128,9 +128,12 @@ def _distinct(problems: Iterable[Problem]) -> list[Problem]:
                 f"{problem.where}: the problem of {known.where.rpartition(', ')[2]} has another "
                 f"answer ({known.answer!r} and {problem.answer!r}); allowed: one answer a problem"
             )
-        repeated += 1
+        repeated.append(problem.where)
     if repeated:
-        logger.info("%d repeated rows are left out; %d problems", repeated, len(first))
+        logger.warning(
+            "%d rows that repeat an earlier problem are left out, the last of them %s; %d problems",
+            *(len(repeated), repeated[-1], len(first)),
+        )
     return list(first.values())
 
 

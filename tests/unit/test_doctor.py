@@ -247,11 +247,9 @@ def _layer_parameters() -> int:
     [
         ("doctor.num_prompts=-1", "doctor.num_prompts=-1: allowed: a finite number >= 0"),
         ("doctor.environment_only=3", "doctor.environment_only=3: allowed: true or false"),
-        ("doctor.num_prompts=many", "doctor.num_prompts=many: "),
-        (
-            "+doctor.prompts=3",
-            "doctor.prompts=3: Key 'prompts' not in 'DoctorConfig'; allowed: env",
-        ),
+        ("doctor.num_prompts=many", "doctor.num_prompts=many: allowed: a whole number"),
+        ("doctor.max_divergence=inf", "doctor.max_divergence=inf: allowed: a finite number >= 0"),
+        ("+doctor.prompts=3", "doctor.prompts=3: no such key; allowed: environment_only, num_"),
     ],
 )
 def test_wrong_setting_is_refused_in_one_line(override: str, line: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -133,10 +134,18 @@ def test_a_problem_in_two_files_is_refused_with_both_lines(tmp_path: Path) -> No
         task(train, validation=write(tmp_path / "c.jsonl", problems(range(30, 35))), test=test)
 
 
-def test_a_repeated_row_counts_once_and_another_answer_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_row_counts_once_and_another_answer_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = problems(range(50))
     path = write(tmp_path / "a.jsonl", [*rows, *rows])
     assert sum(map(len, by_split(task(path)).values())) == 50
+    ((_, level, text),) = caplog.record_tuples
+    assert level >= logging.WARNING  # what nobody has asked to see is shown from here on
+    assert text == (
+        f"50 rows that repeat an earlier problem are left out, the last of them task.train={path}, "
+        "line 100; 50 problems"
+    )
     path = write(tmp_path / "b.jsonl", [*rows, rows[4] | {"answer": "#### 9"}])
     wanted = r"line 51: the problem of line 5 has another answer \('8' and '9'\); allowed: one ans"
     with pytest.raises(ValueError, match=wanted):
