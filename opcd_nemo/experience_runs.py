@@ -24,7 +24,7 @@ from opcd_nemo.context import ExperienceContext
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience_config import Settings, load_experience
 from opcd_nemo.model_files import read_json
-from opcd_nemo.registry import Registry
+from opcd_nemo.registry import Entry, Registry
 from opcd_nemo.resume import RESULT_KEYS, differences
 
 EXTRACTION, TURNS = "extraction", "turns.jsonl"
@@ -160,19 +160,28 @@ class Workplace:
             )
         return ExperienceContext(path=None, items=items, lineage=None, template=template)
 
+    def selected(self) -> list[Entry]:
+        """What this round has selected, whatever the registry has selected since.
+
+        Raises:
+            ValueError: nothing yet.
+        """
+        file = self.folder / SELECTED
+        if not file.is_file():
+            raise ValueError(f"stage={self.settings.stage}: no {file}; allowed: after stage=select")
+        return [self.registry.find(one) for one in read_json(file)["experience"]]
+
     def _selected_context(self) -> dict[str, Any]:
-        """The registry's selected entry, or the pool of this round."""
-        template = self.settings.train.context.template
+        template, entries = self.settings.train.context.template, self.selected()
         if self.settings.experience.selection.count == 1:
-            entry = self.registry.selected()
+            (entry,) = entries
             lineage = {**entry.lineage, "experience": entry.hash}
             return ExperienceContext(
                 path=None, items=entry.items, lineage=lineage, template=template
             ).frozen()
-        hashes = read_json(self.folder / SELECTED)["experience"]
         return {
             "_target_": "opcd_nemo.context.ExperiencePool",
-            "paths": [str(self.registry.add(self.registry.find(one))) for one in hashes],
+            "paths": [str(self.registry.add(entry)) for entry in entries],
             "pool": None,
             "template": template,
             "seed": "${seed}",

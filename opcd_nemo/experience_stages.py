@@ -290,7 +290,7 @@ def _jobs(place: Workplace, config: TrainConfig) -> list[_Job]:
     student; students with their experience; and the checkpoints chosen on validation.
     """
     student, teacher = config.student, config.teacher
-    plan, selected = place.settings.experience.consolidation, place.registry.selected().items
+    plan, selected = place.settings.experience.consolidation, place.selected()[0].items
     known = {
         "wrong": tuple(read_json(place.folder / RANKED)["ranked"][-1]["items"]),
         "shuffled": shuffled_words(selected, config.seed),

@@ -58,7 +58,7 @@ def summarise(place: Workplace) -> dict[str, Any]:
         for name in rows
     }
     first = plan.methods[0]
-    entry = place.registry.selected()
+    entry = place.selected()[0]
     ranked = read_json(place.folder / RANKED)
     return {
         "base": table["base"]["score"]["value"],

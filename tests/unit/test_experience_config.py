@@ -32,6 +32,8 @@ def select(place: Workplace, *items: str) -> Entry:
     entry = Entry(items=items, num_tokens=1, lineage={"model": "m"}, scores={})
     place.registry.add(entry)
     place.registry.select(entry.hash, "a test")
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
     return entry
 
 
@@ -157,6 +159,22 @@ def test_a_round_starts_from_the_student_before_it(tmp_path: Path) -> None:
     assert config.task._target_.endswith("ReplayTask")
     assert config.task.path == str(second.folder / "turns.jsonl")
     assert first.stage_config().student.path == "smollm2-135m-instruct"
+
+
+def test_a_round_keeps_its_selection_whatever_is_selected_later(tmp_path: Path) -> None:
+    first = workplace(tmp_path, "experience.rounds=2")
+    second = Workplace(replace(first.settings, round=2))
+    (first.folder / "opcd-1").mkdir(parents=True)
+    write_json(first.folder / "opcd-1" / "summary.json", {"steps": 7})
+    with pytest.raises(ValueError, match=r"no .*selected\.json; allowed: after stage=select"):
+        first.run_config("opcd-1")
+    one = select(first, "one")
+    two = select(second, "two")
+    assert first.registry.selected() == two
+    assert first.run_config("opcd-1").context["items"] == ["one"]
+    first.registry.rollback()
+    assert second.run_config("opcd-1").context["items"] == ["two"]
+    assert (first.selected(), second.selected()) == ([one], [two])
 
 
 def load_config_without_files(config: DictConfig) -> DictConfig:
