@@ -133,18 +133,16 @@ class Workplace:
         """Whether a run has its summary, which it writes last."""
         return (self.folder / run / SUMMARY).is_file()
 
-    def final_checkpoint(self, run: str) -> Path:
-        """The checkpoint that a run's scores are of."""
-        steps = read_json(self.folder / run / SUMMARY)["steps"]
-        return self.folder / run / "checkpoints" / f"step={steps}.ckpt"
-
-    def best_checkpoint(self, run: str) -> Path | None:
-        """The checkpoint that was best on validation; None where it is the final one."""
+    def student(self, run: str) -> Path:
+        """A run's student: its checkpoint of the best validation, else the last."""
         summary = read_json(self.folder / run / SUMMARY)
-        best = summary.get("best_step")
-        if best is None or best == summary["steps"]:
-            return None
-        return self.folder / run / "checkpoints" / f"step={best}.ckpt"
+        step = summary.get("best_step", summary["steps"])
+        return self.folder / run / "checkpoints" / f"step={step}.ckpt"
+
+    def is_last(self, run: str) -> bool:
+        """Whether the run's own scores, of its last checkpoint, are its student's."""
+        steps = read_json(self.folder / run / SUMMARY)["steps"]
+        return self.student(run).name == f"step={steps}.ckpt"
 
     def experience(self, items: Sequence[str]) -> ExperienceContext:
         """Items as the teacher reads them.
@@ -193,7 +191,7 @@ class Workplace:
         if number == 1:
             return
         before = Workplace(replace(self.settings, round=number - 1, run=None))
-        config.student.path = str(before.final_checkpoint(before.settings.first_run))
+        config.student.path = str(before.student(before.settings.first_run))
         config.student.keep_layers = None
 
     def task_plug(self) -> dict[str, Any]:

@@ -309,10 +309,9 @@ def _jobs(place: Workplace, config: TrainConfig) -> list[_Job]:
     for method in plan.methods:
         for seed in plan.seeds:
             run = f"{method}-{seed}"
-            best = place.best_checkpoint(run)
-            path = str(best or place.final_checkpoint(run))
+            path = str(place.student(run))
             own: list[tuple[str, tuple[str, ...]]] = [(f"{method}_in_context", selected)]
-            if best is not None:
+            if not place.is_last(run):
                 own.append((f"{method}_best", ()))
             jobs += [
                 _Job(row=row, seed=seed, path=path, dtype=student.dtype, items=items)

@@ -53,6 +53,9 @@ def summarise(place: Workplace) -> dict[str, Any]:
             "retention": float(
                 np.mean([parts["retention"].score for parts in rows[name].values()])
             ),
+            "retention_by_seed": {
+                seed: parts["retention"].score for seed, parts in rows[name].items()
+            },
             "internalised": None if (share := shares.get(name)) is None else asdict(share),
         }
         for name in rows

@@ -165,7 +165,8 @@ def _retained(place: Workplace, say: Say) -> bool:
     rows = read_json(place.folder / SUMMARY)["rows"]
     first = Workplace(replace(place.settings, round=1))
     base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]
-    now, share = rows["opcd"]["retention"], place.settings.experience.min_retention
+    seed = place.settings.first_run.removeprefix("opcd-")  # whose student goes on
+    now, share = rows["opcd"]["retention_by_seed"][seed], place.settings.experience.min_retention
     if now >= share * base:
         return True
     say(

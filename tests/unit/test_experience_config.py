@@ -145,16 +145,20 @@ def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
     assert [Path(path).stem for path in config.context["paths"]] == [one.hash for one in entries]
 
 
-def test_a_round_starts_from_the_student_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("best", "step"), [({}, 7), ({"best_step": 4}, 4), ({"best_step": 7}, 7)])
+def test_a_round_starts_from_the_student_that_was_judged_before_it(
+    tmp_path: Path, best: dict[str, int], step: int
+) -> None:
     first = workplace(tmp_path, "experience.rounds=2", "experience.replay=true")
     folder = first.folder / "opcd-1"
     folder.mkdir(parents=True)
-    write_json(folder / "summary.json", {"steps": 7})
+    write_json(folder / "summary.json", {"steps": 7, **best})
     settings: Settings = replace(first.settings, round=2)
     second = Workplace(settings)
     select(second, "one")
     config = load_config_without_files(second.run_config("opcd-1"))
-    assert config.student.path == str(folder / "checkpoints" / "step=7.ckpt")
+    assert config.student.path == str(folder / "checkpoints" / f"step={step}.ckpt")
+    assert first.is_last("opcd-1") == (step == 7)
     assert config.name == "demo_brevity/round=2/opcd-1"
     assert config.task._target_.endswith("ReplayTask")
     assert config.task.path == str(second.folder / "turns.jsonl")

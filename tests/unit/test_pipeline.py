@@ -153,3 +153,27 @@ def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
         assert run_command([command, *entries, folder], shown.append) == 0
     assert short in shown[0]
     assert json.loads(shown[1])["items"] == ["best"]
+
+
+@pytest.mark.parametrize(("kept", "rounds"), [(0.45, 2), (0.35, 1)])
+def test_retention_is_judged_on_the_run_whose_student_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float, rounds: int
+) -> None:
+    base = {"retention": 0.8, "retention_by_seed": {"1": 0.8, "2": 0.8}}
+    opcd = {"retention": 0.4, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
+    done: list[int] = []
+
+    def stage(place: Workplace, name: str, *_: object) -> int:
+        if name == "evaluate":
+            done.append(place.settings.round)
+            place.folder.mkdir(parents=True)
+            summary = {"rows": {"base": base, "opcd": opcd}}
+            (place.folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr("opcd_nemo.pipeline._run_stage", stage)
+    plan = settings(tmp_path, "experience.rounds=2", "experience.consolidation.seeds=[1,2]")
+    lines: list[str] = []
+    assert run_pipeline(plan, lambda _: 0, lines.append) == 0
+    assert done == [1, 2][:rounds]
+    assert any("retention 0.35 is below" in line for line in lines) == (rounds == 1)
