@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from opcd_nemo.thinking import spoken
+
 ITEM_MARKER = "- EXPERIENCE ITEM:"
-END_OF_THINKING = "</think>"
 Kind = Literal["items", "trace"]
 
 
@@ -33,10 +34,9 @@ def parse_items(answer: str) -> Written:
 
     Several items may stand in one line. White space around an item is cut, inside it is kept.
     """
-    _, _, spoken = answer.rpartition(END_OF_THINKING)
     items = [
         part.strip()
-        for line in spoken.splitlines()
+        for line in spoken(answer).splitlines()
         for part in line.split(ITEM_MARKER)[1:]
         if part.strip()
     ]

@@ -38,6 +38,8 @@ def test_thinking_and_lines_without_the_marker_are_dropped() -> None:
         "no item\n  - EXPERIENCE ITEM: two - EXPERIENCE ITEM: three\n- EXPERIENCE ITEM:   \n"
     )
     assert parse_items(answer).items == ("one", "two", "three")
+    assert parse_items(f"<think>first</think>\n<think>{answer}").items == ("one", "two", "three")
+    assert parse_items("<think>maybe\n- EXPERIENCE ITEM: a guess that was cut").items == ()
     assert parse_items("nothing").items == parse_items("").items == ()
 
 
