@@ -20,13 +20,9 @@ Kind = Literal["items", "trace"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What was read of one answer of the extractor.
-
-    `refused` counts items that no configuration could hold: `${` would be an interpolation there.
-    """
+    """What was read of one answer of the extractor."""
 
     items: tuple[str, ...]
-    refused: int
 
 
 def parse_items(answer: str) -> Written:
@@ -34,14 +30,8 @@ def parse_items(answer: str) -> Written:
 
     Several items may stand in one line. White space around an item is cut, inside it is kept.
     """
-    items = [
-        part.strip()
-        for line in spoken(answer).splitlines()
-        for part in line.split(ITEM_MARKER)[1:]
-        if part.strip()
-    ]
-    held = tuple(item for item in items if "${" not in item)
-    return Written(items=held, refused=len(items) - len(held))
+    parts = [p for line in spoken(answer).splitlines() for p in line.split(ITEM_MARKER)[1:]]
+    return Written(items=tuple(part.strip() for part in parts if part.strip()))
 
 
 def content_hash(items: Sequence[str]) -> str:

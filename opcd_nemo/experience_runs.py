@@ -26,6 +26,7 @@ from opcd_nemo.experience_config import Settings, load_experience
 from opcd_nemo.model_files import read_json
 from opcd_nemo.registry import Entry, Registry
 from opcd_nemo.resume import RESULT_KEYS, differences
+from opcd_nemo.stored_config import escaped
 
 EXTRACTION, TURNS = "extraction", "turns.jsonl"
 CANDIDATES, SCORES, RANKED = "candidates.json", "scoring.jsonl", "ranked.json"
@@ -174,9 +175,11 @@ class Workplace:
         if self.settings.experience.selection.count == 1:
             (entry,) = entries
             lineage = {**entry.lineage, "experience": entry.hash}
-            return ExperienceContext(
-                path=None, items=entry.items, lineage=lineage, template=template
-            ).frozen()
+            return escaped(
+                ExperienceContext(
+                    path=None, items=entry.items, lineage=lineage, template=template
+                ).frozen()
+            )
         return {
             "_target_": "opcd_nemo.context.ExperiencePool",
             "paths": [str(self.registry.add(entry)) for entry in entries],

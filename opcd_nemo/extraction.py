@@ -191,7 +191,7 @@ class Extraction:
         return newest_within(items, self._settings.cap_tokens, lambda text: len(encode(text)))
 
     def _record(self, place: Place, episode: _Logged, answer: str) -> dict[str, Any]:
-        trace, written = episode.trace(), parse_items(answer)
+        trace, items = episode.trace(), parse_items(answer).items
         raw = f"{trace.text}\n\n{trace.outcome or ''}".strip()
         return {
             "chain": place[0],
@@ -202,8 +202,7 @@ class Extraction:
             "trace": trace.text,
             "outcome": trace.outcome,
             "answer": answer,
-            "items": [raw] if self._settings.keep == "trace" else list(written.items),
-            "refused": written.refused,
+            "items": [raw] if self._settings.keep == "trace" else list(items),
         }
 
 
@@ -273,9 +272,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     items = sum(len(record["items"]) for record in records)
     silent = sum(not record["items"] for record in records)
-    refused = sum(record["refused"] for record in records)
     score = sum(record["score"] for record in records) / len(records)
     return (
-        f"{len(records)} extractions, {items} items, {silent} without any, {refused} items "
-        f"refused; score without experience {score:.2f}"
+        f"{len(records)} extractions, {items} items, {silent} without any; score without "
+        f"experience {score:.2f}"
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
+from omegaconf import OmegaConf
 
+from opcd_nemo.config import load_config
 from opcd_nemo.context import (
     Context,
     ContextSource,
@@ -16,8 +19,11 @@ from opcd_nemo.context import (
     content_hash,
 )
 from opcd_nemo.experience import as_text, newest_within, parse_items, shuffled_words
-from opcd_nemo.provenance import as_context, describe_context
+from opcd_nemo.export import nemo_config
+from opcd_nemo.launch import compose
+from opcd_nemo.provenance import as_context, describe_context, freeze_context
 from opcd_nemo.registry import Entry, Registry, difference, read_entry, table
+from opcd_nemo.stored_config import check_stored, escaped, parse_stored
 
 WRAP = "{experience}\n\n{question}"
 GAME_WRAP = "{opening}\n\n{experience}\n\n{situation}"
@@ -43,10 +49,40 @@ def test_thinking_and_lines_without_the_marker_are_dropped() -> None:
     assert parse_items("nothing").items == parse_items("").items == ()
 
 
-def test_an_item_that_no_configuration_can_hold_is_refused_and_counted() -> None:
-    written = parse_items("- EXPERIENCE ITEM: ${oc.env:HOME}\n- EXPERIENCE ITEM: fine {x} $5")
-    assert written.items == ("fine {x} $5",)
-    assert written.refused == 1
+LATEX = (r"\${x}", "${oc.env:HOME}", r"with $\frac{1}{2}$, ${n \choose k}$", r"\\${y}$\\")
+
+
+def test_items_may_hold_what_a_configuration_would_interpolate(tmp_path: Path) -> None:
+    written = parse_items("\n".join(f"- EXPERIENCE ITEM: {item}" for item in LATEX))
+    assert written.items == LATEX
+    raw = compose("train", ["context=experience", f"context.path={tmp_path}"])
+    registry = Registry(tmp_path)
+    registry.add(entry(*LATEX))
+    registry.select(entry(*LATEX).hash, "a test")
+    frozen = freeze_context(raw)
+    for config in (frozen, freeze_context(frozen)):  # once by the run, once by its model
+        assert tuple(load_config(config).context["items"]) == LATEX
+    plain = OmegaConf.to_container(frozen, resolve=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(nemo_config(plain)))
+    stored = parse_stored(text.encode(), "a package")
+    assert (
+        OmegaConf.to_container(OmegaConf.create(stored), resolve=True)["context"]
+        == (plain["context"])
+    )
+
+
+def test_escaped_text_is_plain_and_an_interpolation_stays_refused() -> None:
+    rng = Random(0)
+    texts = ["".join(rng.choices("\\${}x: '\"[\n", k=8)) for _ in range(200)]
+    texts += [
+        f"{before}${{x}}{after}" for before in ("", "\\", "\\\\", "$") for after in texts[:50]
+    ]
+    config = OmegaConf.create({"a": escaped(texts)})
+    assert OmegaConf.to_container(config, resolve=True) == {"a": texts}
+    check_stored({"a": escaped(texts)}, "here")
+    for text in ("${x}", r"\\${x}", r"\${x} ${x}", "$${x}"):
+        with pytest.raises(ValueError, match="a has an interpolation"):
+            check_stored({"a": text}, "here")
 
 
 def test_the_newest_whole_items_within_the_cap_are_kept() -> None:
