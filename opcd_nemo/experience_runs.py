@@ -50,7 +50,7 @@ class Workplace:
         self.registry = Registry(self.root / "registry")
 
     def open(self) -> None:
-        """Make the folder; refuse one that other settings have made.
+        """Make the folder, once all is checked; refuse one that other settings have made.
 
         Raises:
             ValueError: naming every key that differs.
@@ -210,9 +210,9 @@ def stage_to_check(raw: DictConfig) -> DictConfig:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    place = _checked_place(raw)
+    place = Workplace(load_experience(raw))
+    _check_place(place)
     settings = place.settings
-    place.open()
     if settings.stage == "consolidate" and settings.run is None:
         raise ValueError(f"run=None: allowed: one of {', '.join(settings.runs)}")
     return place.stage_config() if settings.run is None else place.run_config(settings.run)
@@ -224,13 +224,20 @@ def configs_before_start(raw: DictConfig) -> list[DictConfig]:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    place = _checked_place(raw)
-    place.check_unchanged()
+    return checked_configs(Workplace(load_experience(raw)))
+
+
+def checked_configs(place: Workplace) -> list[DictConfig]:
+    """`configs_before_start` of settings that are read.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check_place(place)
     return [place.stage_config(), *map(place.unselected_run_config, place.settings.runs)]
 
 
-def _checked_place(raw: DictConfig) -> Workplace:
-    """Where the pipeline works, its keys checked, and that its context takes items."""
-    place = Workplace(load_experience(raw))
+def _check_place(place: Workplace) -> None:
+    """Check that the context takes items, and that the folder is of these settings."""
     place.experience(("an item",))
-    return place
+    place.check_unchanged()

@@ -75,3 +75,14 @@ def test_a_prompt_that_cannot_fit_is_one_line(smoke: list[str], tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "allowed: at most the model's" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert "goes on from here" not in done.stdout
+    assert not (tmp_path / "lake").exists()
+
+
+def test_more_scoring_than_validation_questions_is_one_line(
+    smoke: list[str], tmp_path: Path
+) -> None:
+    done = pipeline(smoke, tmp_path, "experience.scoring.num_questions=100000")
+    assert done.returncode == 2, done.stderr
+    assert "experience.scoring.num_questions=100000: validation: n=100000" in done.stderr
+    assert not (tmp_path / "lake").exists()

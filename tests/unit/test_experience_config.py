@@ -187,7 +187,7 @@ def load_config_without_files(config: DictConfig) -> DictConfig:
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
-    stage_to_check(raw(tmp_path))
+    workplace(tmp_path).open()
     stage_to_check(raw(tmp_path, "stage=score", "parallel=tp2"))
     with pytest.raises(ValueError, match=r"optim\.lr was 5e-05, is 1e-06; allowed: the values in"):
         stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
@@ -218,7 +218,8 @@ def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
     assert len(configs) == 1 + len(load_experience(raw(tmp_path)).runs)
     for config in configs:
         load_config(config)
-    assert list(tmp_path.iterdir()) == []
     stage_to_check(raw(tmp_path, "stage=extract"))
+    assert list(tmp_path.iterdir()) == []
+    workplace(tmp_path).open()
     with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
         configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))

@@ -177,3 +177,18 @@ def test_retention_is_judged_on_the_run_whose_student_goes_on(
     assert run_pipeline(plan, lambda _: 0, lines.append) == 0
     assert done == [1, 2][:rounds]
     assert any("retention 0.35 is below" in line for line in lines) == (rounds == 1)
+
+
+def test_a_wrong_first_command_leaves_no_folder_and_starts_nothing(tmp_path: Path) -> None:
+    raw = compose("experience", [f"exp_manager.exp_dir={tmp_path}", "recipe=demo_brevity"])
+    with pytest.raises(ValueError, match=r"context\._target_=.*allowed: context=experience"):
+        run_pipeline(load_experience(raw), lambda extra: pytest.fail("started"), lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "hints"), [(2, 0), (1, 1), (75, 1)])
+def test_bad_input_of_a_stage_is_not_gone_on_with(tmp_path: Path, code: int, hints: int) -> None:
+    lines: list[str] = []
+    assert run_pipeline(settings(tmp_path), lambda extra: code, lines.append) == code
+    assert sum("the same command goes on" in line for line in lines) == hints
+    assert list(tmp_path.iterdir()) == []
