@@ -63,8 +63,8 @@ def newest_within(
     first = next((i for i in range(len(items)) if count(as_text(items[i:])) <= cap_tokens), None)
     if first is None:
         raise ValueError(
-            f"experience.cap_tokens={cap_tokens}: the newest item has {count(as_text(items[-1:]))} "
-            "tokens; allowed: a cap that holds one item"
+            f"experience.extraction.cap_tokens={cap_tokens}: the newest item has "
+            f"{count(as_text(items[-1:]))} tokens; allowed: a cap that holds one item"
         )
     return tuple(items[first:])
 

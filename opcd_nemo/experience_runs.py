@@ -58,7 +58,8 @@ class Workplace:
         self.check_unchanged()
         file = self.root / _ORIGIN
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and is_first_node():
+        settled = file.exists() and not self._not_yet_used()
+        if is_first_node() and not settled:
             write_whole(file, OmegaConf.to_yaml(OmegaConf.create(self._origin())))
 
     def check_unchanged(self) -> None:
@@ -71,11 +72,18 @@ class Workplace:
         if not file.exists():
             return
         saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-        if changed := differences(saved, self._origin(), _COMPARED, _NOT_COMPARED):
+        free = (*_NOT_COMPARED, *self._not_yet_used())
+        if changed := differences(saved, self._origin(), _COMPARED, free):
             raise ValueError(
                 f"name={self.settings.train.name}: {'; '.join(changed.values())}; allowed: the "
                 f"values in {file}, or another name"
             )
+
+    def _not_yet_used(self) -> tuple[str, ...]:
+        """The cap, until there are candidates: a trace that is too long for it shows late."""
+        with_previous = self.settings.experience.extraction.with_previous
+        made = any([*self.root.glob(CANDIDATES), *self.root.glob(f"round=*/{CANDIDATES}")])
+        return () if with_previous or made else ("experience.extraction.cap_tokens",)
 
     def _origin(self) -> dict[str, Any]:
         """What made the folder."""

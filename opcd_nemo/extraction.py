@@ -192,7 +192,9 @@ class Extraction:
 
     def _record(self, place: Place, episode: _Logged, answer: str) -> dict[str, Any]:
         trace, items = episode.trace(), parse_items(answer).items
-        raw = f"{trace.text}\n\n{trace.outcome or ''}".strip()
+        if self._settings.keep == "trace":
+            items = (f"{trace.text}\n\n{trace.outcome or ''}".strip(),)
+        self._within_cap(items)  # or they are refused now, not after every wave
         return {
             "chain": place[0],
             "step": place[1],
@@ -202,7 +204,7 @@ class Extraction:
             "trace": trace.text,
             "outcome": trace.outcome,
             "answer": answer,
-            "items": [raw] if self._settings.keep == "trace" else list(items),
+            "items": list(items),
         }
 
 

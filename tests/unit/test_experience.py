@@ -92,7 +92,9 @@ def test_the_newest_whole_items_within_the_cap_are_kept() -> None:
     assert newest_within(items, len(as_text(items)) - 1, count) == ("bb", "cc")
     assert newest_within(items, 4, count) == ("cc",)
     assert newest_within((), 1, count) == ()
-    with pytest.raises(ValueError, match=r"experience\.cap_tokens=3: .* 4 tokens; allowed"):
+    with pytest.raises(
+        ValueError, match=r"^experience\.extraction\.cap_tokens=3: .* 4 tokens; allowed"
+    ):
         newest_within(items, 3, count)
 
 

@@ -195,6 +195,21 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
 
 
+def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
+    raised = "experience.extraction.cap_tokens=4096"
+    prompt = "experience.extraction.with_previous=true"
+    workplace(tmp_path / "a").open()
+    workplace(tmp_path / "b", prompt).open()
+    with pytest.raises(ValueError, match="cap_tokens was 2048, is 4096"):
+        workplace(tmp_path / "b", prompt, raised).open()  # earlier prompts were cut by it
+    place = workplace(tmp_path / "a", raised)
+    place.open()
+    (place.folder / "candidates.json").write_text("[]")
+    place.open()
+    with pytest.raises(ValueError, match="cap_tokens was 4096, is 2048"):
+        workplace(tmp_path / "a").open()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
