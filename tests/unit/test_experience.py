@@ -128,6 +128,21 @@ def test_the_registry_keeps_entries_and_goes_back(tmp_path: Path) -> None:
     assert "0.750" in table(registry)
 
 
+def test_rollbacks_go_further_back_and_a_selection_goes_on_from_there(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    one, two, three, four = (entry(text) for text in ("one", "two", "three", "four"))
+    for each in (one, two, three):
+        registry.add(each)
+        registry.select(each.hash, "a test")
+    assert [registry.rollback(), registry.rollback()] == [two, one]
+    with pytest.raises(ValueError, match="1 selections; allowed: a rollback after two or more"):
+        registry.rollback()
+    registry.add(four)
+    registry.select(four.hash, "a test")
+    assert registry.rollback() == registry.selected() == one
+    assert len(registry.history()) == 7
+
+
 def test_registry_errors_name_what_is_there(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     with pytest.raises(ValueError, match="nothing is selected; allowed"):
