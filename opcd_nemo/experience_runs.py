@@ -72,6 +72,13 @@ class Workplace:
         if not file.exists():
             return
         saved: Any = OmegaConf.to_container(OmegaConf.load(file))
+        before, now = (int(made["experience"]["rounds"]) for made in (saved, self._origin()))
+        if (before == 1) != (now == 1):
+            raise ValueError(
+                f"name={self.settings.train.name}: experience.rounds was {before}, is {now}: a "
+                f"pipeline of one round has no folders round=1, ...; allowed: the value in {file}, "
+                "or another name"
+            )
         free = (*_NOT_COMPARED, *self._not_yet_used())
         if changed := differences(saved, self._origin(), _COMPARED, free):
             raise ValueError(

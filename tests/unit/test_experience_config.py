@@ -195,6 +195,18 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
 
 
+def test_a_folder_of_one_round_is_not_continued_as_one_of_several(tmp_path: Path) -> None:
+    workplace(tmp_path).open()
+    with pytest.raises(
+        ValueError, match=r"experience\.rounds was 1, is 2: .*; allowed: the value in"
+    ):
+        workplace(tmp_path, "experience.rounds=2").open()
+    workplace(tmp_path / "b", "experience.rounds=2").open()
+    workplace(tmp_path / "b", "experience.rounds=3").open()
+    with pytest.raises(ValueError, match=r"experience\.rounds was 3, is 1"):
+        workplace(tmp_path / "b").open()
+
+
 def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
     raised = "experience.extraction.cap_tokens=4096"
     prompt = "experience.extraction.with_previous=true"
