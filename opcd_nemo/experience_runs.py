@@ -212,11 +212,11 @@ class Workplace:
         config.student.path = str(before.student(before.settings.first_run))
         config.student.keep_layers = None
 
-    def task_plug(self) -> dict[str, Any]:
-        """The task of the pipeline."""
-        plug: Any = OmegaConf.to_container(self.settings.train, resolve=True)
-        task: dict[str, Any] = plug["task"]
-        return task
+    def plug(self, name: str) -> dict[str, Any]:
+        """The pipeline's task or retention."""
+        plugs: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        plug: dict[str, Any] = plugs[name]
+        return plug
 
 
 def stage_to_check(raw: DictConfig) -> DictConfig:

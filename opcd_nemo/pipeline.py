@@ -173,7 +173,7 @@ def _retained(place: Workplace, say: Say) -> bool:
     """Whether the next round may start from this round's student."""
     rows = read_json(place.folder / SUMMARY)["rows"]
     first = Workplace(replace(place.settings, round=1))
-    base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]
+    base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]["value"]
     seed = place.settings.first_run.removeprefix("opcd-")  # whose student goes on
     now, share = rows["opcd"]["retention_by_seed"][seed], place.settings.experience.min_retention
     if now >= share * base:

@@ -32,7 +32,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path
     table = (folder / "table.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     assert {"base", "in_context", "student", "internalised"} <= summary.keys()
-    assert (summary["seeds"], summary["maps_overlap"]) == ([1], 0)
+    assert (summary["seeds"], summary["maps"]["maps_overlap"]) == ([1], 0)
     students = ["opcd", "opcd_in_context", "offpolicy", "offpolicy_in_context"]
     assert list(summary["rows"]) == ["base", "in_context", "wrong", *students]
 

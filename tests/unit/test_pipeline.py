@@ -159,8 +159,8 @@ def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
 def test_retention_is_judged_on_the_run_whose_student_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float, rounds: int
 ) -> None:
-    base = {"retention": 0.8, "retention_by_seed": {"1": 0.8, "2": 0.8}}
-    opcd = {"retention": 0.4, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
+    base = {"retention": {"value": 0.8}, "retention_by_seed": {"1": 0.8, "2": 0.8}}
+    opcd = {"retention": {"value": 0.4}, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
     done: list[int] = []
 
     def stage(place: Workplace, name: str, *_: object) -> int:
