@@ -206,7 +206,16 @@ def _check_runs(settings: Settings) -> None:
         raise ValueError(
             f"experience.rounds={settings.experience.rounds}: allowed: 1 without the method opcd"
         )
-    num_steps = settings.experience.extraction.num_steps
+    extraction = settings.experience.extraction
+    if extraction.model is not None and (
+        settings.experience.rounds > 1 or settings.experience.replay
+    ):
+        raise ValueError(
+            f"experience.extraction.model={extraction.model}: it plays what it writes of; allowed: "
+            "null with experience.rounds above 1 or experience.replay=true, where a round is of "
+            "its own model's games and answers"
+        )
+    num_steps = extraction.num_steps
     if selection.rule == "random" and selection.min_steps > num_steps:
         raise ValueError(
             f"experience.selection.min_steps={selection.min_steps}: allowed: at most "

@@ -1,8 +1,8 @@
 """Experience from a model's own traces: it plays without context, then writes what it learnt.
 
-A chain is `num_steps` extractions whose items are appended. Chains are independent; so are the
-steps of a chain unless the extractor reads its earlier items. Work is done in waves, each written
-at once when it is whole: a run that was killed repeats its last wave alone.
+A chain is `num_steps` extractions whose items are appended. Chains are independent. Work is done in
+waves, a step of all chains, each written at once when it is whole: a run that was killed repeats
+its last wave alone.
 """
 
 from __future__ import annotations

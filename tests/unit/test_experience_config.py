@@ -71,6 +71,14 @@ def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> N
     [
         (["experience.rounds=2", "experience.consolidation.methods=[sft]"], "1 without the method"),
         (
+            ["experience.extraction.model=m", "experience.rounds=2"],
+            "model=m: it plays .* null with",
+        ),
+        (
+            ["experience.extraction.model=m", "experience.replay=true"],
+            "model=m: it plays .* null with",
+        ),
+        (
             ["experience.selection.rule=random", "experience.extraction.num_steps=5"],
             "min_steps=10: allowed: at most experience.extraction.num_steps=5",
         ),
