@@ -190,11 +190,11 @@ class Workplace:
         if self.settings.experience.selection.count == 1:
             (entry,) = entries
             lineage = {**entry.lineage, "experience": entry.hash}
-            return escaped(
-                ExperienceContext(
-                    path=None, items=entry.items, lineage=lineage, template=template
-                ).frozen()
+            source = ExperienceContext(
+                path=None, items=entry.items, lineage=lineage, template=template
             )
+            plug: dict[str, Any] = escaped(source.frozen())
+            return plug
         return {
             "_target_": "opcd_nemo.context.ExperiencePool",
             "paths": [str(self.registry.add(entry)) for entry in entries],

@@ -95,7 +95,8 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
     """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
-    return escaped({**plain, "target": "opcd_nemo.nemo_model.OPCDModel"})
+    written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.nemo_model.OPCDModel"})
+    return written
 
 
 def _target(settings: DictConfig) -> Path:
