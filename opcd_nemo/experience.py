@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from opcd_nemo.thinking import spoken
+
 ITEM_MARKER = "- EXPERIENCE ITEM:"
-END_OF_THINKING = "</think>"
 Kind = Literal["items", "trace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What was read of one answer of the extractor.
-
-    `refused` counts items that no configuration could hold: `${` would be an interpolation there.
-    """
+    """What was read of one answer of the extractor."""
 
     items: tuple[str, ...]
-    refused: int
 
 
 def parse_items(answer: str) -> Written:
@@ -33,15 +30,8 @@ def parse_items(answer: str) -> Written:
 
     Several items may stand in one line. White space around an item is cut, inside it is kept.
     """
-    _, _, spoken = answer.rpartition(END_OF_THINKING)
-    items = [
-        part.strip()
-        for line in spoken.splitlines()
-        for part in line.split(ITEM_MARKER)[1:]
-        if part.strip()
-    ]
-    held = tuple(item for item in items if "${" not in item)
-    return Written(items=held, refused=len(items) - len(held))
+    parts = [p for line in spoken(answer).splitlines() for p in line.split(ITEM_MARKER)[1:]]
+    return Written(items=tuple(part.strip() for part in parts if part.strip()))
 
 
 def content_hash(items: Sequence[str]) -> str:
@@ -73,8 +63,8 @@ def newest_within(
     first = next((i for i in range(len(items)) if count(as_text(items[i:])) <= cap_tokens), None)
     if first is None:
         raise ValueError(
-            f"experience.cap_tokens={cap_tokens}: the newest item has {count(as_text(items[-1:]))} "
-            "tokens; allowed: a cap that holds one item"
+            f"experience.extraction.cap_tokens={cap_tokens}: the newest item has "
+            f"{count(as_text(items[-1:]))} tokens; allowed: a cap that holds one item"
         )
     return tuple(items[first:])
 

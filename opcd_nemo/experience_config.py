@@ -207,7 +207,16 @@ def _check_runs(settings: Settings) -> None:
         raise ValueError(
             f"experience.rounds={settings.experience.rounds}: allowed: 1 without the method opcd"
         )
-    num_steps = settings.experience.extraction.num_steps
+    extraction = settings.experience.extraction
+    if extraction.model is not None and (
+        settings.experience.rounds > 1 or settings.experience.replay
+    ):
+        raise ValueError(
+            f"experience.extraction.model={extraction.model}: it plays what it writes of; allowed: "
+            "null with experience.rounds above 1 or experience.replay=true, where a round is of "
+            "its own model's games and answers"
+        )
+    num_steps = extraction.num_steps
     if selection.rule == "random" and selection.min_steps > num_steps:
         raise ValueError(
             f"experience.selection.min_steps={selection.min_steps}: allowed: at most "
@@ -216,14 +225,14 @@ def _check_runs(settings: Settings) -> None:
 
 
 def _check_stop(experience: ExperienceConfig) -> None:
-    share = experience.next_round_retention
-    if share is None:
-        return
-    key = f"experience.next_round_retention={share}"
-    if not 0 < share <= 1:
-        raise ValueError(f"{key}: allowed: a number > 0, at most 1, or null")
-    if experience.rounds == 1:
+    share, rounds = experience.next_round_retention, experience.rounds
+    key = f"experience.next_round_retention={'null' if share is None else share}"
+    if rounds == 1 and share is not None:
         raise ValueError(f"{key}: allowed: null with experience.rounds=1")
+    if rounds > 1 and (share is None or not 0 <= share <= 1):
+        raise ValueError(
+            f"{key}: allowed: 0 (no round is the last) to 1 with experience.rounds={rounds}"
+        )
 
 
 def _check_prompt(extraction: ExtractionConfig) -> None:

@@ -24,8 +24,9 @@ from opcd_nemo.context import ExperienceContext
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience_config import Settings, load_experience
 from opcd_nemo.model_files import read_json
-from opcd_nemo.registry import Registry
+from opcd_nemo.registry import Entry, Registry
 from opcd_nemo.resume import RESULT_KEYS, differences
+from opcd_nemo.stored_config import escaped
 
 EXTRACTION, TURNS = "extraction", "turns.jsonl"
 CANDIDATES, SCORES, RANKED = "candidates.json", "scoring.jsonl", "ranked.json"
@@ -49,7 +50,7 @@ class Workplace:
         self.registry = Registry(self.root / "registry")
 
     def open(self) -> None:
-        """Make the folder; refuse one that other settings have made.
+        """Make the folder, once all is checked; refuse one that other settings have made.
 
         Raises:
             ValueError: naming every key that differs.
@@ -57,7 +58,8 @@ class Workplace:
         self.check_unchanged()
         file = self.root / _ORIGIN
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and is_first_node():
+        settled = file.exists() and not self._not_yet_used()
+        if is_first_node() and not settled:
             write_whole(file, OmegaConf.to_yaml(OmegaConf.create(self._origin())))
 
     def check_unchanged(self) -> None:
@@ -70,11 +72,25 @@ class Workplace:
         if not file.exists():
             return
         saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-        if changed := differences(saved, self._origin(), _COMPARED, _NOT_COMPARED):
+        before, now = (int(made["experience"]["rounds"]) for made in (saved, self._origin()))
+        if (before == 1) != (now == 1):
+            raise ValueError(
+                f"name={self.settings.train.name}: experience.rounds was {before}, is {now}: a "
+                f"pipeline of one round has no folders round=1, ...; allowed: the value in {file}, "
+                "or another name"
+            )
+        free = (*_NOT_COMPARED, *self._not_yet_used())
+        if changed := differences(saved, self._origin(), _COMPARED, free):
             raise ValueError(
                 f"name={self.settings.train.name}: {'; '.join(changed.values())}; allowed: the "
                 f"values in {file}, or another name"
             )
+
+    def _not_yet_used(self) -> tuple[str, ...]:
+        """The cap, until there are candidates: a trace that is too long for it shows late."""
+        with_previous = self.settings.experience.extraction.with_previous
+        made = any([*self.root.glob(CANDIDATES), *self.root.glob(f"round=*/{CANDIDATES}")])
+        return () if with_previous or made else ("experience.extraction.cap_tokens",)
 
     def _origin(self) -> dict[str, Any]:
         """What made the folder."""
@@ -133,18 +149,16 @@ class Workplace:
         """Whether a run has its summary, which it writes last."""
         return (self.folder / run / SUMMARY).is_file()
 
-    def final_checkpoint(self, run: str) -> Path:
-        """The checkpoint that a run's scores are of."""
-        steps = read_json(self.folder / run / SUMMARY)["steps"]
-        return self.folder / run / "checkpoints" / f"step={steps}.ckpt"
-
-    def best_checkpoint(self, run: str) -> Path | None:
-        """The checkpoint that was best on validation; None where it is the final one."""
+    def student(self, run: str) -> Path:
+        """A run's student: its checkpoint of the best validation, else the last."""
         summary = read_json(self.folder / run / SUMMARY)
-        best = summary.get("best_step")
-        if best is None or best == summary["steps"]:
-            return None
-        return self.folder / run / "checkpoints" / f"step={best}.ckpt"
+        step = summary.get("best_step", summary["steps"])
+        return self.folder / run / "checkpoints" / f"step={step}.ckpt"
+
+    def is_last(self, run: str) -> bool:
+        """Whether the run's own scores, of its last checkpoint, are its student's."""
+        steps = read_json(self.folder / run / SUMMARY)["steps"]
+        return self.student(run).name == f"step={steps}.ckpt"
 
     def experience(self, items: Sequence[str]) -> ExperienceContext:
         """Items as the teacher reads them.
@@ -160,19 +174,30 @@ class Workplace:
             )
         return ExperienceContext(path=None, items=items, lineage=None, template=template)
 
+    def selected(self) -> list[Entry]:
+        """What this round has selected, whatever the registry has selected since.
+
+        Raises:
+            ValueError: nothing yet.
+        """
+        file = self.folder / SELECTED
+        if not file.is_file():
+            raise ValueError(f"stage={self.settings.stage}: no {file}; allowed: after stage=select")
+        return [self.registry.find(one) for one in read_json(file)["experience"]]
+
     def _selected_context(self) -> dict[str, Any]:
-        """The registry's selected entry, or the pool of this round."""
-        template = self.settings.train.context.template
+        template, entries = self.settings.train.context.template, self.selected()
         if self.settings.experience.selection.count == 1:
-            entry = self.registry.selected()
+            (entry,) = entries
             lineage = {**entry.lineage, "experience": entry.hash}
-            return ExperienceContext(
+            source = ExperienceContext(
                 path=None, items=entry.items, lineage=lineage, template=template
-            ).frozen()
-        hashes = read_json(self.folder / SELECTED)["experience"]
+            )
+            plug: dict[str, Any] = escaped(source.frozen())
+            return plug
         return {
             "_target_": "opcd_nemo.context.ExperiencePool",
-            "paths": [str(self.registry.add(self.registry.find(one))) for one in hashes],
+            "paths": [str(self.registry.add(entry)) for entry in entries],
             "pool": None,
             "template": template,
             "seed": "${seed}",
@@ -184,14 +209,14 @@ class Workplace:
         if number == 1:
             return
         before = Workplace(replace(self.settings, round=number - 1, run=None))
-        config.student.path = str(before.final_checkpoint(before.settings.first_run))
+        config.student.path = str(before.student(before.settings.first_run))
         config.student.keep_layers = None
 
-    def task_plug(self) -> dict[str, Any]:
-        """The task of the pipeline."""
-        plug: Any = OmegaConf.to_container(self.settings.train, resolve=True)
-        task: dict[str, Any] = plug["task"]
-        return task
+    def plug(self, name: str) -> dict[str, Any]:
+        """The pipeline's task or retention."""
+        plugs: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        plug: dict[str, Any] = plugs[name]
+        return plug
 
 
 def stage_to_check(raw: DictConfig) -> DictConfig:
@@ -200,9 +225,9 @@ def stage_to_check(raw: DictConfig) -> DictConfig:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    place = _checked_place(raw)
+    place = Workplace(load_experience(raw))
+    _check_place(place)
     settings = place.settings
-    place.open()
     if settings.stage == "consolidate" and settings.run is None:
         raise ValueError(f"run=None: allowed: one of {', '.join(settings.runs)}")
     return place.stage_config() if settings.run is None else place.run_config(settings.run)
@@ -214,13 +239,20 @@ def configs_before_start(raw: DictConfig) -> list[DictConfig]:
     Raises:
         ValueError: a key of the pipeline is wrong, or its folder was made with other settings.
     """
-    place = _checked_place(raw)
-    place.check_unchanged()
+    return checked_configs(Workplace(load_experience(raw)))
+
+
+def checked_configs(place: Workplace) -> list[DictConfig]:
+    """`configs_before_start` of settings that are read.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check_place(place)
     return [place.stage_config(), *map(place.unselected_run_config, place.settings.runs)]
 
 
-def _checked_place(raw: DictConfig) -> Workplace:
-    """Where the pipeline works, its keys checked, and that its context takes items."""
-    place = Workplace(load_experience(raw))
+def _check_place(place: Workplace) -> None:
+    """Check that the context takes items, and that the folder is of these settings."""
     place.experience(("an item",))
-    return place
+    place.check_unchanged()

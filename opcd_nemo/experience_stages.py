@@ -33,7 +33,7 @@ from opcd_nemo.model_files import read_json
 from opcd_nemo.nemo_train import hold_folder, train
 from opcd_nemo.parallel import Parallel, environment_world, init_parallel
 from opcd_nemo.rollout import RolloutEngine, SamplingParams
-from opcd_nemo.scoring import ScoreBook, halve
+from opcd_nemo.scoring import ScoreBook, check_scoring, halve
 
 Say = Callable[[str], None]
 
@@ -92,11 +92,15 @@ class _Bench:
         self.parallel.barrier()
 
 
-def _open(place: Workplace, raw: DictConfig) -> _Bench:
-    place.open()
+def _open(
+    place: Workplace, raw: DictConfig, check: Callable[[Inputs], None] = lambda _: None
+) -> _Bench:
+    place.check_unchanged()
     config = load_config(raw)
     _, world_size = environment_world()
     inputs = open_inputs(config, world_size)
+    check(inputs)
+    place.open()  # last: a folder that bad input had made would refuse the input that is mended
     parallel = init_parallel(config.parallel, config.seed)
     return _Bench(
         place=place,
@@ -111,9 +115,13 @@ def _extract(place: Workplace, say: Say) -> None:
     raw, settings = place.stage_config(), place.settings.experience.extraction
     if settings.model is not None:
         raw.student.path, raw.student.keep_layers, raw.teacher.path = settings.model, None, None
-    bench = _open(place, raw)
+
+    def check(inputs: Inputs) -> None:
+        check_extraction(settings, inputs.task, inputs.conversation, inputs.conversation)
+        check_scoring(place.settings.experience.scoring, inputs.task)
+
+    bench = _open(place, raw, check)
     conversation = bench.inputs.conversation
-    check_extraction(settings, bench.inputs.task, conversation, conversation)
     engine, rollout = bench.teacher(), bench.config.rollout
     play = SamplingParams(
         temperature=rollout.temperature,
@@ -290,7 +298,7 @@ def _jobs(place: Workplace, config: TrainConfig) -> list[_Job]:
     student; students with their experience; and the checkpoints chosen on validation.
     """
     student, teacher = config.student, config.teacher
-    plan, selected = place.settings.experience.consolidation, place.registry.selected().items
+    plan, selected = place.settings.experience.consolidation, place.selected()[0].items
     known = {
         "wrong": tuple(read_json(place.folder / RANKED)["ranked"][-1]["items"]),
         "shuffled": shuffled_words(selected, config.seed),
@@ -309,10 +317,9 @@ def _jobs(place: Workplace, config: TrainConfig) -> list[_Job]:
     for method in plan.methods:
         for seed in plan.seeds:
             run = f"{method}-{seed}"
-            best = place.best_checkpoint(run)
-            path = str(best or place.final_checkpoint(run))
+            path = str(place.student(run))
             own: list[tuple[str, tuple[str, ...]]] = [(f"{method}_in_context", selected)]
-            if best is not None:
+            if not place.is_last(run):
                 own.append((f"{method}_best", ()))
             jobs += [
                 _Job(row=row, seed=seed, path=path, dtype=student.dtype, items=items)

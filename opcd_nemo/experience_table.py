@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from opcd_nemo.evaluation import Answer, Evaluation
 from opcd_nemo.experience_runs import CONTROLS, RANKED, SUMMARY, Workplace
 from opcd_nemo.model_files import read_json
 from opcd_nemo.plugs import build_plug
-from opcd_nemo.statistics import Estimate, compare, crossed_interval, internalised, mean_interval
+from opcd_nemo.statistics import (
+    Estimate,
+    compare,
+    crossed_interval,
+    internalised,
+    mean_interval,
+    pass_at_k,
+)
 
 ANSWERS = "answers.jsonl"  # of a training run
 _SHOWN = {
@@ -31,34 +38,37 @@ _SHOWN = {
     "sft": "SFT",
     "sft_in_context": "SFT, in context",
 }
-_COLUMNS = ("score", "interval", "internalised", "pass@k", "format", "leaks", "tokens", "retention")
+_COLUMNS = ("score", "internalised", "pass@k", "format", "leaks", "tokens", "retention")
 Row = dict[str, dict[str, Evaluation]]
 """Evaluations by seed, then by part: task, retention."""
+Unit = Callable[[str], str]
+"""What the play of a uid is a repetition of: games on one map are no independent questions."""
+Value = Callable[[Sequence[Answer]], float]
+"""Of the samples of one question."""
 
 
 def summarise(place: Workplace) -> dict[str, Any]:
     """All of a round's numbers, from the files of its runs and controls."""
     rows = _rows(place)
     plan, seed = place.settings.experience.consolidation, int(place.settings.train.seed)
-    scores = {name: _scores(by_seed) for name, by_seed in rows.items()}
+    task = build_plug(place.plug("task"))
+    units = {"task": _unit(task), "retention": _unit(build_plug(place.plug("retention")))}
+    scores = {name: _values(row, "task", _score, units["task"]) for name, row in rows.items()}
     shares = {
         method: internalised(scores["base"], scores["in_context"], scores[method], seed=seed)
         for method in plan.methods
+        if scores["base"].shape[1] > 1  # else nothing tells how it differs by question
     }
     table = {
         name: {
-            "score": asdict(_interval(scores[name])),
-            "scores_by_seed": dict(zip(rows[name], scores[name].mean(-1).tolist(), strict=True)),
-            **_numbers([parts["task"] for parts in rows[name].values()]),
-            "retention": float(
-                np.mean([parts["retention"].score for parts in rows[name].values()])
-            ),
+            **_numbers(rows[name], units),
             "internalised": None if (share := shares.get(name)) is None else asdict(share),
         }
         for name in rows
     }
     first = plan.methods[0]
-    entry = place.registry.selected()
+    maps = _maps(task, next(iter(rows["base"].values()))["task"])
+    entry = place.selected()[0]
     ranked = read_json(place.folder / RANKED)
     return {
         "base": table["base"]["score"]["value"],
@@ -67,7 +77,8 @@ def summarise(place: Workplace) -> dict[str, Any]:
         "internalised": (table[first]["internalised"] or {}).get("value"),
         "method": first,
         "seeds": list(plan.seeds),
-        "maps_overlap": _maps_overlap(place),
+        "maps_overlap": None if maps is None else maps.get("maps_overlap"),
+        "maps": maps,
         "round": place.settings.round,
         "experience": {
             "content_hash": entry.hash,
@@ -100,14 +111,16 @@ def table_text(summary: Mapping[str, Any]) -> str:
         "",
     ]
     for pair, result in summary["paired"].items():
-        difference = _estimate(result["difference"])
-        lines.append(f"* {pair}, paired by question: {difference}, p = {result['p_value']:.3f}")
+        difference, p_value = _cell(result["difference"], "+.3f"), result["p_value"]
+        shown = "?" if p_value is None else f"{p_value:.3f}"
+        lines.append(f"* {pair}, paired by question: {difference}, p = {shown}")
     experience, count = summary["experience"], len(summary["seeds"])
     lines.append(
-        f"* seeds {summary['seeds']}; intervals are 95 %, over {count} seeds and the questions"
+        f"* seeds {summary['seeds']}; intervals are 95 %, over {count} seeds and the questions "
+        "(of games: the maps, each its plays' mean)"
     )
-    if summary["maps_overlap"] is not None:
-        lines.append(f"* maps in more than one split: {summary['maps_overlap']}")
+    if summary["maps"] is not None:
+        lines.append(_about_maps(summary["maps"]))
     lines.append(
         f"* experience {experience['content_hash'][:12]}, {len(experience['items'])} items, "
         f"{experience['num_tokens']} tokens; validation {experience['validation']:.3f} with it, "
@@ -160,14 +173,24 @@ def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
     return {key: Evaluation(answers=tuple(answers)) for key, answers in found.items()}
 
 
-def _scores(by_seed: Row) -> NDArray[np.float64]:
-    """[S, Q]: the mean over the samples of every question."""
-    return np.array(
-        [
-            [np.mean([a.score for a in samples]) for samples in found["task"].by_question.values()]
-            for found in by_seed.values()
-        ]
-    )
+def _unit(task: object) -> Unit:
+    of_game: Unit = getattr(task, "map_of", str)
+    return of_game
+
+
+def _values(row: Row, part: str, value: Value, unit: Unit) -> NDArray[np.float64]:
+    """[S, Q]: the value of every question, the plays of a unit averaged."""
+    values_SQ = []
+    for parts in row.values():
+        plays: dict[str, list[float]] = {}
+        for uid, samples in parts[part].by_question.items():
+            plays.setdefault(unit(uid), []).append(value(samples))
+        values_SQ.append([np.mean(values) for values in plays.values()])
+    return np.array(values_SQ)
+
+
+def _score(samples: Sequence[Answer]) -> float:
+    return sum(one.score for one in samples) / len(samples)
 
 
 def _interval(scores_SQ: NDArray[np.float64]) -> Estimate:
@@ -183,47 +206,74 @@ def _paired(
     first_SQ: NDArray[np.float64], second_SQ: NDArray[np.float64], seed: int
 ) -> dict[str, Any]:
     """The interval over seeds and questions; the p-value over questions, of means over seeds."""
-    p_value = compare(first_SQ.mean(0), second_SQ.mean(0), seed=seed).p_value
+    first_Q, second_Q = first_SQ.mean(0), second_SQ.mean(0)
+    # of one question, or one map, nothing tells the chance
+    p_value = compare(first_Q, second_Q, seed=seed).p_value if len(first_Q) > 1 else None
     return {"difference": asdict(_interval(first_SQ - second_SQ)), "p_value": p_value}
 
 
-def _numbers(found: Sequence[Evaluation]) -> dict[str, Any]:
-    """Means over seeds of everything but the score."""
+def _numbers(row: Row, units: Mapping[str, Unit]) -> dict[str, Any]:
+    """Every number of a row with its interval over seeds and questions."""
 
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(one, name) for one in found]))
+    def estimate(value: Value) -> dict[str, Any]:
+        return asdict(_interval(_values(row, "task", value, units["task"])))
 
-    names = ("format_failure_rate", "leakage_rate", "response_tokens")
-    by_k = [one.pass_at_k for one in found]
-    pass_at_k = {str(k): float(np.mean([one[k] for one in by_k])) for k in by_k[0]}
-    return {**{name: mean(name) for name in names}, "pass_at_k": pass_at_k}
+    def mean(one: Callable[[Answer], float]) -> dict[str, Any]:
+        return estimate(lambda samples: sum(map(one, samples)) / len(samples))
+
+    def pass_at(k: int) -> Value:
+        return lambda samples: pass_at_k(len(samples), sum(a.score == 1 for a in samples), k)
+
+    scores = _values(row, "task", _score, units["task"])
+    kept = _values(row, "retention", _score, units["retention"])
+    num_samples = len(next(iter(next(iter(row.values()))["task"].by_question.values())))
+    return {
+        "score": asdict(_interval(scores)),
+        "scores_by_seed": dict(zip(row, scores.mean(-1).tolist(), strict=True)),
+        "format_failure_rate": mean(lambda answer: not answer.answered),
+        "leakage_rate": mean(lambda answer: answer.leaked),
+        "response_tokens": mean(lambda answer: answer.num_tokens),
+        "pass_at_k": {str(k): estimate(pass_at(k)) for k in range(1, num_samples + 1)},
+        "retention": asdict(_interval(kept)),
+        "retention_by_seed": dict(zip(row, kept.mean(-1).tolist(), strict=True)),
+    }
 
 
-def _maps_overlap(place: Workplace) -> int | None:
-    """Of a game: how many maps are in more than one split."""
-    report = getattr(build_plug(place.task_plug()), "report", None)
-    return None if report is None else int(report()["maps_overlap"])
+def _maps(task: Any, asked: Evaluation) -> dict[str, Any] | None:
+    """Of a game: its maps, and what is asked of them."""
+    if not hasattr(task, "map_of"):
+        return None
+    plays = list(asked.by_question)
+    return {**task.report(), "asked": len({*map(task.map_of, plays)}), "plays": len(plays)}
+
+
+def _about_maps(maps: Mapping[str, Any]) -> str:
+    words = [f"* {maps['asked']} different maps in {maps['plays']} test games"]
+    if "maps" in maps:  # of a game with a solver here
+        rate = maps["random_win_rate_test"]
+        words.append(
+            f"{maps['maps']} in the setting that can be won, {maps['maps_overlap']} in more than "
+            f"one split; a random player wins {rate:.3f} of the test split's"
+        )
+    return ", ".join(words)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    share, score = row["internalised"], row["score"]
     most = max(row["pass_at_k"], key=int)
+    share = row["internalised"]
     return [
-        f"{score['value']:.3f}",
-        _range(score),
-        "" if share is None else f"{share['value']:.0%}",
-        f"{row['pass_at_k'][most]:.3f} (k={most})",
-        f"{row['format_failure_rate']:.2f}",
-        f"{row['leakage_rate']:.2f}",
-        f"{row['response_tokens']:.1f}",
-        f"{row['retention']:.2f}",
+        _cell(row["score"], ".3f"),
+        "" if share is None else _cell(share, ".0%"),
+        f"{_cell(row['pass_at_k'][most], '.3f')} (k={most})",
+        _cell(row["format_failure_rate"], ".2f"),
+        _cell(row["leakage_rate"], ".2f"),
+        _cell(row["response_tokens"], ".1f"),
+        _cell(row["retention"], ".2f"),
     ]
 
 
-def _estimate(estimate: Mapping[str, Any]) -> str:
-    return f"{estimate['value']:+.3f} {_range(estimate)}"
-
-
-def _range(estimate: Mapping[str, Any]) -> str:
-    ends = ["?" if end is None else f"{end:.3f}" for end in (estimate["low"], estimate["high"])]
-    return f"[{ends[0]}, {ends[1]}]"
+def _cell(estimate: Mapping[str, Any], form: str) -> str:
+    low, high = (
+        "?" if end is None else f"{end:{form}}" for end in (estimate["low"], estimate["high"])
+    )
+    return f"{estimate['value']:{form}} [{low}, {high}]"

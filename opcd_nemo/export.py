@@ -18,7 +18,7 @@ from opcd_nemo.model_folder import open_package, read_checkpoint
 from opcd_nemo.package import write_package
 from opcd_nemo.parallel import init_parallel
 from opcd_nemo.provenance import read_provenance
-from opcd_nemo.stored_config import check_stored, parse_stored
+from opcd_nemo.stored_config import check_stored, escaped, parse_stored
 from opcd_nemo.tokenizer import ChatTokenizer, write_tokenizer
 
 # the user's own, perhaps; restoring refuses those
@@ -93,9 +93,10 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
 
 
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's resolved configuration with the class that NeMo makes of it."""
+    """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
-    return {**plain, "target": "opcd_nemo.nemo_model.OPCDModel"}
+    written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.nemo_model.OPCDModel"})
+    return written
 
 
 def _target(settings: DictConfig) -> Path:

@@ -1,8 +1,8 @@
 """Experience from a model's own traces: it plays without context, then writes what it learnt.
 
-A chain is `num_steps` extractions whose items are appended. Chains are independent; so are the
-steps of a chain unless the extractor reads its earlier items. Work is done in waves, each written
-at once when it is whole: a run that was killed repeats its last wave alone.
+A chain is `num_steps` extractions whose items are appended. Chains are independent. Work is done in
+waves, a step of all chains, each written at once when it is whole: a run that was killed repeats
+its last wave alone.
 """
 
 from __future__ import annotations
@@ -191,8 +191,10 @@ class Extraction:
         return newest_within(items, self._settings.cap_tokens, lambda text: len(encode(text)))
 
     def _record(self, place: Place, episode: _Logged, answer: str) -> dict[str, Any]:
-        trace, written = episode.trace(), parse_items(answer)
-        raw = f"{trace.text}\n\n{trace.outcome or ''}".strip()
+        trace, items = episode.trace(), parse_items(answer).items
+        if self._settings.keep == "trace":
+            items = (f"{trace.text}\n\n{trace.outcome or ''}".strip(),)
+        self._within_cap(items)  # or they are refused now, not after every wave
         return {
             "chain": place[0],
             "step": place[1],
@@ -202,8 +204,7 @@ class Extraction:
             "trace": trace.text,
             "outcome": trace.outcome,
             "answer": answer,
-            "items": [raw] if self._settings.keep == "trace" else list(written.items),
-            "refused": written.refused,
+            "items": list(items),
         }
 
 
@@ -273,9 +274,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     items = sum(len(record["items"]) for record in records)
     silent = sum(not record["items"] for record in records)
-    refused = sum(record["refused"] for record in records)
     score = sum(record["score"] for record in records) / len(records)
     return (
-        f"{len(records)} extractions, {items} items, {silent} without any, {refused} items "
-        f"refused; score without experience {score:.2f}"
+        f"{len(records)} extractions, {items} items, {silent} without any; score without "
+        f"experience {score:.2f}"
     )

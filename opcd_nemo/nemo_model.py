@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.core import ModelPT
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo import checkpoint as checkpoints
 from opcd_nemo import report
@@ -28,6 +28,7 @@ from opcd_nemo.nemo_strategy import MegatronStrategy, StepCounter
 from opcd_nemo.provenance import describe_context, freeze_context
 from opcd_nemo.resume import run_origin
 from opcd_nemo.step import distill_step
+from opcd_nemo.stored_config import escaped
 from opcd_nemo.types import Split
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
         config = load_config(run_config(cfg))
         inputs = open_inputs(config, strategy.parallel.world_size)
-        super().__init__(cfg=cfg, trainer=trainer)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        # NeMo resolves what it is given, and takes the result for a configuration
+        super().__init__(cfg=OmegaConf.create(escaped(escaped(plain))), trainer=trainer)
         self._save_restore_connector = OPCDConnector()
         self.automatic_optimization = False
         self.context_hash = inputs.context_hash

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from opcd_nemo.cluster import is_first_node
+from opcd_nemo.config import load_config
 from opcd_nemo.durable import write_whole
 from opcd_nemo.experience import content_hash
 from opcd_nemo.experience_config import STAGES, Settings
@@ -22,10 +23,12 @@ from opcd_nemo.experience_runs import (
     SUMMARY,
     TABLE,
     Workplace,
+    checked_configs,
 )
 from opcd_nemo.experience_table import summarise, table_text
 from opcd_nemo.extraction import Candidate
 from opcd_nemo.folder_lock import FolderLock, lock_folder
+from opcd_nemo.launch import EXIT_BAD_INPUT
 from opcd_nemo.model_files import read_json
 from opcd_nemo.registry import Entry
 from opcd_nemo.scoring import Scored, select
@@ -41,6 +44,8 @@ def run_pipeline(settings: Settings, launch: Launch, say: Say) -> int:
     Raises:
         ValueError: a key is wrong, or what a stage reads is not there.
     """
+    for config in checked_configs(Workplace(settings)):
+        load_config(config)
     rounds = range(1, settings.experience.rounds + 1)
     if settings.stage != "all":
         return _run_stage(Workplace(settings), settings.stage, launch, say)
@@ -55,7 +60,7 @@ def run_pipeline(settings: Settings, launch: Launch, say: Say) -> int:
 
 
 def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
-    place.open()
+    place.check_unchanged()
     here = f"round={place.settings.round}"
     if stage == "select":
         if is_first_node():
@@ -70,12 +75,17 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     if (place.folder / done).is_file() and stage != "evaluate":
         say(f"{stage}: finished before ({place.folder / done})")
     elif code := launch([f"stage={stage}", here]):
-        say(f"{stage} failed with exit code {code}; the same command goes on from here")
-        return code
+        return _failed(stage, code, say)
     if stage == "evaluate" and is_first_node():
         with _held(place):
             write_results(place, say)
     return 0
+
+
+def _failed(what: str, code: int, say: Say) -> int:
+    if code != EXIT_BAD_INPUT:
+        say(f"{what} failed with exit code {code}; the same command goes on from here")
+    return code
 
 
 def _held(place: Workplace) -> FolderLock:
@@ -94,8 +104,7 @@ def _consolidate(place: Workplace, here: str, launch: Launch, say: Say) -> int:
             continue
         say(f"consolidate: {run}")
         if code := launch(["stage=consolidate", here, f"run={run}"]):
-            say(f"{run} failed with exit code {code}; the same command goes on from here")
-            return code
+            return _failed(run, code, say)
     return 0
 
 
@@ -164,9 +173,12 @@ def _retained(place: Workplace, say: Say) -> bool:
     """Whether the next round may start from this round's student."""
     rows = read_json(place.folder / SUMMARY)["rows"]
     first = Workplace(replace(place.settings, round=1))
-    base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]
-    now, share = rows["opcd"]["retention"], place.settings.experience.next_round_retention
-    if share is None or now >= share * base:
+    base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]["value"]
+    seed = place.settings.first_run.removeprefix("opcd-")  # whose student goes on
+    now = rows["opcd"]["retention_by_seed"][seed]
+    share = place.settings.experience.next_round_retention
+    assert share is not None  # with several rounds
+    if now >= share * base:
         return True
     say(
         f"stopped after round {place.settings.round}: retention {now:.2f} is below "

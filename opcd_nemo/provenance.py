@@ -22,6 +22,7 @@ from opcd_nemo.model_folder import (
     read_record,
 )
 from opcd_nemo.plugs import build_plug
+from opcd_nemo.stored_config import escaped
 
 SUMMARY = "summary.json"  # of a run
 _LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
@@ -84,7 +85,7 @@ def freeze_context(config: DictConfig) -> DictConfig:
         return config
     changed = config.copy()
     with open_dict(changed):
-        changed.context = frozen
+        changed.context = escaped(frozen)
     return changed
 
 

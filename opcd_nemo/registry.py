@@ -21,6 +21,7 @@ from opcd_nemo.model_files import read_json
 
 _ENTRIES, _HISTORY = "entries", "history.jsonl"
 _SHOWN_HASH = 12
+_ROLLBACK = "rollback from"
 COMMANDS = ("list", "show", "diff", "rollback")
 _USAGE = "list|show [entry]|diff <entry> <entry>|rollback, and registry=<folder>"
 
@@ -68,18 +69,30 @@ class Registry:
             os.fsync(file.fileno())
 
     def rollback(self) -> Entry:
-        """Select again what was selected before the present selection.
+        """Select again what was selected before the present selection; each goes a step further.
 
         Raises:
             ValueError: there was no other selection before.
         """
-        hashes = [line["content_hash"] for line in self.history()]
+        hashes = self._not_rolled_back()
         if len(hashes) < 2:
             raise ValueError(
                 f"{self.folder}: {len(hashes)} selections; allowed: a rollback after two or more"
             )
-        self.select(hashes[-2], f"rollback from {hashes[-1][:_SHOWN_HASH]}")
+        self.select(hashes[-2], f"{_ROLLBACK} {hashes[-1][:_SHOWN_HASH]}")
         return self.find(hashes[-2])
+
+    def _not_rolled_back(self) -> list[str]:
+        """The selections that led to the present one, which is the last."""
+        hashes: list[str] = []
+        for line in self.history():
+            selected = line["content_hash"]
+            if line["reason"].startswith(_ROLLBACK) and selected in hashes[:-1]:
+                while hashes.pop() and hashes[-1] != selected:
+                    pass
+            else:
+                hashes.append(selected)
+        return hashes
 
     def history(self) -> list[dict[str, Any]]:
         """Every selection, oldest first; a line that a crash cut off is not one."""

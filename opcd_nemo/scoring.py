@@ -15,6 +15,7 @@ from pathlib import Path
 from opcd_nemo.experience import content_hash
 from opcd_nemo.experience_config import ScoringConfig, SelectionConfig
 from opcd_nemo.extraction import Candidate
+from opcd_nemo.tasks import Task
 from opcd_nemo.tasks.draws import shuffled
 
 Ask = Callable[[Candidate, int], list[float]]
@@ -67,6 +68,20 @@ class ScoreBook:
         known += scores
         with self._file.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
+
+
+def check_scoring(settings: ScoringConfig, task: Task) -> None:
+    """Check before a model loads that the validation split has the questions of the last rung.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    try:
+        task.episodes("validation", 0, settings.num_questions)
+    except ValueError as error:
+        raise ValueError(
+            f"experience.scoring.num_questions={settings.num_questions}: {error}"
+        ) from error
 
 
 def rungs(num_candidates: int, settings: ScoringConfig) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import yaml
 
 _MAX_BYTES = 1 << 20
 _MODEL = "opcd_nemo.nemo_model.OPCDModel"
+_INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 _PLUGS = re.compile(r"opcd_nemo\.(context|losses|(tasks|engines)\.\w+)\.\w+")
 
 
@@ -39,7 +40,7 @@ def check_stored(config: Mapping[str, Any], where: str) -> None:
         ValueError: an interpolation (files are written resolved), or a class of another package.
     """
     for key, value in _leaves(config):
-        if isinstance(value, str) and "${" in value:
+        if isinstance(value, str) and _INTERPOLATION.search(value):
             raise ValueError(f"{where}: {key} has an interpolation; allowed: plain values")
         if key.split(".")[-1] in ("_target_", "target", "cls") and not (
             value == _MODEL or _PLUGS.fullmatch(str(value))
@@ -48,6 +49,20 @@ def check_stored(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key}={value}; allowed: a task, context, engine or loss of opcd_nemo "
                 "(one of your own: pass it with override_config_path)"
             )
+
+
+def escaped(node: Any) -> Any:
+    """Plain values so written that a configuration, which resolves them once, gives them back.
+
+    A model's words go into configurations, and LaTeX is full of `${`.
+    """
+    if isinstance(node, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", node)
+    if isinstance(node, Mapping):
+        return {key: escaped(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [escaped(value) for value in node]
+    return node
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 
+from opcd_nemo.thinking import spoken
+
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _LINE = re.compile(r"\banswer\b[*_ ]*:[ \t*_]*([^\s*_][^\n]*)", re.IGNORECASE)
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-
-
-def spoken(reply: str) -> str:
-    """Return what follows the thinking; nothing when the thinking does not end."""
-    after = reply.rpartition("</think>")[2]
-    return "" if "<think>" in after else after
 
 
 def tagged(reply: str) -> str | None:

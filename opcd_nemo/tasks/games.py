@@ -151,6 +151,10 @@ class GameTask:
             episodes.append(self.play(f"{uid}{again}", board))
         return episodes
 
+    def map_of(self, uid: str) -> str:
+        """Return the uid of the first game on the map that this game is played on."""
+        return "/".join(uid.split("/")[:2])  # the split and the board's name
+
     def play(self, uid: str, board: Board) -> Episode:
         """Return a new game on a map."""
         return GameEpisode(uid=uid, board=board, rules=self._rules)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from opcd_nemo.tasks.answers import spoken
 from opcd_nemo.tasks.draws import digest, shuffled
 from opcd_nemo.tasks.instruction_kinds import KINDS, compatible
 from opcd_nemo.tasks.questions import Question, QuestionTask
+from opcd_nemo.thinking import spoken
 from opcd_nemo.types import Split
 
 MOST_INSTRUCTIONS = 3

@@ -17,11 +17,12 @@ SETTINGS = (
     "experience.consolidation.seeds=[1] experience.controls=[wrong]"
 ).split()
 PROMPT = "experience.extraction.prompt='{trace} {outcome}'"
+HINT = r"task.hint='a board \${x}'"  # in every trace, so in every item
 
 
 def pipeline(smoke: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     where = f"exp_manager.exp_dir={folder}"
-    return run_python("recipes/experience.py", *smoke, *SETTINGS, PROMPT, where, *more)
+    return run_python("recipes/experience.py", *smoke, *SETTINGS, PROMPT, HINT, where, *more)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path
     listed = run_python("recipes/experience.py", "list", f"registry={folder / 'registry'}")
     assert f"* {summary['experience']['content_hash'][:12]}" in listed.stdout
     run = json.loads((folder / "opcd-1" / "summary.json").read_text())
+    assert all("a board ${x}" in item for item in summary["experience"]["items"])
     assert run["context_lineage"]["experience"] == summary["experience"]["content_hash"]
 
 
@@ -73,3 +75,14 @@ def test_a_prompt_that_cannot_fit_is_one_line(smoke: list[str], tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "allowed: at most the model's" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert "goes on from here" not in done.stdout
+    assert not (tmp_path / "lake").exists()
+
+
+def test_more_scoring_than_validation_questions_is_one_line(
+    smoke: list[str], tmp_path: Path
+) -> None:
+    done = pipeline(smoke, tmp_path, "experience.scoring.num_questions=100000")
+    assert done.returncode == 2, done.stderr
+    assert "experience.scoring.num_questions=100000: validation: n=100000" in done.stderr
+    assert not (tmp_path / "lake").exists()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
+from omegaconf import OmegaConf
 
+from opcd_nemo.config import load_config
 from opcd_nemo.context import (
     Context,
     ContextSource,
@@ -16,8 +19,11 @@ from opcd_nemo.context import (
     content_hash,
 )
 from opcd_nemo.experience import as_text, newest_within, parse_items, shuffled_words
-from opcd_nemo.provenance import as_context, describe_context
+from opcd_nemo.export import nemo_config
+from opcd_nemo.launch import compose
+from opcd_nemo.provenance import as_context, describe_context, freeze_context
 from opcd_nemo.registry import Entry, Registry, difference, read_entry, table
+from opcd_nemo.stored_config import check_stored, escaped, parse_stored
 
 WRAP = "{experience}\n\n{question}"
 GAME_WRAP = "{opening}\n\n{experience}\n\n{situation}"
@@ -38,13 +44,45 @@ def test_thinking_and_lines_without_the_marker_are_dropped() -> None:
         "no item\n  - EXPERIENCE ITEM: two - EXPERIENCE ITEM: three\n- EXPERIENCE ITEM:   \n"
     )
     assert parse_items(answer).items == ("one", "two", "three")
+    assert parse_items(f"<think>first</think>\n<think>{answer}").items == ("one", "two", "three")
+    assert parse_items("<think>maybe\n- EXPERIENCE ITEM: a guess that was cut").items == ()
     assert parse_items("nothing").items == parse_items("").items == ()
 
 
-def test_an_item_that_no_configuration_can_hold_is_refused_and_counted() -> None:
-    written = parse_items("- EXPERIENCE ITEM: ${oc.env:HOME}\n- EXPERIENCE ITEM: fine {x} $5")
-    assert written.items == ("fine {x} $5",)
-    assert written.refused == 1
+LATEX = (r"\${x}", "${oc.env:HOME}", r"with $\frac{1}{2}$, ${n \choose k}$", r"\\${y}$\\")
+
+
+def test_items_may_hold_what_a_configuration_would_interpolate(tmp_path: Path) -> None:
+    written = parse_items("\n".join(f"- EXPERIENCE ITEM: {item}" for item in LATEX))
+    assert written.items == LATEX
+    raw = compose("train", ["context=experience", f"context.path={tmp_path}"])
+    registry = Registry(tmp_path)
+    registry.add(entry(*LATEX))
+    registry.select(entry(*LATEX).hash, "a test")
+    frozen = freeze_context(raw)
+    for config in (frozen, freeze_context(frozen)):  # once by the run, once by its model
+        assert tuple(load_config(config).context["items"]) == LATEX
+    plain = OmegaConf.to_container(frozen, resolve=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(nemo_config(plain)))
+    stored = parse_stored(text.encode(), "a package")
+    assert (
+        OmegaConf.to_container(OmegaConf.create(stored), resolve=True)["context"]
+        == (plain["context"])
+    )
+
+
+def test_escaped_text_is_plain_and_an_interpolation_stays_refused() -> None:
+    rng = Random(0)
+    texts = ["".join(rng.choices("\\${}x: '\"[\n", k=8)) for _ in range(200)]
+    texts += [
+        f"{before}${{x}}{after}" for before in ("", "\\", "\\\\", "$") for after in texts[:50]
+    ]
+    config = OmegaConf.create({"a": escaped(texts)})
+    assert OmegaConf.to_container(config, resolve=True) == {"a": texts}
+    check_stored({"a": escaped(texts)}, "here")
+    for text in ("${x}", r"\\${x}", r"\${x} ${x}", "$${x}"):
+        with pytest.raises(ValueError, match="a has an interpolation"):
+            check_stored({"a": text}, "here")
 
 
 def test_the_newest_whole_items_within_the_cap_are_kept() -> None:
@@ -54,7 +92,9 @@ def test_the_newest_whole_items_within_the_cap_are_kept() -> None:
     assert newest_within(items, len(as_text(items)) - 1, count) == ("bb", "cc")
     assert newest_within(items, 4, count) == ("cc",)
     assert newest_within((), 1, count) == ()
-    with pytest.raises(ValueError, match=r"experience\.cap_tokens=3: .* 4 tokens; allowed"):
+    with pytest.raises(
+        ValueError, match=r"^experience\.extraction\.cap_tokens=3: .* 4 tokens; allowed"
+    ):
         newest_within(items, 3, count)
 
 
@@ -86,6 +126,21 @@ def test_the_registry_keeps_entries_and_goes_back(tmp_path: Path) -> None:
     assert "+- two" in difference(first, second)
     assert f"* {second.hash[:12]}" in table(registry)
     assert "0.750" in table(registry)
+
+
+def test_rollbacks_go_further_back_and_a_selection_goes_on_from_there(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    one, two, three, four = (entry(text) for text in ("one", "two", "three", "four"))
+    for each in (one, two, three):
+        registry.add(each)
+        registry.select(each.hash, "a test")
+    assert [registry.rollback(), registry.rollback()] == [two, one]
+    with pytest.raises(ValueError, match="1 selections; allowed: a rollback after two or more"):
+        registry.rollback()
+    registry.add(four)
+    registry.select(four.hash, "a test")
+    assert registry.rollback() == registry.selected() == one
+    assert len(registry.history()) == 7
 
 
 def test_registry_errors_name_what_is_there(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def select(place: Workplace, *items: str) -> Entry:
     entry = Entry(items=items, num_tokens=1, lineage={"model": "m"}, scores={})
     place.registry.add(entry)
     place.registry.select(entry.hash, "a test")
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
     return entry
 
 
@@ -45,8 +47,8 @@ def select(place: Workplace, *items: str) -> Entry:
         ("experience.rounds=0", "experience.rounds=0: allowed: 1 or more"),
         ("experience.replay=3", "experience.replay=3: allowed: true or false"),
         (
-            "experience.next_round_retention=0",
-            "experience.next_round_retention=0.0: allowed: a number > 0, at most 1, or null",
+            "experience.rounds=2",
+            "experience.next_round_retention=null: allowed: 0 .no round is the last. to 1 with",
         ),
         (
             "experience.next_round_retention=0.5",
@@ -74,7 +76,26 @@ def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> N
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["experience.rounds=2", "experience.consolidation.methods=[sft]"], "1 without the method"),
+        (
+            [
+                "experience.rounds=2",
+                "experience.next_round_retention=0.5",
+                "experience.consolidation.methods=[sft]",
+            ],
+            "1 without the method",
+        ),
+        (
+            [
+                "experience.extraction.model=m",
+                "experience.rounds=2",
+                "experience.next_round_retention=0.5",
+            ],
+            "model=m: it plays .* null with",
+        ),
+        (
+            ["experience.extraction.model=m", "experience.replay=true"],
+            "model=m: it plays .* null with",
+        ),
         (
             ["experience.selection.rule=random", "experience.extraction.num_steps=5"],
             "min_steps=10: allowed: at most experience.extraction.num_steps=5",
@@ -150,20 +171,45 @@ def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
     assert [Path(path).stem for path in config.context["paths"]] == [one.hash for one in entries]
 
 
-def test_a_round_starts_from_the_student_before_it(tmp_path: Path) -> None:
-    first = workplace(tmp_path, "experience.rounds=2", "experience.replay=true")
+@pytest.mark.parametrize(("best", "step"), [({}, 7), ({"best_step": 4}, 4), ({"best_step": 7}, 7)])
+def test_a_round_starts_from_the_student_that_was_judged_before_it(
+    tmp_path: Path, best: dict[str, int], step: int
+) -> None:
+    first = workplace(
+        tmp_path,
+        "experience.rounds=2",
+        "experience.next_round_retention=0.5",
+        "experience.replay=true",
+    )
     folder = first.folder / "opcd-1"
     folder.mkdir(parents=True)
-    write_json(folder / "summary.json", {"steps": 7})
+    write_json(folder / "summary.json", {"steps": 7, **best})
     settings: Settings = replace(first.settings, round=2)
     second = Workplace(settings)
     select(second, "one")
     config = load_config_without_files(second.run_config("opcd-1"))
-    assert config.student.path == str(folder / "checkpoints" / "step=7.ckpt")
+    assert config.student.path == str(folder / "checkpoints" / f"step={step}.ckpt")
+    assert first.is_last("opcd-1") == (step == 7)
     assert config.name == "demo_brevity/round=2/opcd-1"
     assert config.task._target_.endswith("ReplayTask")
     assert config.task.path == str(second.folder / "turns.jsonl")
     assert first.stage_config().student.path == "smollm2-135m-instruct"
+
+
+def test_a_round_keeps_its_selection_whatever_is_selected_later(tmp_path: Path) -> None:
+    first = workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5")
+    second = Workplace(replace(first.settings, round=2))
+    (first.folder / "opcd-1").mkdir(parents=True)
+    write_json(first.folder / "opcd-1" / "summary.json", {"steps": 7})
+    with pytest.raises(ValueError, match=r"no .*selected\.json; allowed: after stage=select"):
+        first.run_config("opcd-1")
+    one = select(first, "one")
+    two = select(second, "two")
+    assert first.registry.selected() == two
+    assert first.run_config("opcd-1").context["items"] == ["one"]
+    first.registry.rollback()
+    assert second.run_config("opcd-1").context["items"] == ["two"]
+    assert (first.selected(), second.selected()) == ([one], [two])
 
 
 def load_config_without_files(config: DictConfig) -> DictConfig:
@@ -172,12 +218,39 @@ def load_config_without_files(config: DictConfig) -> DictConfig:
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
-    stage_to_check(raw(tmp_path))
+    workplace(tmp_path).open()
     stage_to_check(raw(tmp_path, "stage=score", "parallel=tp2"))
     with pytest.raises(ValueError, match=r"optim\.lr was 5e-05, is 1e-06; allowed: the values in"):
         stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
     with pytest.raises(ValueError, match=r"experience\.extraction\.num_steps was 30, is 4"):
         stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
+
+
+def test_a_folder_of_one_round_is_not_continued_as_one_of_several(tmp_path: Path) -> None:
+    workplace(tmp_path).open()
+    with pytest.raises(
+        ValueError, match=r"experience\.rounds was 1, is 2: .*; allowed: the value in"
+    ):
+        workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    workplace(tmp_path / "b", "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    workplace(tmp_path / "b", "experience.rounds=3", "experience.next_round_retention=0.5").open()
+    with pytest.raises(ValueError, match=r"experience\.rounds was 3, is 1"):
+        workplace(tmp_path / "b").open()
+
+
+def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
+    raised = "experience.extraction.cap_tokens=4096"
+    prompt = "experience.extraction.with_previous=true"
+    workplace(tmp_path / "a").open()
+    workplace(tmp_path / "b", prompt).open()
+    with pytest.raises(ValueError, match="cap_tokens was 2048, is 4096"):
+        workplace(tmp_path / "b", prompt, raised).open()  # earlier prompts were cut by it
+    place = workplace(tmp_path / "a", raised)
+    place.open()
+    (place.folder / "candidates.json").write_text("[]")
+    place.open()
+    with pytest.raises(ValueError, match="cap_tokens was 4096, is 2048"):
+        workplace(tmp_path / "a").open()
 
 
 @pytest.mark.parametrize(
@@ -203,8 +276,9 @@ def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
     assert len(configs) == 1 + len(load_experience(raw(tmp_path)).runs)
     for config in configs:
         load_config(config)
-    assert list(tmp_path.iterdir()) == []
     stage_to_check(raw(tmp_path, "stage=extract"))
+    assert list(tmp_path.iterdir()) == []
+    workplace(tmp_path).open()
     with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
         configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))
 

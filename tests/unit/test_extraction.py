@@ -181,6 +181,14 @@ def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
     assert records[0]["items"][0].startswith("Problem:\nWhat is")
 
 
+@pytest.mark.parametrize("keep", ["items", "trace"])
+def test_an_item_above_the_cap_is_refused_in_its_wave(tmp_path: Path, keep: str) -> None:
+    writer = Writer()
+    with pytest.raises(ValueError, match=r"experience\.extraction\.cap_tokens=5: the newest item"):
+        extraction(tmp_path, writer, settings(keep=keep, cap_tokens=5)).run(lambda line: None)
+    assert len(writer.asked) == 4  # of six problems and as many extractions
+
+
 def test_silent_extractions_are_counted_and_all_silent_is_an_error(tmp_path: Path) -> None:
     lines: list[str] = []
     with pytest.raises(ValueError, match="6 extractions wrote no item; allowed"):

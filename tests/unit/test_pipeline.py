@@ -153,3 +153,47 @@ def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
         assert run_command([command, *entries, folder], shown.append) == 0
     assert short in shown[0]
     assert json.loads(shown[1])["items"] == ["best"]
+
+
+@pytest.mark.parametrize(("kept", "rounds"), [(0.45, 2), (0.35, 1)])
+def test_retention_is_judged_on_the_run_whose_student_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float, rounds: int
+) -> None:
+    base = {"retention": {"value": 0.8}, "retention_by_seed": {"1": 0.8, "2": 0.8}}
+    opcd = {"retention": {"value": 0.4}, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
+    done: list[int] = []
+
+    def stage(place: Workplace, name: str, *_: object) -> int:
+        if name == "evaluate":
+            done.append(place.settings.round)
+            place.folder.mkdir(parents=True)
+            summary = {"rows": {"base": base, "opcd": opcd}}
+            (place.folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr("opcd_nemo.pipeline._run_stage", stage)
+    plan = settings(
+        tmp_path,
+        "experience.rounds=2",
+        "experience.next_round_retention=0.5",
+        "experience.consolidation.seeds=[1,2]",
+    )
+    lines: list[str] = []
+    assert run_pipeline(plan, lambda _: 0, lines.append) == 0
+    assert done == [1, 2][:rounds]
+    assert any("retention 0.35 is below" in line for line in lines) == (rounds == 1)
+
+
+def test_a_wrong_first_command_leaves_no_folder_and_starts_nothing(tmp_path: Path) -> None:
+    raw = compose("experience", [f"exp_manager.exp_dir={tmp_path}", "recipe=demo_brevity"])
+    with pytest.raises(ValueError, match=r"context\._target_=.*allowed: context=experience"):
+        run_pipeline(load_experience(raw), lambda extra: pytest.fail("started"), lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "hints"), [(2, 0), (1, 1), (75, 1)])
+def test_bad_input_of_a_stage_is_not_gone_on_with(tmp_path: Path, code: int, hints: int) -> None:
+    lines: list[str] = []
+    assert run_pipeline(settings(tmp_path), lambda extra: code, lines.append) == code
+    assert sum("the same command goes on" in line for line in lines) == hints
+    assert list(tmp_path.iterdir()) == []
