@@ -132,9 +132,10 @@ class _NoLogger:
 
 
 def _first_line(parallel: Parallel) -> str:
+    shared = f" (cp {parallel.cp} of them)" if parallel.cp > 1 else ""
     return (
         f"device {parallel.device.type} ({parallel.device_reason}); {parallel.world_size} ranks: "
-        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}, cp {parallel.cp} of it; "
+        f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}{shared}; "
         f"layers: {parallel.layer_spec}"
     )
 
