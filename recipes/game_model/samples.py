@@ -22,6 +22,7 @@ from .settings import (
     draw_setting,
     ending_moves,
     good_moves,
+    last_boards,
     next_push,
     open_boards,
     ways,
@@ -301,8 +302,7 @@ def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str
 
 def before_an_end(rng: Random, start: Board) -> tuple[Board, Direction]:
     """A board of a game that one move may end, and such a move."""
-    ends = [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
-    board = rng.choice(ends)
+    board = rng.choice(last_boards(start))
     return board, rng.choice(ending_moves(board))
 
 

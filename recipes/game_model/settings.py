@@ -161,6 +161,12 @@ def ending_moves(board: Board) -> list[Direction]:
     return [direction for direction, b in after.items() if b is not None and (b.won or b.lost)]
 
 
+@cache
+def last_boards(start: Board) -> list[Board]:
+    """Boards of a game that one move may win or lose."""
+    return [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
+
+
 def pushed(before: Board, after: Board) -> bool:
     """True when a move took a box along."""
     return isinstance(before, Sokoban) and before.boxes != after.boxes
