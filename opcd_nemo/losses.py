@@ -8,7 +8,6 @@ Shape letters: `N` response tokens, `H` hidden, `V` vocabulary of this rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -21,23 +20,15 @@ from opcd_kernels import (
     linear_topk_divergence,
 )
 from opcd_kernels.checks import check_top_k
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.metrics import Stats
-from opcd_nemo.parallel import Parallel
+from opcd_nemo.model.head import Head
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
 CAPTURED_MASS = "loss/captured_mass"
 """Probability on the k tokens of a top-k loss, under the model that chose them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """Hidden states and this rank's shard of the output head; logits exist only in chunks."""
-
-    hidden_NH: torch.Tensor
-    weight_VH: torch.Tensor
-    num_valid_columns: int
 
 
 class Loss(Protocol):

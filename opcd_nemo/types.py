@@ -84,21 +84,5 @@ class Rollout:
         assert self.teacher_prompt_ids, self.uid
 
 
-class StoppedBySignal(Exception):
-    """A run ended early, at a step boundary, with a checkpoint."""
-
-
-class StoppedByFile(Exception):
-    """A run ended early because its folder has the file STOP; it is not to be started again."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; nothing was updated."""
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; those before it are intact."""
-
-
 class CheckFailed(RuntimeError):
     """The doctor found what would go wrong in a run, and has said what mends it."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig
 
-from opcd_nemo.launch import Main, run_alone
+from opcd_nemo.launch.ranks import Main, run_alone
 
 
 def lines() -> Iterator[str]:
@@ -21,7 +21,7 @@ def lines() -> Iterator[str]:
 
 def load_main() -> Main:
     """Import Megatron only when the command is in order."""
-    from opcd_nemo.chat import run_chat
+    from opcd_nemo.cli.chat import run_chat
 
     def main(settings: DictConfig, say: Callable[[str], None]) -> None:
         run_chat(settings, lines(), say)

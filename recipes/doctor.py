@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from opcd_nemo.config import ParallelConfig
-from opcd_nemo.launch import Main, run_recipe
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.launch.ranks import Main, run_recipe
 
 
 def load_main() -> Main:

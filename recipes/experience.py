@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from opcd_nemo.config import ParallelConfig
-from opcd_nemo.experience_config import load_experience
-from opcd_nemo.experience_runs import stage_to_check
-from opcd_nemo.launch import Main, check_run, run_alone, run_recipe
-from opcd_nemo.registry import COMMANDS, run_command
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.context.registry import COMMANDS, run_command
+from opcd_nemo.experience.config import load_experience
+from opcd_nemo.experience.workplace import stage_to_check
+from opcd_nemo.launch.ranks import Main, check_run, run_alone, run_recipe
 
 Say = Callable[[str], None]
 STAGE_ENV = "OPCD_STAGE"  # set where this program has started itself for one stage
@@ -23,7 +23,7 @@ STAGE_ENV = "OPCD_STAGE"  # set where this program has started itself for one st
 
 def load_stage() -> Main:
     """Import the models' part, which needs seconds, only in the ranks."""
-    from opcd_nemo.experience_stages import run_stage
+    from opcd_nemo.experience.stages import run_stage
 
     return run_stage
 
@@ -35,7 +35,7 @@ def check_stage(raw: DictConfig, say: Say) -> ParallelConfig | None:
 
 def load_pipeline() -> Main:
     """Import what goes from stage to stage."""
-    from opcd_nemo.pipeline import run_again, run_pipeline
+    from opcd_nemo.experience.pipeline import run_again, run_pipeline
 
     def main(raw: DictConfig, say: Say) -> int:
         return run_pipeline(load_experience(raw), lambda extra: run_again(extra, STAGE_ENV), say)

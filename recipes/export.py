@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from opcd_nemo.launch import Main, compose, run_alone
+from opcd_nemo.launch.ranks import Main, compose, run_alone
 
 
 def load_main() -> Main:
     """Import Megatron only when the command is in order."""
-    from opcd_nemo.export import export
+    from opcd_nemo.export.convert import export
 
     def main(settings: DictConfig, say: Callable[[str], None]) -> None:
         say(f"written: {export(settings, lambda: compose('train', []))}")

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from opcd_nemo.launch import Main, run_alone
+from opcd_nemo.launch.ranks import Main, run_alone
 
 
 def load_main() -> Main:
     """Import the checks of a configuration."""
-    from opcd_nemo.config import load_config
-    from opcd_nemo.plugs import build_plug
-    from opcd_nemo.tasks.games import GameTask
+    from opcd_nemo.config.plugs import build_plug
+    from opcd_nemo.config.train import load_config
+    from opcd_nemo.tasks.games.task import GameTask
 
     def main(settings: DictConfig, say: Callable[[str], None]) -> None:
         task = build_plug(load_config(settings).task)

@@ -1,6 +1,6 @@
 """What a run takes: `python recipes/plan.py <as recipes/train.py> accelerator=h100`."""
 
-from opcd_nemo.launch import Main, run_alone
+from opcd_nemo.launch.ranks import Main, run_alone
 
 
 def load_main() -> Main:

@@ -18,9 +18,9 @@ from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
 
-from opcd_nemo.hf import open_checkpoint, write_hf_folder
-from opcd_nemo.model_config import ModelConfig
-from opcd_nemo.tasks.boards import STEPS
+from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.tasks.games.boards import STEPS
 
 THREADS = 2
 TREES = {"play": 28, "write": 20}  # of a step

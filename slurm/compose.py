@@ -5,9 +5,9 @@ import warnings
 
 from omegaconf import OmegaConf
 
-from opcd_nemo.config import load_config
-from opcd_nemo.experience_runs import configs_before_start
-from opcd_nemo.launch import compose, quoted, report_error
+from opcd_nemo.config.train import load_config
+from opcd_nemo.experience.workplace import configs_before_start
+from opcd_nemo.launch.ranks import compose, quoted, report_error
 
 
 def main(config_name: str, overrides: list[str]) -> int:

@@ -8,7 +8,7 @@
 set -uo pipefail
 
 EXIT_BAD_INPUT=2
-EXIT_STOPPED=75        # by a signal, with a checkpoint (opcd_nemo/launch.py)
+EXIT_STOPPED=75        # by a signal, with a checkpoint (opcd_nemo/launch/ranks.py)
 EXIT_DO_NOT_RESTART=93 # by the file STOP, a sick node without a spare, or too many restarts
 
 # NCCL and GLOO: what the site or the user has set wins
@@ -277,7 +277,7 @@ opcd_host_python() {
     return
   fi
   for python in "$OPCD_ROOT/.venv/bin/python" python3; do
-    if "$python" -c 'import opcd_nemo.config, opcd_nemo.launch' &>/dev/null; then
+    if "$python" -c 'import opcd_nemo.config.train, opcd_nemo.launch.ranks' &>/dev/null; then
       echo "$python"
       return
     fi

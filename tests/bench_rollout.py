@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from opcd_nemo.hf import open_checkpoint, write_hf_folder
-from opcd_nemo.model_files import BUNDLED_MODEL
+from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.locate import BUNDLED_MODEL
+from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.tasks.system_prompt import StyleTask
-from opcd_nemo.tokenizer import ChatTokenizer
 
 BATCHES = (8, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -101,8 +101,8 @@ def _serve(
 
 def _engine(model: str, dtype: torch.dtype, new_tokens: int, temperature: float) -> Rollout:
     from opcd_nemo.engines.megatron import MegatronEngine
-    from opcd_nemo.language_model import LanguageModel
-    from opcd_nemo.rollout import SamplingParams
+    from opcd_nemo.model.language_model import LanguageModel
+    from opcd_nemo.rollout.sampling import SamplingParams
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 

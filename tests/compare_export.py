@@ -18,8 +18,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opcd_nemo.context import Context
-from opcd_nemo.plugs import build_plug
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.context.sources import Context
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,12 +36,12 @@ def engine_answers(source: str, count: int, tokens: int) -> tuple[list[list[int]
     """Prompts' continuations by the engine, and logits at the prompts' last tokens."""
     import torch
 
-    from opcd_nemo.batching import pack
     from opcd_nemo.engines.megatron import MegatronEngine
-    from opcd_nemo.hf import open_checkpoint
-    from opcd_nemo.language_model import LanguageModel
-    from opcd_nemo.rollout import SamplingParams
-    from opcd_nemo.tokenizer import ChatTokenizer
+    from opcd_nemo.formats.huggingface import open_checkpoint
+    from opcd_nemo.formats.tokenizer import ChatTokenizer
+    from opcd_nemo.model.language_model import LanguageModel
+    from opcd_nemo.model.packing import pack
+    from opcd_nemo.rollout.sampling import SamplingParams
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 

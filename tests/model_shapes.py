@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from opcd_nemo.model_config import ModelConfig, parse_config
+from opcd_nemo.formats.shape import ModelConfig, parse_config
 
 _FOLDER = Path(__file__).parents[1] / "conf" / "shapes"
 _OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama"}

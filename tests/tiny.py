@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from opcd_nemo.hf import write_hf_folder
-from opcd_nemo.model_config import (
+from opcd_nemo.formats.huggingface import write_hf_folder
+from opcd_nemo.formats.shape import (
     CLASS_NAMES,
     Architecture,
     ModelConfig,

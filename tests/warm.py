@@ -24,7 +24,7 @@ from typing import Any
 
 WARM_PYTHON = Path(__file__).with_name("warm_python.py")
 SOCKET_ENV = "OPCD_WARM_SOCKET"
-IMPORTED = ("opcd_nemo.nemo_train", "opcd_nemo.experience_stages", "opcd_nemo.pipeline")
+IMPORTED = ("opcd_nemo.trainer.run", "opcd_nemo.experience.stages", "opcd_nemo.experience.pipeline")
 
 
 def main() -> None:

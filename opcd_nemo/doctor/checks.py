@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from opcd_nemo.types import CheckFailed
+from opcd_nemo.errors import CheckFailed
 
 Status = Literal["pass", "warn", "fail", "skip"]
 

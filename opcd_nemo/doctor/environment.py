@@ -11,9 +11,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from opcd_nemo.distributed.groups import backend_version, choose_device
 from opcd_nemo.doctor.checks import Check, attempt, judge
-from opcd_nemo.parallel import backend_version, choose_device
-from opcd_nemo.report import versions
+from opcd_nemo.evaluation.report import versions
 
 _PACKAGE = "opcd-nemo"
 _GIB = 2**30

@@ -11,16 +11,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from opcd_nemo.cluster import ranks_here
-from opcd_nemo.config import ParallelConfig, TrainConfig, load_config
+from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.train import ParallelConfig, TrainConfig, load_config
+from opcd_nemo.distributed.groups import environment_world, init_parallel
 from opcd_nemo.doctor import text
 from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
 from opcd_nemo.doctor.environment import environment_checks, imports, installed_versions, packages
-from opcd_nemo.inputs import Inputs, open_inputs
-from opcd_nemo.model_config import tensor_shapes
-from opcd_nemo.parallel import environment_world, init_parallel
-from opcd_nemo.settings import split_settings
+from opcd_nemo.formats.shape import tensor_shapes
+from opcd_nemo.storage.attempt import ranks_here
 from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.training.inputs import Inputs, open_inputs
 
 Say = Callable[[str], None]
 
@@ -158,8 +158,8 @@ def _checkpoints_gib(config: TrainConfig, student: text.Side) -> float:
 
 
 def _with_models(config: TrainConfig, inputs: Inputs, settings: DoctorConfig) -> list[Check]:
-    from opcd_nemo.build import build_run  # imports megatron-core: see `imports`
     from opcd_nemo.doctor import models
+    from opcd_nemo.training.build import build_run  # imports megatron-core: see `imports`
 
     parallel = init_parallel(config.parallel, config.seed)
     run = build_run(config, inputs, parallel)

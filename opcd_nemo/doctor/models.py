@@ -14,19 +14,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from opcd_nemo.batching import DistillBatch
-from opcd_nemo.config import TeacherConfig
+from opcd_nemo.config.train import TeacherConfig
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.doctor.checks import Check, judge
-from opcd_nemo.evaluation import EvaluationPlan, Evaluator
-from opcd_nemo.hf import Checkpoint
-from opcd_nemo.inputs import Inputs
-from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Head, Loss
+from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
+from opcd_nemo.formats.huggingface import Checkpoint
+from opcd_nemo.formats.sharding import hf_names
+from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Loss
 from opcd_nemo.metrics import Stats
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import SamplingParams, collect_rollouts
-from opcd_nemo.sharding import hf_names
-from opcd_nemo.step import Run, accumulate_gradients, distill_batches, over_ranks, teacher_scores
-from opcd_nemo.teacher import Teacher
+from opcd_nemo.model.head import Head
+from opcd_nemo.rollout.collect import collect_rollouts
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.training.batches import DistillBatch
+from opcd_nemo.training.inputs import Inputs
+from opcd_nemo.training.step import (
+    Run,
+    accumulate_gradients,
+    distill_batches,
+    over_ranks,
+    teacher_scores,
+)
+from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Rollout
 
 _TOKENS = 4  # of a micro-batch, whose gradient is computed a second time with whole heads

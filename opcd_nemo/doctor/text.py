@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opcd_nemo.config import TrainConfig
-from opcd_nemo.context import ContextSource
+from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.context.sources import ContextSource
 from opcd_nemo.doctor.checks import Check, judge
-from opcd_nemo.hf import ModelConfig, open_checkpoint, padded_vocab_size
-from opcd_nemo.inputs import Inputs
+from opcd_nemo.formats.huggingface import ModelConfig, open_checkpoint, padded_vocab_size
+from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.tasks import Episode
-from opcd_nemo.tokenizer import ChatTokenizer
+from opcd_nemo.training.inputs import Inputs
 from opcd_nemo.types import Message
 
 RESPONSE = "Well: 12 or 34, it's <b>so</b>.\n\n- naïve café {x} \\boxed{7}"

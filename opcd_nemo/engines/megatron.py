@@ -11,12 +11,12 @@ from itertools import count
 
 import torch
 
-from opcd_nemo.attention import DecodeAttention, KeyValue, KVCache
-from opcd_nemo.batching import pack, starts_with
-from opcd_nemo.cluster import beat
-from opcd_nemo.language_model import LanguageModel, Stream
-from opcd_nemo.layers import PackedWeight, pack_weights, unpack_weights
-from opcd_nemo.rollout import SamplingParams, row_uniforms, sample_tokens
+from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
+from opcd_nemo.model.language_model import LanguageModel, Stream
+from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
+from opcd_nemo.model.packing import pack, starts_with
+from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms, sample_tokens
+from opcd_nemo.storage.attempt import beat
 from opcd_nemo.types import Prompt, Sample
 
 _TOKENS_PER_BEAT = 256  # seconds: whatever generates shows that it goes on

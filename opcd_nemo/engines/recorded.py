@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opcd_nemo.durable import write_whole
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import RolloutEngine, SamplingParams
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.types import Prompt, Sample
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opcd_nemo.model_config import ModelConfig
+from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.work import (
     BYTES,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opcd_nemo.model_config import ModelConfig
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.sharding import padded_ffn_size, padded_vocab_size
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.work import (
     BYTES,
@@ -23,7 +24,6 @@ from opcd_nemo.plan.work import (
     student_stream,
     teacher_stream,
 )
-from opcd_nemo.sharding import padded_ffn_size, padded_vocab_size
 
 GIB = 2**30
 _SAMPLING_BYTES = 28  # a vocabulary entry: fp32 logits, kept ones, probabilities; fp64 sum, copies

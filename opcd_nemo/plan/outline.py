@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from opcd_nemo.config import TrainConfig
-from opcd_nemo.inputs import Inputs, open_inputs
-from opcd_nemo.model_config import ModelConfig, keep_layers, parse_config
-from opcd_nemo.parallel import check_batch, check_layout
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.formats.shape import ModelConfig, keep_layers, parse_config
 from opcd_nemo.plan.work import Layout, Tokens, Work
-from opcd_nemo.plugs import build_plug
-from opcd_nemo.rollout import shared_start
+from opcd_nemo.rollout.conversation import shared_start
+from opcd_nemo.training.inputs import Inputs, open_inputs
 
 SHAPES = Path(__file__).parents[2] / "conf" / "shapes"
 _PROBED = 32  # prompts whose lengths are averaged

@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from opcd_nemo.config import load_config
+from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.train import load_config
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import PlanConfig, outline
 from opcd_nemo.plan.report import plan_report, sweep_report
-from opcd_nemo.settings import split_settings
 
 _NOT_NEEDED = "not-needed-for-a-plan"
 

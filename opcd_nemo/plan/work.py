@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from opcd_nemo.model_config import ModelConfig
-from opcd_nemo.parameter_count import rank_parameters
-from opcd_nemo.sharding import padded_ffn_size, padded_query_groups, padded_vocab_size
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.sharding import padded_ffn_size, padded_query_groups, padded_vocab_size
+from opcd_nemo.plan.parameters import rank_parameters
 
 BYTES = {"bf16": 2, "fp32": 4}  # a number, by its word in conf/
 

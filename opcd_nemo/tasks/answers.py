@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from opcd_nemo.thinking import spoken
+from opcd_nemo.tasks.thinking import spoken
 
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from opcd_nemo.tasks.draws import digest, shuffled
 from opcd_nemo.tasks.instruction_kinds import KINDS, compatible
 from opcd_nemo.tasks.questions import Question, QuestionTask
-from opcd_nemo.thinking import spoken
+from opcd_nemo.tasks.thinking import spoken
 from opcd_nemo.types import Split
 
 MOST_INSTRUCTIONS = 3

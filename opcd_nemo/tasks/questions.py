@@ -10,8 +10,8 @@ from operator import attrgetter
 from opcd_nemo.tasks import Context, Episode, Trace
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
+from opcd_nemo.tasks.thinking import spoken
 from opcd_nemo.tasks.verifiers import mentions
-from opcd_nemo.thinking import spoken
 from opcd_nemo.types import Message, Split, Turn
 
 Judge = Callable[[str], float | None]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.plugs import build_plug, check_plug
+from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.questions import Question, QuestionEpisode

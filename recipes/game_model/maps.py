@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
-from opcd_nemo.tasks.games import GameTask, frozen_lake, sokoban
-from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
+from opcd_nemo.tasks.games.frozen_lake import LETTERS as LAKE_LETTERS
+from opcd_nemo.tasks.games.sokoban import LETTERS as ROOM_LETTERS
+from opcd_nemo.tasks.games.task import GameTask, frozen_lake, sokoban
 
 from .samples import Maps
 

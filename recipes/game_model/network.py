@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from opcd_nemo.model_config import ModelConfig, tensor_shapes
+from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
 
 from .samples import Tree
 

@@ -12,10 +12,10 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from opcd_nemo.experience import as_text
-from opcd_nemo.tasks.boards import STEPS, Board, Cell, Direction
-from opcd_nemo.tasks.games import GameEpisode
-from opcd_nemo.tasks.sokoban import Sokoban
+from opcd_nemo.context.items import as_text
+from opcd_nemo.tasks.games.boards import STEPS, Board, Cell, Direction
+from opcd_nemo.tasks.games.sokoban import Sokoban
+from opcd_nemo.tasks.games.task import GameEpisode
 
 from .settings import (
     Setting,

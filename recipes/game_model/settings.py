@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from opcd_nemo.tasks.boards import STEPS, Board, Cell, Direction
 from opcd_nemo.tasks.draws import digest
-from opcd_nemo.tasks.frozen_lake import LETTERS as LAKE_LETTERS
-from opcd_nemo.tasks.frozen_lake import FrozenLake
-from opcd_nemo.tasks.games import GameEpisode, lake_rules, room_rules
-from opcd_nemo.tasks.rules import Rules
-from opcd_nemo.tasks.sokoban import LETTERS as ROOM_LETTERS
-from opcd_nemo.tasks.sokoban import Sokoban
+from opcd_nemo.tasks.games.boards import STEPS, Board, Cell, Direction
+from opcd_nemo.tasks.games.frozen_lake import LETTERS as LAKE_LETTERS
+from opcd_nemo.tasks.games.frozen_lake import FrozenLake
+from opcd_nemo.tasks.games.rules import Rules
+from opcd_nemo.tasks.games.sokoban import LETTERS as ROOM_LETTERS
+from opcd_nemo.tasks.games.sokoban import Sokoban
+from opcd_nemo.tasks.games.task import GameEpisode, lake_rules, room_rules
 
 from .vocabulary import LETTERS, SYMBOLS
 

@@ -8,9 +8,9 @@ from random import Random
 
 import torch
 
-from opcd_nemo.experience import as_text, parse_items
-from opcd_nemo.model_config import ModelConfig
-from opcd_nemo.tasks.boards import Board
+from opcd_nemo.context.items import as_text, parse_items
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.tasks.games.boards import Board
 
 from .network import Weights, next_logits
 from .samples import Sampler, play_at_random

@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from opcd_nemo.experience import ITEM_MARKER
-from opcd_nemo.model_files import write_json
-from opcd_nemo.tasks.boards import STEPS
+from opcd_nemo.context.items import ITEM_MARKER
+from opcd_nemo.formats.locate import write_json
+from opcd_nemo.tasks.games.boards import STEPS
 
 _CONF = Path(__file__).parents[2] / "conf"
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"

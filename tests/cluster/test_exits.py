@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from opcd_nemo.durable import find_damage, read_manifest
+from opcd_nemo.storage.durable import find_damage, read_manifest
 from tests.cluster.jobs import STEPS, Site
 from tests.cluster.plugs import PAUSE_ENV
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from opcd_nemo.build import build_run
-from opcd_nemo.config import load_config
+from opcd_nemo.config.train import load_config
+from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.doctor import models
 from opcd_nemo.doctor.checks import Check
-from opcd_nemo.inputs import open_inputs
-from opcd_nemo.launch import compose
-from opcd_nemo.parallel import init_parallel
-from opcd_nemo.step import Run
+from opcd_nemo.launch.ranks import compose
+from opcd_nemo.training.build import build_run
+from opcd_nemo.training.inputs import open_inputs
+from opcd_nemo.training.step import Run
 
 TOLERANCE = 1e-3
 Found = dict[str, str]

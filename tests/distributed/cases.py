@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, cycle, product
 from typing import Literal
 
-from opcd_nemo.model_config import ModelConfig
+from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.types import Prompt
 from tests.tiny import ARCHITECTURES, LLAMA3_ROPE, model_config
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from opcd_nemo.hf import write_hf_folder
+from opcd_nemo.formats.huggingface import write_hf_folder
 from tests.distributed import cases
 from tests.distributed.reference import choose_ends
 from tests.tiny import (

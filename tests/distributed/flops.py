@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opcd_nemo.batching import TokenBatch, pack
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.losses import DivergenceLoss, Head
-from opcd_nemo.model_config import ModelConfig
-from opcd_nemo.parallel import Parallel
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.losses import DivergenceLoss
+from opcd_nemo.model.head import Head
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.model.packing import TokenBatch, pack
 from opcd_nemo.plan.work import (
     Tokens,
     Work,

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.megatron import MegatronEngine
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import SamplingParams
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.types import Prompt, Sample
 from tests.distributed import cases
 from tests.distributed.shards import build

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opcd_nemo.batching import pack
-from opcd_nemo.hf import open_checkpoint
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.package import write_package
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.provenance import Provenance
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.export.package import write_package
+from opcd_nemo.export.provenance import Provenance
+from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.model.packing import pack
 from tests.distributed import cases
 from tests.distributed.ailments import examine_all
 from tests.distributed.cases import LAYOUTS

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from opcd_nemo.hf import hf_tensors, keep_layers, megatron_shard, open_checkpoint
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.model_config import tensor_shapes
-from opcd_nemo.optim import StudentOptimizer
-from opcd_nemo.parallel import Parallel, init_parallel
+from opcd_nemo.distributed.groups import Parallel, init_parallel
+from opcd_nemo.formats.huggingface import hf_tensors, keep_layers, megatron_shard, open_checkpoint
+from opcd_nemo.formats.shape import tensor_shapes
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.training.optim import StudentOptimizer
 from tests.distributed.cases import LAYOUTS
 
 Tensors = dict[str, torch.Tensor]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from opcd_nemo.batching import DistillBatch
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.megatron import MegatronEngine
-from opcd_nemo.language_model import LanguageModel
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.step import Phase, Run, distill_step
-from opcd_nemo.teacher import Teacher
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.training.batches import DistillBatch
+from opcd_nemo.training.step import Phase, Run, distill_step
+from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Sample
 from tests.bars import relative_error
 from tests.distributed import cases

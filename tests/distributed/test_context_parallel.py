@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from opcd_nemo.batching import TokenBatch, pack, pad_stream
-from opcd_nemo.context_parallel import StreamShare
+from opcd_nemo.model.context_parallel import StreamShare
+from opcd_nemo.model.packing import TokenBatch, pack, pad_stream
 from tests.bars import check
 from tests.distributed import cases
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opcd_nemo.hf import open_checkpoint
+from opcd_nemo.formats.huggingface import open_checkpoint
 from tests.bars import check, relative_error
 from tests.distributed import reference
 from tests.distributed.cases import HEAD_LOSSES, HEAD_MODELS

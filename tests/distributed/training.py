@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from opcd_nemo import checkpoint
+from opcd_nemo.checkpoint import save_load as checkpoint
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.megatron import MegatronEngine
-from opcd_nemo.language_model import LanguageModel
 from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss, TopKLoss
 from opcd_nemo.metrics import Stats
-from opcd_nemo.optim import NonFiniteError, StudentOptimizer
-from opcd_nemo.parallel import Parallel
-from opcd_nemo.rollout import SamplingParams
-from opcd_nemo.step import Phase, Run, distill_step
-from opcd_nemo.teacher import Teacher
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.training.optim import NonFiniteError, StudentOptimizer
+from opcd_nemo.training.step import Phase, Run, distill_step
+from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Prompt, Sample
 from tests.distributed import cases
 from tests.distributed.cases import TrainCase

@@ -17,7 +17,7 @@ from pathlib import Path
 def main() -> None:
     models, results = Path(sys.argv[1]), Path(sys.argv[2])
     sys.stdout = sys.stderr
-    from opcd_nemo import _megatron_cpu
+    from opcd_nemo.distributed import _megatron_cpu
 
     _megatron_cpu.install()  # ranks that are forked later find it installed
     import tests.distributed.programs  # noqa: F401  # imported before the fork

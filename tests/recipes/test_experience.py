@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from opcd_nemo.folder_lock import lock_folder
+from opcd_nemo.storage.lock import lock_folder
 from tests.recipes.conftest import run_python
 
 SETTINGS = (

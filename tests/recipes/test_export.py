@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from opcd_nemo import durable
-from opcd_nemo.archive import read_whole, write_tar
-from opcd_nemo.hf import open_checkpoint
-from opcd_nemo.model_files import NEMO_CONFIG
-from opcd_nemo.model_folder import EVALUATION, open_package, read_record
+from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.locate import NEMO_CONFIG
+from opcd_nemo.formats.nemo import EVALUATION, open_package, read_record
+from opcd_nemo.storage import durable
+from opcd_nemo.storage.archive import read_whole, write_tar
 from tests.recipes.conftest import Train, run_python
 
 
@@ -76,7 +76,7 @@ RESTORE = """
 import multiprocessing, os, sys
 
 def main():
-    from opcd_nemo.nemo_model import OPCDModel
+    from opcd_nemo.trainer.model import OPCDModel
     config = OPCDModel.restore_from(sys.argv[1], return_config=True)
     config.parallel.tensor_model_parallel_size = 1
     model = OPCDModel.restore_from(sys.argv[1], override_config_path=config)
@@ -117,7 +117,7 @@ def test_nemo_restores_it_on_another_layout_and_saves_it_again(
 def test_an_injected_target_is_refused(
     key: str, value: object, word: str, exported: Path, tmp_path: Path
 ) -> None:
-    from opcd_nemo.nemo_model import OPCDModel
+    from opcd_nemo.trainer.model import OPCDModel
 
     folder = tmp_path / "hostile"
     shutil.copytree(exported / "mcore", folder)

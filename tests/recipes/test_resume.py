@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.durable import find_damage, read_manifest
-from opcd_nemo.folder_lock import lock_folder
 from opcd_nemo.metrics import read_metrics
+from opcd_nemo.storage.durable import find_damage, read_manifest
+from opcd_nemo.storage.lock import lock_folder
 from tests.crash import Job, outcome
 from tests.recipes.conftest import Train, run_python
 
@@ -67,7 +67,7 @@ _TAKEN_OVER = """
 import sys
 from pathlib import Path
 from opcd_nemo import package, report
-from opcd_nemo.launch import run_recipe
+from opcd_nemo.launch.ranks import run_recipe
 from recipes.train import load_main
 module, name = {"report": (report, "write_answers"), "package": (package, "write_tar")}[sys.argv[1]]
 write = getattr(module, name)

@@ -1,0 +1,1 @@
+"""A run's checkpoints: saving, loading, shards of the optimizer."""

@@ -1,0 +1,382 @@
+"""Distributed checkpoints (torch_dist): every rank writes its shards, any layout reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from opcd_nemo.checkpoint.optimizer_shards import whole_parameters
+from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan, write_index
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import SaveError
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.storage import durable
+from opcd_nemo.training.optim import StudentOptimizer
+from opcd_nemo.training.teacher import Teacher
+
+# gate and up under keys of their own: one key would put the padding of gate between them
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """A checkpoint on its way to its name."""
+
+    path: Path
+    temporary: Path
+    shards: ShardWriter
+    index: Index
+
+
+def save(
+    path: Path,
+    common: dict[str, Any],
+    student: LanguageModel,
+    optimizer: StudentOptimizer,
+    teacher: Teacher,
+    parallel: Parallel,
+) -> None:
+    """Write student and `common` under a temporary name, then publish the folder.
+
+    Collective over the world; see `start_save`.
+    """
+    started = start_save(path, common, student, optimizer, teacher, parallel, background=False)
+    publish(started, parallel, lambda: None)
+
+
+def start_save(
+    path: Path,
+    common: dict[str, Any],
+    student: LanguageModel,
+    optimizer: StudentOptimizer,
+    teacher: Teacher,
+    parallel: Parallel,
+    *,
+    background: bool,
+) -> Save:
+    """Begin to write a checkpoint; `publish` gives it its name.
+
+    Optimizer and a teacher that moves are written when `common` holds Lightning's
+    `optimizer_states`, that is unless the checkpoint callback says `save_weights_only`.
+    Collective over the world.
+
+    Args:
+        path: the folder that `publish` makes.
+        common: what is not sharded.
+        student: its weights.
+        optimizer: its state.
+        teacher: its state.
+        parallel: every rank writes one file.
+        background: write a copy in a thread while training goes on; else `publish` writes.
+
+    Raises:
+        SaveError: on every rank, when the folder cannot be made.
+    """
+    temporary = durable.partial(path)
+    error = None
+    if parallel.rank == 0:
+        error = _try(lambda: _make_empty(temporary))
+    _raise_from_rank_0(error, path, parallel)
+    state = {"student": _weights(student)}
+    if "optimizer_states" in common:
+        state |= _optimizer_to_save(state["student"], optimizer, parallel)
+        state |= _teacher_state(teacher)
+    _spread(state["student"], parallel)
+    whole = {**state, "common": common, "model": asdict(student.config)}
+    shards, index = _prepare(temporary, whole, parallel)
+    if background:
+        shards.start()
+    return Save(path=path, temporary=temporary, shards=shards, index=index)
+
+
+def _prepare(folder: Path, whole: dict[str, Any], parallel: Parallel) -> tuple[ShardWriter, Index]:
+    """This rank's file of a state, not yet written, and the index of all. Collective."""
+    sharded, unsharded = save_preprocess(whole, validate_access_integrity=True)
+    pieces, index = plan(sharded, parallel)
+    files = {"common.pt": _as_bytes(unsharded)} if parallel.rank == 0 else {}
+    return ShardWriter(folder, f"__{parallel.rank}_0.distcp", pieces, files), index
+
+
+def publish(save: Save, parallel: Parallel, fence: Callable[[], None]) -> None:
+    """Wait for every rank's files, then give the folder its name. Collective over the world.
+
+    Args:
+        save: what was begun.
+        parallel: the ranks.
+        fence: raises on rank 0, just before the renames, when the folder is no longer this run's.
+
+    Raises:
+        SaveError: on every rank, when one could not write; nothing is published.
+    """
+    _complete(save.shards, save.path, lambda parts: _publish(save, parts, fence), parallel)
+
+
+def _complete(
+    shards: ShardWriter,
+    path: Path,
+    complete: Callable[[Sequence[Written]], None],
+    parallel: Parallel,
+) -> None:
+    """Wait for every rank's files, then let rank 0 add what is about all. Collective."""
+    parts = parallel.gather_objects(shards.finish())
+    error = next((part.error for part in parts if part.error), None)
+    if error is None and parallel.rank == 0:
+        error = _try(lambda: complete(parts))
+    _raise_from_rank_0(error, path, parallel)
+
+
+def _try(write: Callable[[], None]) -> str | None:
+    """The error of a disk, in a line."""
+    try:
+        write()
+    except OSError as error:
+        return durable.describe(error)
+    return None
+
+
+def _raise_from_rank_0(error: str | None, path: Path, parallel: Parallel) -> None:
+    if error := parallel.gather_objects(error)[0]:
+        raise SaveError(f"checkpoint {path.name} is not saved: {error}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(save: Save, parts: Sequence[Written], fence: Callable[[], None]) -> None:
+    _write_index(save.temporary, save.index, parts)
+    entries = {name: entry for part in parts for name, entry in part.entries.items()}
+    for name in durable.files_in(save.temporary):
+        if name not in entries:
+            entries[name] = durable.measure(save.temporary / name, sync=True)
+    durable.publish(save.temporary, save.path, entries, fence)
+
+
+def _write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:
+    write_index(folder, index, parts)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _as_bytes(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _spread(weights: dict[str, Any], parallel: Parallel) -> None:
+    """Let the data-parallel ranks, which hold the same weights, take turns in writing them."""
+    for place, part in enumerate(weights.values()):
+        if hasattr(part, "replica_id"):
+            *others, dp_rank = part.replica_id
+            part.replica_id = (*others, (dp_rank + place) % parallel.dp)
+
+
+def save_weights(folder: Path, student: LanguageModel) -> None:
+    """Write the student alone into an empty folder. Collective over the world.
+
+    Raises:
+        SaveError: on every rank, when one could not write.
+    """
+    parallel, weights = student.parallel, _weights(student)
+    _spread(weights, parallel)
+    whole = {"student": weights, "model": asdict(student.config)}
+    shards, index = _prepare(folder, whole, parallel)
+    _complete(shards, folder, lambda parts: _write_index(folder, index, parts), parallel)
+
+
+def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint of the latest step whose files are as its manifest says.
+
+    Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
+    """
+    found = [(step, path) for path in folder.glob("*.ckpt") if (step := step_of(path)) >= 0]
+    for _, path in sorted(found, reverse=True):
+        damage = find_damage(path, parallel)
+        if damage is None:
+            return path
+        say(f"checkpoint set aside: {damage}")
+        if parallel.rank == 0:
+            durable.set_aside(path, ".damaged")
+        parallel.barrier()
+    return None
+
+
+def step_of(path: Path) -> int:
+    """How many steps a checkpoint's name says; -1 when it says nothing."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def find_damage(path: Path, parallel: Parallel) -> str | None:
+    """What is wrong with a checkpoint's files, the same on every rank. Collective."""
+    damage = None
+    try:
+        entries = durable.read_manifest(path)
+        names = sorted(entries)[parallel.rank :: parallel.world_size]
+        damage = durable.find_damage(path, entries, names)
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    return next((found for found in parallel.gather_objects(damage) if found), None)
+
+
+def weights_digest(student: LanguageModel) -> str:
+    """SHA-256 of the student's weights as this layout holds them. Collective over the world."""
+    mine = hashlib.sha256()
+    for parameter in student.module.parameters():
+        mine.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    parts = student.parallel.gather_objects(mine.hexdigest())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Lightning's part of a checkpoint, and what the model put beside it."""
+    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    return common
+
+
+def load(
+    path: Path, student: LanguageModel, optimizer: StudentOptimizer, teacher: Teacher
+) -> dict[str, Any]:
+    """Fill student, optimizer and teacher from a checkpoint of any layout; returns its `common`.
+
+    Raises:
+        ValueError: the checkpoint is of a model with another shape, or holds no optimizer, or not
+            the weights of a teacher of this life.
+    """
+    unsharded = dist_checkpointing.load_common_state_dict(str(path))
+    saved, wanted = unsharded["model"], student.config
+    for key, value in asdict(wanted).items():
+        if saved[key] != value:
+            raise ValueError(f"{path}: {key} is {saved[key]}; allowed: the student's {value}")
+    _prepare_loading(optimizer.optimizer)
+    state = {"student": _weights(student)}
+    if "optimizer_states" not in unsharded["common"]:
+        raise ValueError(
+            f"{path}: holds weights only; allowed: a checkpoint of "
+            "exp_manager.checkpoint_callback_params.save_weights_only=false"
+        )
+    state |= _optimizer_to_load(state["student"], optimizer)
+    state |= _teacher_state(teacher)
+    if "teacher" in state and unsharded.get("teacher_life") != teacher.life:
+        raise ValueError(
+            f"{path}: holds no weights of a teacher with teacher.life={teacher.life}; "
+            f"allowed: the checkpoint's teacher.life={unsharded.get('teacher_life', 'frozen')}"
+        )
+    loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
+    student.module.load_state_dict(loaded["student"], strict=True)
+    _load_optimizer(optimizer.optimizer, loaded["optimizer"])
+    optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    teacher.load_state(loaded.get("teacher", {}), optimizer.scheduler.num_steps)
+    common: dict[str, Any] = loaded["common"]
+    return common
+
+
+def _weights(student: LanguageModel) -> dict[str, Any]:
+    """The sharded weights; layouts pad them differently, always at the end of a dim."""
+    state: dict[str, Any] = student.module.sharded_state_dict(metadata=dict(_METADATA))
+    for name, part in state.items():
+        if "norm" in name:
+            continue
+        if isinstance(part, ShardedTensor):
+            part.allow_shape_mismatch = True
+        elif isinstance(part, ShardedTensorFactory):
+            part.build_fn = _allowing_mismatch(part.build_fn)
+    return state
+
+
+def _teacher_state(teacher: Teacher) -> dict[str, Any]:
+    """The sharded weights of a teacher that the student's present ones do not give."""
+    tensors = teacher.state()
+    if not tensors:
+        return {}
+    like = _weights(teacher.model)
+    sharded = {
+        name: make_sharded_optimizer_tensor(like[name], tensor, "teacher")
+        for name, tensor in tensors.items()
+    }
+    return {"teacher": sharded, "teacher_life": teacher.life}
+
+
+def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def build_allowing(*args: Any) -> list[Any]:
+        parts = build(*args)
+        for part in parts:
+            part.allow_shape_mismatch = True
+        return parts
+
+    return build_allowing
+
+
+def _optimizer_to_save(
+    weights: dict[str, Any], optimizer: StudentOptimizer, parallel: Parallel
+) -> dict[str, Any]:
+    (part,) = optimizer.optimizer.chained_optimizers
+    state = {"scheduler": optimizer.scheduler.state_dict()}
+    if not isinstance(part, DistributedOptimizer):
+        return {**state, "optimizer": part.sharded_state_dict(weights, metadata=dict(_METADATA))}
+    return {
+        **state,
+        "optimizer": {
+            **part.state_dict(),
+            "param_state": whole_parameters(part, weights, parallel),
+            "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"],
+        },
+    }
+
+
+def _optimizer_to_load(weights: dict[str, Any], optimizer: StudentOptimizer) -> dict[str, Any]:
+    # Megatron 0.16.1 leaves out the padding between buckets, but not from the parameters' offsets
+    for buffer in optimizer.ddp.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    return {
+        "optimizer": optimizer.optimizer.sharded_state_dict(
+            weights, is_loading=True, metadata=dict(_METADATA)
+        ),
+        "scheduler": optimizer.scheduler.state_dict(),
+    }
+
+
+def _prepare_loading(optimizer: Any) -> None:
+    """Give torch's AdamW the state Megatron's DistributedOptimizer loads into.
+
+    Megatron 0.16.1 expects a `step` that torch's AdamW has only after its first step.
+    """
+    for part in optimizer.chained_optimizers:
+        if hasattr(part, "init_state_fn"):
+            part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Fill the optimizer, with a step count of its own for every parameter.
+
+    Megatron 0.16.1 shares one step tensor among all parameters, so that AdamW would count it once
+    for each, and looks for a step in the loaded moments, where there is none.
+    """
+    (part,) = optimizer.chained_optimizers
+    moments = loaded.pop("param_state", None)
+    part.load_state_dict(loaded)
+    states = list(part.optimizer.state.values())
+    steps = [state.pop("step").clone() for state in states]
+    if moments is not None:
+        part.load_parameter_state_from_fully_reshardable(moments)
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step

@@ -1,0 +1,170 @@
+"""A chat in the terminal with a model, with and without its context side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo.config.plugs import build_plug, check_plug
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.context.sources import Context
+from opcd_nemo.distributed.groups import init_parallel
+from opcd_nemo.export.provenance import as_context, read_provenance
+from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.tokenizer import ChatTokenizer
+from opcd_nemo.model.language_model import LanguageModel, choose_dtype
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.types import Message, Prompt
+
+Say = Callable[[str], None]
+HELP = "/context shows the context, /reset forgets the chat, /quit (or end of input) ends"
+
+
+@dataclass(slots=True)
+class _Side:
+    """One of the two chats."""
+
+    title: str
+    context: Context
+    turns: list[Message] = field(default_factory=list)
+
+    @property
+    def opening(self) -> tuple[Message, ...]:
+        """What stands before the first question."""
+        return self.context.messages("")[:-1]
+
+    def wrapped(self, line: str) -> str:
+        """A question as this side reads it; experience stands around a chat's first alone."""
+        return line if self.turns else self.context.wrapped(line)
+
+
+class Chat:
+    """Two chats with one model that differ by the context alone."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: ChatTokenizer,
+        sampling: SamplingParams,
+        context: Context | None,
+        *,
+        max_positions: int,
+        seed: int,
+    ) -> None:
+        """Without a context there is one side only."""
+        self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
+        self._max_positions, self._seed, self._count = max_positions, seed, 0
+        self.context = context
+        self._sides = [_Side("without context", Context(system=None, demonstrations=()))]
+        if context is not None:
+            self._sides.append(_Side("with context", context))
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        for side in self._sides:
+            side.turns.clear()
+
+    def ask(self, line: str) -> list[str]:
+        """Put a question to every side; one line an answer."""
+        questions: list[Message] = [
+            {"role": "user", "content": side.wrapped(line)} for side in self._sides
+        ]
+        prompts = [
+            Prompt(
+                token_ids=self._tokenizer.render([*side.opening, *side.turns, question]),
+                index=index,
+            )
+            for index, (side, question) in enumerate(zip(self._sides, questions, strict=True))
+        ]
+        longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
+        if longest > self._max_positions:
+            return [f"the chat has outgrown {self._max_positions} tokens: /reset starts anew"]
+        samples = self._engine.generate(prompts, self._sampling, seed=self._seed, step=self._count)
+        self._count += 1
+        shown = []
+        for side, question, sample in zip(self._sides, questions, samples, strict=True):
+            answer = self._tokenizer.decode(sample.response_ids).strip()
+            side.turns += [question, {"role": "assistant", "content": answer}]
+            cut = "" if sample.finish_reason == "eos" else " [cut at max_new_tokens]"
+            shown.append(f"[{side.title}] {answer}{cut}")
+        return shown
+
+
+def open_chat(settings: DictConfig) -> Chat:
+    """Load the model that `conf/chat.yaml` names.
+
+    Raises:
+        ValueError: a key is wrong, before the model loads.
+    """
+    sampling, source = _sampling(settings), settings["from"]
+    if not isinstance(source, str):
+        raise ValueError(f"from={source}: allowed: a model")
+    engine: Any = OmegaConf.to_container(settings.engine, resolve=True)
+    check_plug("engine", engine)
+    checkpoint, tokenizer = open_checkpoint(source), ChatTokenizer.from_path(source)
+    context = _context(source, settings.system)
+    dtype = choose_dtype(settings.dtype, checkpoint.dtype)
+    parallel = init_parallel(ParallelConfig(**settings.parallel), settings.seed)
+    model = LanguageModel(checkpoint.config, parallel, dtype)
+    model.load(checkpoint)
+    built: RolloutEngine = build_plug(engine, model=model, eos_ids=tokenizer.eos_ids)
+    built.load_weights(0)
+    return Chat(
+        built,
+        tokenizer,
+        sampling,
+        context,
+        max_positions=checkpoint.config.max_positions,
+        seed=settings.seed,
+    )
+
+
+def run_chat(settings: DictConfig, lines: Iterable[str], say: Say) -> None:
+    """Answer every line, until `/quit` or the last one; errors as of `open_chat`."""
+    chat = open_chat(settings)
+    sides = "no context" if chat.context is None else "with and without its context"
+    say(f"{settings['from']}: {sides}; {HELP}")
+    for line in filter(None, map(str.strip, lines)):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+        elif line == "/context":
+            say("no context" if chat.context is None else _shown(chat.context))
+        elif line.startswith("/"):
+            say(f"{line}: no such command; {HELP}")
+        else:
+            for answer in chat.ask(line):
+                say(answer)
+
+
+def _context(source: str, system: Any) -> Context | None:
+    """The context given, or else the model's own."""
+    if system is not None:
+        return Context(system=str(system), demonstrations=())
+    described = read_provenance(source).context
+    return None if described is None else as_context(described, source)
+
+
+def _shown(context: Context) -> str:
+    lines = [text for text in (context.system, context.experience) if text is not None]
+    lines += [f"Q: {asked}\nA: {answered}" for asked, answered in context.demonstrations]
+    return "\n".join(lines)
+
+
+def _sampling(settings: DictConfig) -> SamplingParams:
+    for key, lowest in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
+        if not isinstance(settings[key], int | float) or settings[key] < lowest:
+            raise ValueError(f"{key}={settings[key]}: allowed: a number >= {lowest}")
+    if not 0 < settings.top_p <= 1:
+        raise ValueError(f"top_p={settings.top_p}: allowed: a number in (0, 1]")
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+    )

@@ -1,0 +1,224 @@
+"""The experience registry: a folder of entries that never change, and a history of selections.
+
+<registry>/entries/<content hash>.json    items, tokens, lineage, scores
+<registry>/history.jsonl                  one line a selection, the newest last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from difflib import unified_diff
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.context.items import as_text, content_hash
+from opcd_nemo.formats.locate import read_json
+from opcd_nemo.storage.durable import write_whole
+
+_ENTRIES, _HISTORY = "entries", "history.jsonl"
+_SHOWN_HASH = 12
+_ROLLBACK = "rollback from"
+COMMANDS = ("list", "show", "diff", "rollback")
+_USAGE = "list|show [entry]|diff <entry> <entry>|rollback, and registry=<folder>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One experience; `lineage`: model, seed, prompt version, problems; `scores` as they came."""
+
+    items: tuple[str, ...]
+    num_tokens: int
+    lineage: dict[str, Any]
+    scores: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Of the items alone: the same items are the same entry, whoever wrote them."""
+        return content_hash(self.items)
+
+
+class Registry:
+    """Entries and which of them is selected."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take a folder; it is made with the first entry."""
+        self.folder = folder
+
+    def add(self, entry: Entry) -> Path:
+        """Write an entry, unless its items are there already; returns its file."""
+        path = self.folder / _ENTRIES / f"{entry.hash}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(describe(entry), indent=1, ensure_ascii=False))
+        return path
+
+    def select(self, entry_hash: str, reason: str) -> None:
+        """Make an entry the selected one, unless it is; earlier selections stay in the history."""
+        selected = self.find(entry_hash)
+        if self.history() and self.history()[-1]["content_hash"] == selected.hash:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = json.dumps({"content_hash": selected.hash, "reason": reason, "time": now})
+        with (self.folder / _HISTORY).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rollback(self) -> Entry:
+        """Select again what was selected before the present selection; each goes a step further.
+
+        Raises:
+            ValueError: there was no other selection before.
+        """
+        hashes = self._not_rolled_back()
+        if len(hashes) < 2:
+            raise ValueError(
+                f"{self.folder}: {len(hashes)} selections; allowed: a rollback after two or more"
+            )
+        self.select(hashes[-2], f"{_ROLLBACK} {hashes[-1][:_SHOWN_HASH]}")
+        return self.find(hashes[-2])
+
+    def _not_rolled_back(self) -> list[str]:
+        """The selections that led to the present one, which is the last."""
+        hashes: list[str] = []
+        for line in self.history():
+            selected = line["content_hash"]
+            if line["reason"].startswith(_ROLLBACK) and selected in hashes[:-1]:
+                while hashes.pop() and hashes[-1] != selected:
+                    pass
+            else:
+                hashes.append(selected)
+        return hashes
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every selection, oldest first; a line that a crash cut off is not one."""
+        path = self.folder / _HISTORY
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def selected(self) -> Entry:
+        """Return the selected entry.
+
+        Raises:
+            ValueError: none is.
+        """
+        history = self.history()
+        if not history:
+            raise ValueError(
+                f"{self.folder}: nothing is selected; allowed: a registry with a "
+                "selected entry, or the file of an entry"
+            )
+        return self.find(history[-1]["content_hash"])
+
+    def find(self, entry_hash: str) -> Entry:
+        """Return the entry whose hash starts so.
+
+        Raises:
+            ValueError: none does, or several do, or its file is not what it was.
+        """
+        known = self._files()
+        found = [file for file in known if file.stem.startswith(entry_hash)] if entry_hash else []
+        if len(found) != 1:
+            names = ", ".join(file.stem[:_SHOWN_HASH] for file in known)
+            raise ValueError(
+                f"{self.folder}: {len(found)} entries start with {entry_hash!r}; allowed: the "
+                f"start of one of {names or 'none, for there is no entry'}"
+            )
+        return read_entry(found[0])
+
+    def entries(self) -> list[Entry]:
+        """Every entry, by its hash."""
+        return [read_entry(file) for file in self._files()]
+
+    def _files(self) -> list[Path]:
+        return sorted((self.folder / _ENTRIES).glob("*.json"))
+
+
+def read_entry(path: Path) -> Entry:
+    """Read an entry, or the one selected in a registry's folder.
+
+    Raises:
+        ValueError: it is not there, or it is not what its hash says.
+    """
+    if path.is_dir():
+        return Registry(path).selected()
+    stored = read_json(path)
+    try:
+        entry = Entry(
+            items=tuple(str(item) for item in stored["items"]),
+            num_tokens=int(stored["num_tokens"]),
+            lineage=dict(stored["lineage"]),
+            scores=dict(stored["scores"]),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error!r}); allowed: an entry") from error
+    if not entry.items or stored.get("content_hash") != entry.hash:
+        raise ValueError(
+            f"{path}: content_hash is {stored.get('content_hash')}; allowed: that of its "
+            f"{len(entry.items)} items, {entry.hash}"
+        )
+    return entry
+
+
+def table(registry: Registry) -> str:
+    """One line an entry: hash, items, tokens, its last score, whether it is selected."""
+    history = registry.history()
+    selected = history[-1]["content_hash"] if history else ""
+    lines = [f"{'entry':14}{'items':>6}{'tokens':>8}{'score':>8}  written by"]
+    for entry in registry.entries():
+        mark = "*" if entry.hash == selected else " "
+        score = entry.scores.get("validation")
+        shown = "" if score is None else f"{score:.3f}"
+        lines.append(
+            f"{mark} {entry.hash[:_SHOWN_HASH]}{len(entry.items):6}{entry.num_tokens:8}{shown:>8}  "
+            f"{entry.lineage.get('model', '')}"
+        )
+    return "\n".join(lines)
+
+
+def difference(before: Entry, after: Entry) -> str:
+    """The items that differ, as a unified diff."""
+    old, new = (as_text(entry.items).splitlines() for entry in (before, after))
+    names = before.hash[:_SHOWN_HASH], after.hash[:_SHOWN_HASH]
+    return "\n".join(unified_diff(old, new, *names, lineterm=""))
+
+
+def describe(entry: Entry) -> Mapping[str, Any]:
+    """An entry with its hash, as `show` prints it."""
+    return {"content_hash": entry.hash, **asdict(entry)}
+
+
+def run_command(words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Do a command of the registry; returns the exit code.
+
+    `registry=<folder>` names the registry; an entry by the start of its hash.
+    """
+    folders = [word.partition("=")[2] for word in words if word.startswith("registry=")]
+    command, *entries = [word for word in words if not word.startswith("registry=")]
+    try:
+        if len(folders) != 1 or not Path(folders[0]).is_dir():
+            raise ValueError(f"registry={', '.join(folders) or None}; allowed: a registry's folder")
+        registry = Registry(Path(folders[0]))
+        say(_answer(registry, command, entries))
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+def _answer(registry: Registry, command: str, entries: Sequence[str]) -> str:
+    counts = {"list": (0,), "show": (0, 1), "diff": (2,), "rollback": (0,)}
+    if len(entries) not in counts[command]:
+        raise ValueError(f"{command} {' '.join(entries)}; allowed: {_USAGE}")
+    if command == "list":
+        return table(registry)
+    if command == "diff":
+        return difference(registry.find(entries[0]), registry.find(entries[1]))
+    if command == "rollback":
+        return f"selected: {registry.rollback().hash}"
+    shown = registry.find(entries[0]) if entries else registry.selected()
+    return json.dumps(describe(shown), indent=1, ensure_ascii=False)

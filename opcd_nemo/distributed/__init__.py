@@ -1,0 +1,1 @@
+"""Process groups, collectives, the device, and the CPU stand-in of Megatron."""

@@ -1,0 +1,382 @@
+"""Devices, process groups and collectives: the one place where CPU and GPU differ.
+
+`init_parallel` decides device and backend, creates Megatron's groups over tensor (tp), pipeline
+(pp), data (dp) and context (cp) axes, seeds, and returns a frozen `Parallel` for everybody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib.util
+import logging
+import math
+import os
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from opcd_nemo.distributed import _megatron_cpu
+from opcd_nemo.types import Fp8Format, LayerSpec
+
+_log = logging.getLogger(__name__)
+
+LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
+
+
+class ParallelSettings(Protocol):
+    """The fields of `conf/parallel/*.yaml` that set-up reads."""
+
+    device: str
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    sequence_parallel: bool
+    layer_spec: str
+    context_parallel_size: int
+    recompute_modules: list[str]
+    fp8: Any
+    threads_per_rank: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """Where this process stands on the axes, and the collectives over them.
+
+    Context parallelism is a part of data parallelism: each of the dp ranks samples its own prompts,
+    and cp neighbours among them share the passes that train and score.
+    """
+
+    device: torch.device
+    device_reason: str
+    layer_spec: LayerSpec
+    rank: int
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    cp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    cp_rank: int
+    sequence_parallel: bool
+    recompute_modules: tuple[str, ...]
+    fp8: Fp8Format | None
+    tp_group: Any
+    pp_group: Any
+    dp_group: Any
+    cp_group: Any
+    in_flight: deque[tuple[Any, torch.Tensor]] = field(default_factory=deque)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output head and computes the loss."""
+        return self.pp_rank == self.pp - 1
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous share of `count` global indices, over dp."""
+        return range(count * self.dp_rank // self.dp, count * (self.dp_rank + 1) // self.dp)
+
+    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over data-parallel ranks. Collective over dp."""
+        if self.dp > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def sum_over_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over context-parallel ranks. Collective over cp."""
+        if self.cp > 1:
+            dist.all_reduce(tensor, group=self.cp_group)
+        return tensor
+
+    def max_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum in place over every rank. Collective over the world."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def sum_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over every rank. Collective over the world."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill `tensor` on every stage with the last stage's values. Collective over pp."""
+        if self.pp > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.pp_group, self.pp - 1), self.pp_group)
+        return tensor
+
+    def gather_vocabulary(self, local_BV: torch.Tensor) -> torch.Tensor:
+        """Concatenate equal vocabulary shards on the last dim. Collective over tp."""
+        if self.tp == 1:
+            return local_BV
+        parts = [torch.empty_like(local_BV) for _ in range(self.tp)]
+        dist.all_gather(parts, local_BV.contiguous(), group=self.tp_group)
+        return torch.cat(parts, dim=-1)
+
+    def gather_tp_shards(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The equally shaped tensors of all tensor-parallel ranks. Collective over tp."""
+        parts = [torch.empty_like(tensor) for _ in range(self.tp)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.tp_group)
+        return parts
+
+    def send_to_stage(self, tensor: torch.Tensor, stage: int) -> None:
+        """Start sending to the rank of `stage` with the same tp and dp rank; see `flush`."""
+        self._send(tensor, dist.get_global_rank(self.pp_group, stage))
+
+    def send_over_dp(self, tensor: torch.Tensor, dp_rank: int) -> None:
+        """Start sending to a data-parallel rank with the same tp and pp rank; see `flush`."""
+        self._send(tensor, dist.get_global_rank(self.dp_group, dp_rank))
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> None:
+        tensor = tensor.contiguous()
+        self.in_flight.append((dist.isend(tensor, rank), tensor))
+        while len(self.in_flight) > 8:
+            self.in_flight.popleft()[0].wait()
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        while self.in_flight:
+            self.in_flight.popleft()[0].wait()
+
+    def receive_from_stage(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
+        """Fill `buffer` from the rank of `stage` with the same tp and dp rank."""
+        dist.recv(buffer, dist.get_global_rank(self.pp_group, stage))
+        return buffer
+
+    def receive_over_dp(self, buffer: torch.Tensor, dp_rank: int) -> torch.Tensor:
+        """Fill `buffer` from a data-parallel rank with the same tp and pp rank."""
+        dist.recv(buffer, dist.get_global_rank(self.dp_group, dp_rank))
+        return buffer
+
+    def gather_objects(self, value: object) -> list[Any]:
+        """Every rank's picklable `value`, in rank order. Collective over the world."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_over_dp(self, values: Sequence[Any]) -> list[Any]:
+        """The concatenation of every data-parallel rank's `values`. Collective over dp."""
+        return _gather_values(values, self.dp, self.dp_group)
+
+    def gather_over_cp(self, values: Sequence[Any]) -> list[Any]:
+        """The concatenation of every context-parallel rank's `values`. Collective over cp."""
+        return _gather_values(values, self.cp, self.cp_group)
+
+    def give_back_memory(self) -> None:
+        """Return freed memory to the system: between phases of a step, large pieces lie idle."""
+        if self.device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
+        else:
+            torch.cuda.empty_cache()
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective over the world."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _gather_values(values: Sequence[Any], size: int, group: Any) -> list[Any]:
+    if size == 1:
+        return list(values)
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, list(values), group=group)
+    return [value for part in parts for value in part]
+
+
+def environment_world() -> tuple[int, int]:
+    """Rank and world size that the launcher (torchrun, srun) put in the environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
+    """Resolve `parallel.device`; returns the device and why it was chosen.
+
+    Raises:
+        ValueError: CUDA is asked for and there are fewer GPUs than ranks.
+    """
+    gpus = torch.cuda.device_count()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cpu":
+        return torch.device("cpu"), "parallel.device=cpu"
+    if gpus >= ranks_per_node:
+        return torch.device("cuda", local_rank), f"{gpus} GPUs for {ranks_per_node} ranks"
+    if device == "auto":
+        return torch.device("cpu"), f"auto: {gpus} GPUs for {ranks_per_node} ranks"
+    raise ValueError(
+        f"parallel.device={device}: {gpus} GPUs for {ranks_per_node} ranks; "
+        "allowed: as many GPUs as ranks, or parallel.device=cpu"
+    )
+
+
+def backend_version(device: torch.device) -> str:
+    """The library of collectives on this device, with its version where it has one."""
+    if device.type == "cpu":
+        return "gloo"
+    if not dist.is_nccl_available():
+        raise ValueError("this build of torch has no NCCL; allowed: a build for CUDA")
+    return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def check_layout(world_size: int, tp: int, pp: int, cp: int) -> None:
+    """Refuse a world that the sizes do not divide.
+
+    Raises:
+        ValueError: naming the keys and the world size.
+    """
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size="
+            f"{pp} = {tp * pp} does not divide the world size {world_size}; "
+            "allowed: a world size that is a multiple of their product"
+        )
+    dp = world_size // (tp * pp)
+    if dp % cp:
+        raise ValueError(
+            f"parallel.context_parallel_size={cp} does not divide the {dp} data-parallel ranks of "
+            f"world size {world_size}; allowed: a divisor of that"
+        )
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, dp: int, cp: int) -> None:
+    """Refuse a batch that does not come out even over ranks and micro-batches.
+
+    Raises:
+        ValueError: naming the keys and the data-parallel ranks.
+    """
+    ranks = f"{dp} data-parallel ranks"
+    unit = micro_batch_size * dp
+    if cp > 1:  # neighbours share micro-batches
+        unit = math.lcm(micro_batch_size * dp // cp, dp)
+        ranks = f"{dp // cp} groups of context-parallel ranks, and of {ranks}"
+    if global_batch_size % unit:
+        raise ValueError(
+            f"batching.global_batch_size={global_batch_size}: allowed: a multiple of "
+            f"batching.micro_batch_size={micro_batch_size} x {ranks}"
+        )
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed (it must not be, on a CPU)."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def choose_layer_spec(layer_spec: str, device: torch.device) -> LayerSpec:
+    """Resolve `parallel.layer_spec`.
+
+    Raises:
+        ValueError: Transformer Engine is asked for on a CPU, or is not installed.
+    """
+    there = has_transformer_engine()
+    if layer_spec == "te" and (device.type == "cpu" or not there):
+        why = "it needs a GPU" if device.type == "cpu" else "Transformer Engine is not installed"
+        raise ValueError(f"parallel.layer_spec=te: {why}; allowed: auto or local here")
+    if layer_spec == "auto":
+        return "te" if device.type != "cpu" and there else "local"
+    return "te" if layer_spec == "te" else "local"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def init_parallel(settings: ParallelSettings, seed: int) -> Parallel:
+    """Start the process group and Megatron's groups. Collective over the world.
+
+    Raises:
+        ValueError: the layout does not fit the world, or the rendezvous port is in use.
+    """
+    rank, world_size = environment_world()
+    check_layout(
+        world_size,
+        settings.tensor_model_parallel_size,
+        settings.pipeline_model_parallel_size,
+        settings.context_parallel_size,
+    )
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    device, reason = choose_device(settings.device, local_world)
+    spec = choose_layer_spec(settings.layer_spec, device)
+    torch.set_num_threads(settings.threads_per_rank)
+    if device.type == "cpu":
+        _megatron_cpu.install()
+    else:
+        torch.cuda.set_device(device)
+    _start_process_group(device, rank, world_size, settings.timeout_s)
+    return _create_groups(settings, device, reason, spec, seed)
+
+
+def _start_process_group(
+    device: torch.device, rank: int, world_size: int, timeout_s: float
+) -> None:
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is in use; "
+            "allowed: a free port, or parallel.port=0 to take any"
+        ) from error
+
+
+def _create_groups(
+    settings: ParallelSettings, device: torch.device, reason: str, spec: LayerSpec, seed: int
+) -> Parallel:
+    from megatron.core import parallel_state, tensor_parallel
+
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=settings.context_parallel_size,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Parallel(
+        device=device,
+        device_reason=reason,
+        layer_spec=spec,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp=tp,
+        pp=pp,
+        dp=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        cp=parallel_state.get_context_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        sequence_parallel=settings.sequence_parallel,
+        recompute_modules=tuple(settings.recompute_modules),
+        fp8=settings.fp8,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )

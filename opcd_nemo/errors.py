@@ -1,0 +1,87 @@
+"""What ends a program: a mistake that its user can mend, and the other ways a run ends early."""
+
+from __future__ import annotations
+
+
+class _Absent:
+    """The value of a key that has none, or of a key that is a file or a package."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, told in one line.
+
+    Programs print the line and end with exit code 2; every other exception gets a traceback.
+
+    Attributes:
+        key: the configuration key, environment variable, file or command that is wrong.
+        value: its value; `ABSENT` where the line should not show one.
+        allowed: what is accepted instead, in words.
+        problem: what is wrong with the value, where that is not plain from `allowed`.
+        where: the file or server in which the key was found, where that is not the configuration.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        value: object = ABSENT,
+        allowed: str = "",
+        *,
+        problem: str | None = None,
+        where: str | None = None,
+    ) -> None:
+        assert allowed, "a user must be told what is accepted"
+        self.key, self.value, self.allowed = key, value, allowed
+        self.problem, self.where = problem, where
+        super().__init__(key, value, allowed)
+
+    def __str__(self) -> str:
+        """`[where: ]key=value[: problem]; allowed: ...` in one line."""
+        shown = self.key if self.value is ABSENT else f"{self.key}={_in_words(self.value)}"
+        parts = (self.where, shown, self.problem)
+        line = ": ".join(part for part in parts if part is not None)
+        return " ".join(f"{line}; allowed: {self.allowed}".split())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy all fields to another process."""
+        return _rebuilt, (self.key, self.value, self.allowed, self.problem, self.where)
+
+
+def _rebuilt(
+    key: str, value: object, allowed: str, problem: str | None, where: str | None
+) -> UserError:
+    return UserError(key, value, allowed, problem=problem, where=where)
+
+
+def _in_words(value: object) -> str:
+    """A value as YAML would write it, as far as a user must recognise it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+class StoppedBySignal(Exception):
+    """A run ended early, at a step boundary, with a checkpoint."""
+
+
+class StoppedByFile(Exception):
+    """A run ended early because its folder has the file STOP; it is not to be started again."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; nothing was updated."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
+class CheckFailed(RuntimeError):
+    """The doctor found what would go wrong in a run, and has said what mends it."""

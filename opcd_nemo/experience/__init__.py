@@ -1,0 +1,1 @@
+"""The experience pipeline: extract, score, select, consolidate, evaluate."""

@@ -1,0 +1,122 @@
+"""From any kind of model to a Hugging Face folder, a `.nemo` file or what that holds, unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo.config.stored import check_stored, escaped, parse_stored
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.distributed.groups import init_parallel
+from opcd_nemo.export.package import write_package
+from opcd_nemo.export.provenance import read_provenance
+from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.locate import NEMO_CONFIG, model_kind, resolve_model_path, write_json
+from opcd_nemo.formats.nemo import open_package, read_checkpoint
+from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
+from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
+from opcd_nemo.storage.archive import read_whole
+
+# the user's own, perhaps; restoring refuses those
+_PLUGS = ("task", "retention", "context", "engine", "loss")
+FORMATS = ("hf", "nemo", "mcore")
+
+
+def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Path:
+    """Convert a model; the file or folder is there whole, or not at all.
+
+    Args:
+        settings: `conf/export.yaml`.
+        default_config: what a package of a model that was not trained here is configured as.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: a key is wrong, the source is damaged, or the target is there already.
+    """
+    source, target = str(settings["from"]), _target(settings)
+    checkpoint = open_checkpoint(source)
+    dtype = choose_dtype(settings.dtype, checkpoint.dtype)
+    ChatTokenizer.from_path(source)  # refuses now what could not be written later
+    provenance = read_provenance(source)
+    if settings.format == "hf":
+
+        def write_others(folder: Path) -> None:
+            write_tokenizer(source, folder)
+            for name, values in provenance.files().items():
+                write_json(folder / name, values)
+
+        write_hf_folder(
+            target,
+            checkpoint.config,
+            checkpoint.tensors(),
+            dtype,
+            max_file_bytes=settings.max_file_bytes,
+            write_others=write_others,
+        )
+        return target
+    if dtype not in DTYPES.values():
+        raise ValueError(f"from={source}: is stored in {dtype}; allowed: dtype=bf16 or dtype=fp32")
+    parallel = init_parallel(ParallelConfig(**settings.parallel), seed=0)
+    student = LanguageModel(checkpoint.config, parallel, dtype)
+    student.load(checkpoint)
+    write_package(
+        target,
+        student,
+        config_yaml=package_config(source, default_config),
+        tokenizer_path=source,
+        provenance=provenance,
+    )
+    return target
+
+
+def package_config(source: str, default_config: Callable[[], DictConfig]) -> str:
+    """The text of `model_config.yaml` for the model at `source`."""
+    found = resolve_model_path(source)
+    kind = model_kind(found)
+    if kind == "nemo":
+        text = read_whole(open_package(found), NEMO_CONFIG)
+        parse_stored(text, f"{found}: {NEMO_CONFIG}")
+        return text.decode()
+    if kind == "checkpoint":
+        config = read_checkpoint(found).config
+        check_stored({key: one for key, one in config.items() if key not in _PLUGS}, str(found))
+        return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
+    made: Any = OmegaConf.to_container(default_config(), resolve=True)
+    made["student"]["path"] = source
+    return OmegaConf.to_yaml(OmegaConf.create(nemo_config(made)))
+
+
+def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
+    plain = {key: value for key, value in config.items() if key != "context_hash"}
+    written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.trainer.model.OPCDModel"})
+    return written
+
+
+def _target(settings: DictConfig) -> Path:
+    for key in ("from", "to"):
+        if not isinstance(settings[key], str) or not settings[key]:
+            raise ValueError(f"{key}={settings[key]}: allowed: a path")
+    if settings.format not in FORMATS:
+        raise ValueError(f"format={settings.format}: allowed: {', '.join(FORMATS)}")
+    choose_dtype(settings.dtype, torch.float32)
+    if type(settings.max_file_bytes) is not int or settings.max_file_bytes < 1:
+        raise ValueError(f"max_file_bytes={settings.max_file_bytes}: allowed: bytes of a file")
+    path = Path(settings.to)
+    if (path.suffix == ".nemo") != (settings.format == "nemo"):
+        raise ValueError(
+            f"to={path}: allowed with format={settings.format}: "
+            f"{'a name' if settings.format == 'nemo' else 'a folder, not'} ending in .nemo"
+        )
+    if Path(settings["from"]).absolute() in path.absolute().parents:
+        raise ValueError(f"to={path}: allowed: a place outside {settings['from']}")
+    if path.exists():
+        raise ValueError(f"to={path}: is already there; allowed: a new path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

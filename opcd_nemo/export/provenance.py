@@ -1,0 +1,184 @@
+"""Where a model comes from: its context, its scores, the licence of what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.stored import escaped
+from opcd_nemo.context.sources import Context, ContextSource, content_hash
+from opcd_nemo.formats.gguf import GgufFile
+from opcd_nemo.formats.locate import model_kind, read_json, resolve_model_path
+from opcd_nemo.formats.nemo import (
+    CONTEXT,
+    EVALUATION,
+    LICENCE,
+    base_path,
+    open_package,
+    read_checkpoint,
+    read_record,
+)
+
+SUMMARY = "summary.json"  # of a run
+_LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What goes with weights wherever they go; plain values.
+
+    `context`: system, demonstrations, content_hash and lineage (who wrote it, from what); None when
+    the model was not distilled here. `evaluation`: the run's summary. `licence`: of the base model.
+    """
+
+    context: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    licence: dict[str, Any]
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """As the files of a package."""
+        named = {CONTEXT: self.context, EVALUATION: self.evaluation, LICENCE: self.licence}
+        return {name: values for name, values in named.items() if values is not None}
+
+
+def read_provenance(path: str) -> Provenance:
+    """What is known of the model at `path`.
+
+    Raises:
+        ValueError: nothing is there, or it is not readable.
+    """
+    found = resolve_model_path(path)
+    kind = model_kind(found)
+    if kind == "nemo":
+        files = open_package(found)
+        names = files.sizes()
+        records = {
+            name: read_record(files, name) if name in names else None
+            for name in (CONTEXT, EVALUATION, LICENCE)
+        }
+        return Provenance(
+            context=records[CONTEXT],
+            evaluation=records[EVALUATION],
+            licence=records[LICENCE] or _not_stated(path),
+        )
+    if kind == "checkpoint":
+        checkpoint = read_checkpoint(found)
+        return Provenance(
+            context=checkpoint.context,
+            evaluation=_run_summary(found, checkpoint.step),
+            licence=base_licence(path),
+        )
+    return Provenance(context=None, evaluation=None, licence=base_licence(path))
+
+
+def freeze_context(config: DictConfig) -> DictConfig:
+    """The configuration with its experience written out: it means the same without a registry."""
+    plug: Any = OmegaConf.to_container(config.context, resolve=True)
+    source: ContextSource = build_plug(plug)
+    frozen = source.frozen()
+    if frozen is None:
+        return config
+    changed = config.copy()
+    with open_dict(changed):
+        changed.context = escaped(frozen)
+    return changed
+
+
+def describe_context(plug: Mapping[str, Any]) -> dict[str, Any]:
+    """A configured context with its hash and lineage; of a pool every one."""
+    source: ContextSource = build_plug(dict(plug))
+    described = [_described(context) for context in source.contexts()]
+    if len(described) == 1:
+        return {**described[0], "lineage": dict(source.lineage)}
+    return {
+        "pool": described,
+        "content_hash": content_hash(source),
+        "lineage": dict(source.lineage),
+    }
+
+
+def _described(context: Context) -> dict[str, Any]:
+    return {
+        "system": context.system,
+        "demonstrations": [list(pair) for pair in context.demonstrations],
+        "experience": context.experience,
+        "wrap": context.wrap,
+        "content_hash": context.content_hash,
+    }
+
+
+def as_context(described: Mapping[str, Any], where: str) -> Context:
+    """The inverse of `describe_context`; of a pool the first context.
+
+    Raises:
+        ValueError: it is not what `describe_context` makes, or its hash is not its content's.
+    """
+    try:
+        described = described["pool"][0] if "pool" in described else described
+        pairs = described["demonstrations"]
+        context = Context(
+            system=_text(described["system"]),
+            demonstrations=tuple((str(asked), str(answered)) for asked, answered in pairs),
+            experience=_text(described.get("experience")),
+            wrap=_text(described.get("wrap")),
+        )
+        stated = described["content_hash"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot be read ({error!r}); allowed: a context") from error
+    if context.content_hash != stated:
+        raise ValueError(
+            f"{where}: content_hash is {stated}; allowed: that of its text, {context.content_hash}"
+        )
+    return context
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def base_licence(path: str) -> dict[str, Any]:
+    """What the base model's own files say of its licence; the texts of its licence files.
+
+    Raises:
+        ValueError: the base model is not there.
+    """
+    found = resolve_model_path(base_path(path))
+    kind = model_kind(found)
+    if kind == "nemo":
+        return read_provenance(str(found)).licence
+    if kind == "gguf":
+        stated, texts = GgufFile(found).metadata.get("general.license"), {}
+    else:
+        stated = _front_matter(found / "README.md").get("license")
+        texts = {
+            name: (found / name).read_text(encoding="utf-8", errors="replace")
+            for name in _LICENCE_FILES
+            if (found / name).is_file()
+        }
+    return {"base_model": path, "licence": stated or "not stated", "texts": texts}
+
+
+def _not_stated(path: str) -> dict[str, Any]:
+    return {"base_model": path, "licence": "not stated", "texts": {}}
+
+
+def _front_matter(readme: Path) -> dict[str, str]:
+    """The `key: value` lines between the `---` of a model card."""
+    if not readme.is_file():
+        return {}
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
+    lines = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
+    pairs = (line.partition(":") for line in lines if ":" in line and not line.startswith(" "))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _run_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """The summary of the checkpoint's run, when it is about this step's weights."""
+    file = checkpoint.parent.parent / SUMMARY
+    summary = read_json(file) if file.is_file() else {}
+    return summary if summary.get("steps") == step else None

@@ -1,0 +1,1 @@
+"""Models and tokenizers on disk: Hugging Face, GGUF, `.nemo`, checkpoints."""

@@ -1,0 +1,174 @@
+"""What a `.nemo` file holds, packed or unpacked, and what a training checkpoint says of its model.
+
+    model_config.yaml     the run's configuration, as NeMo wants it
+    hf/                   config.json, tokenizer files, chat template, generation settings
+    model_weights/        the student, a torch_dist checkpoint that any layout reads
+    context.json evaluation.json licence.json manifest.json
+
+Export to Hugging Face is `hf/` with safetensors added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.formats.locate import NEMO_CONFIG, model_kind, parse_json, resolve_model_path
+from opcd_nemo.formats.torch_dist import read_plain
+from opcd_nemo.storage import durable
+from opcd_nemo.storage.archive import Files, FolderFiles, open_files, read_whole
+from opcd_nemo.storage.durable import MANIFEST
+
+HF, WEIGHTS = "hf/", "model_weights/"
+CONTEXT, EVALUATION, LICENCE = "context.json", "evaluation.json", "licence.json"
+_BLOCK = 1 << 22
+_MAX_HOPS = 16
+_ALLOWED = re.compile(
+    rf"{NEMO_CONFIG}|{CONTEXT}|{EVALUATION}|{LICENCE}|{MANIFEST}"
+    rf"|{HF}[\w.-]+\.(json|jinja|txt|model|md)"
+    rf"|{WEIGHTS}(\.metadata|metadata\.json|common\.pt|__\d+_\d+\.distcp)"
+)
+
+
+class CheckedFiles:
+    """Files with a manifest: each is compared with it, whole, before its first byte is used.
+
+    A rank that needs some of the files reads no others.
+    """
+
+    def __init__(self, files: Files) -> None:
+        """Read the manifest.
+
+        Raises:
+            ValueError: there is none, or it names other files.
+        """
+        self.where = files.where
+        self._files, self._sizes = files, files.sizes()
+        there = [name for name in self._sizes if name != MANIFEST]
+        text = read_whole(files, MANIFEST)
+        self._unchecked = durable.parse_manifest(text, there, f"{self.where}: ")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return self._sizes
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a file from `start`.
+
+        Raises:
+            ValueError: the file is not as the manifest says.
+        """
+        if name not in self._sizes:
+            raise ValueError(f"{self.where}: has no {name}; allowed: what its manifest says")
+        entry = self._unchecked.get(name)
+        if entry is not None:
+            self._check(name, entry)
+            del self._unchecked[name]
+        return self._files.read(name, start, count)
+
+    def _check(self, name: str, entry: durable.Entry) -> None:
+        digest, size = hashlib.sha256(), self._sizes[name]
+        for start in range(0, size, _BLOCK):
+            digest.update(self._files.read(name, start, min(_BLOCK, size - start)))
+        if (size, digest.hexdigest()) != (entry.num_bytes, entry.sha256):
+            raise ValueError(
+                f"{self.where}: {name} is damaged ({size} bytes of {entry.num_bytes}, or another "
+                "SHA-256); allowed: what its manifest says"
+            )
+
+
+def open_training_checkpoint(path: Path) -> Files:
+    """The files of a checkpoint of train.py.
+
+    Raises:
+        ValueError: it has no manifest.
+    """
+    return CheckedFiles(FolderFiles(path))
+
+
+def open_package(path: Path) -> Files:
+    """The files of a `.nemo`, or of a folder that one was unpacked to.
+
+    Raises:
+        ValueError: a file that a package does not have (pickled weights, for one), or as of
+            `archive.TarFiles`.
+    """
+    files = open_files(path)
+    if unknown := [name for name in files.sizes() if _ALLOWED.fullmatch(name) is None]:
+        raise ValueError(
+            f"{path}: member {unknown[0]!r} is unexpected; allowed: {NEMO_CONFIG}, {HF}, "
+            f"{WEIGHTS} (torch_dist), {CONTEXT}, {EVALUATION}, {LICENCE}, {MANIFEST}"
+        )
+    return CheckedFiles(files)
+
+
+def read_record(files: Files, name: str) -> dict[str, Any]:
+    """One of the package's JSON files."""
+    return parse_json(read_whole(files, name), f"{files.where}: {name}")
+
+
+def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:
+    """The `hf/` files in a folder that is removed with the returned object."""
+    folder = tempfile.TemporaryDirectory()
+    for name in files.sizes():
+        if name.startswith(HF):
+            (Path(folder.name) / name.removeprefix(HF)).write_bytes(read_whole(files, name))
+    return folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCheckpoint:
+    """What a checkpoint of train.py says beside its tensors.
+
+    `model`: fields of the student's `ModelConfig`; `config`: of the run, with its context hash;
+    `context`: as `provenance.describe_context` gives it.
+    """
+
+    step: int
+    model: dict[str, Any]
+    config: dict[str, Any]
+    context: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Read a checkpoint's plain part.
+
+    Raises:
+        ValueError: it is damaged, or not one of train.py.
+    """
+    plain = read_plain(open_training_checkpoint(path))
+    try:
+        state, model = plain["common"], plain["model"]
+        found = TrainingCheckpoint(
+            step=int(state["global_step"]),
+            model=dict(model),
+            config=dict(state["opcd"]["config"]),
+            context=dict(state["opcd"]["context"]),
+        )
+        str(found.config["student"]["path"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: its {error} is missing; allowed: a checkpoint of this version's train.py"
+        ) from error
+    return found
+
+
+def base_path(path: str) -> str:
+    """Where the tokenizer of a model is: follows training checkpoints to what they started from.
+
+    Raises:
+        ValueError: something on the way is not there, or the way does not end.
+    """
+    for _ in range(_MAX_HOPS):
+        found = resolve_model_path(path)
+        if model_kind(found) != "checkpoint":
+            return path
+        path = str(read_checkpoint(found).config["student"]["path"])
+    raise ValueError(
+        f"{path}: student.path leads from checkpoint to checkpoint without an end; "
+        "allowed: one that starts from a model"
+    )

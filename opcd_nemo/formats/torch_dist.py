@@ -1,0 +1,234 @@
+"""Tensors of a torch_dist checkpoint, read one at a time, in place, without a process group.
+
+The index of such a checkpoint is a pickle. It is read with stand-ins for the few classes that an
+index has: nothing of torch is called or changed. The pieces of the tensors and the plain part are
+read by torch's `weights_only` loader.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_nemo.storage.archive import Files, read_whole
+
+INDEX, PLAIN = ".metadata", "common.pt"
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_INDEX_CLASSES = {
+    "torch.serialization": {"_get_layout"},
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
+    f"{_CHECKPOINT}.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+}
+_MAX_CHUNKS = 4096  # of one tensor
+
+
+class _StandIn:
+    """An object of the index: its fields, and nothing that runs."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if name in _INDEX_CLASSES.get(module, ()):
+            return type(name, (_StandIn,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Where a rectangle of a tensor is: in the tensor, and in the files."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+    def meets(self, other: _Piece) -> bool:
+        return all(
+            a < b + n and b < a + m
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[_Piece, ...]
+
+
+class DistributedTensors:
+    """What one torch_dist checkpoint holds."""
+
+    def __init__(self, files: Files, folder: str = "") -> None:
+        """Read the index; `folder` is where in `files` the checkpoint is, with its `/`.
+
+        Raises:
+            ValueError: there is no index, or it is not one.
+        """
+        self._files, self._folder = files, folder
+        self.where = f"{files.where}: {folder}"
+        raw = read_whole(files, f"{folder}{INDEX}")
+        try:
+            self._tensors = _entries(_IndexUnpickler(io.BytesIO(raw)).load())
+        except Exception as error:  # a hostile pickle may raise anything
+            raise ValueError(
+                f"{self.where}{INDEX}: refused ({error}); allowed: the index of a checkpoint"
+            ) from error
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its type."""
+        return self._tensors[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Put a tensor together from the pieces that the ranks wrote.
+
+        Raises:
+            ValueError: a piece is missing, damaged or of another shape.
+        """
+        entry = self._tensors[name]
+        self._check_pieces(name, entry)
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        for piece in entry.pieces:
+            place = out
+            for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+                place = place.narrow(dim, start, size)
+            place.copy_(self._read(name, piece, entry.dtype))
+        return out
+
+    def _check_pieces(self, name: str, entry: _Entry) -> None:
+        """Before memory is taken: the pieces are there, and are the tensor, each value once."""
+        there = self._files.sizes()
+        fits = all(
+            prod(piece.sizes) * entry.dtype.itemsize <= piece.length
+            and piece.start + piece.length <= there.get(f"{self._folder}{piece.file}", -1)
+            for piece in entry.pieces
+        )
+        whole = sum(prod(piece.sizes) for piece in entry.pieces) == prod(entry.shape)
+        apart = not any(one.meets(other) for one, other in combinations(entry.pieces, 2))
+        if not (fits and whole and apart):
+            raise ValueError(
+                f"{self.where}{name}: its pieces are not the whole tensor, each value once, in "
+                "files that are there; allowed: a whole checkpoint"
+            )
+
+    def _read(self, name: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
+        try:
+            data = self._files.read(f"{self._folder}{piece.file}", piece.start, piece.length)
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and pickle raise many kinds
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ValueError(
+                f"{self.where}{name}: cannot be read ({first}); allowed: a whole checkpoint"
+            ) from error
+        is_tensor = isinstance(tensor, Tensor)
+        if not is_tensor or (tuple(tensor.shape), tensor.dtype) != (piece.sizes, dtype):
+            raise ValueError(
+                f"{self.where}{name}: a piece is not {piece.sizes} {dtype}; "
+                "allowed: what the index says"
+            )
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def _entries(index: Any) -> dict[str, _Entry]:
+    """The tensors of an index of stand-ins; anything odd raises."""
+    places = {}
+    for key, place in index.storage_data.items():
+        offset = getattr(key, "offset", None)  # bytes have none
+        if offset is not None:
+            places[key.fqn, _numbers(offset)] = place
+    return {
+        str(name): _entry(str(name), one, places)
+        for name, one in index.state_dict_metadata.items()
+        if hasattr(one, "chunks")
+    }
+
+
+def _entry(name: str, one: Any, places: dict[Any, Any]) -> _Entry:
+    shape, dtype = _numbers(one.size), one.properties.state[0]
+    if not isinstance(dtype, torch.dtype) or len(one.chunks) > _MAX_CHUNKS:
+        raise ValueError(f"{name} is no tensor")
+    pieces = []
+    for chunk in one.chunks:
+        offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        ends = [start + size for start, size in zip(offsets, sizes, strict=True)]
+        if any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError(f"a piece of {name} reaches beyond it")
+        place = places[name, offsets]
+        start, length = _numbers((place.offset, place.length))
+        pieces.append(
+            _Piece(
+                offsets=offsets,
+                sizes=sizes,
+                file=str(place.relative_path),
+                start=start,
+                length=length,
+            )
+        )
+    return _Entry(shape=shape, dtype=dtype, pieces=tuple(pieces))
+
+
+def _numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{values} are no sizes")
+    return tuple(values)
+
+
+def read_plain(files: Files, folder: str = "") -> dict[str, Any]:
+    """What a checkpoint holds beside tensors.
+
+    Raises:
+        ValueError: it is not there, or holds more than plain values.
+    """
+    raw = read_whole(files, f"{folder}{PLAIN}")
+    try:
+        plain: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{files.where}: {folder}{PLAIN} is refused; allowed: plain values and tensors"
+        ) from error
+    return plain

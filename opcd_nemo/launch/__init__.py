@@ -1,0 +1,1 @@
+"""How a program starts: its configuration, its ranks, its exit code."""

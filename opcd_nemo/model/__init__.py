@@ -1,0 +1,1 @@
+"""The language model: Megatron layers, packed attention, decoding."""

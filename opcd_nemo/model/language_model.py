@@ -1,0 +1,388 @@
+"""A decoder on megatron-core, sharded over tp and pp: build, load, score, forward and backward.
+
+Shape letters: `T` stream tokens, `N` predicted (response) tokens, `H` hidden, `V` vocabulary of
+this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.formats.huggingface import (
+    Checkpoint,
+    ModelConfig,
+    megatron_shard,
+    padded_ffn_size,
+    padded_query_groups,
+    padded_vocab_size,
+)
+from opcd_nemo.metrics import Stats
+from opcd_nemo.model.attention import (
+    AttentionState,
+    DecodeAttention,
+    KeyValue,
+    KVCache,
+    PackedAttention,
+    Packing,
+    Rotary,
+)
+from opcd_nemo.model.context_parallel import Places, SplitAttention, StreamShare
+from opcd_nemo.model.decode import decode_block
+from opcd_nemo.model.head import Head
+from opcd_nemo.model.layers import PackedWeight, block_spec, weights_are_packed
+from opcd_nemo.model.packing import TokenBatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
+
+_FP8_ROWS = 16
+HeadLoss = Callable[[Head, Places, int], tuple[torch.Tensor, Stats]]
+
+
+def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
+    """What `bf16` or `fp32` stands for; None is the type that the weights are stored in.
+
+    Raises:
+        ValueError: another word.
+    """
+    if word is None:
+        return stored
+    if word not in DTYPES:
+        raise ValueError(f"dtype={word}: allowed: {', '.join(DTYPES)}, or null for what is stored")
+    return DTYPES[word]
+
+
+class HiddenGPT(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
+    """GPTModel that returns hidden states; the head is applied by losses and engines."""
+
+    def forward(self, token_ids_T: torch.Tensor, state: AttentionState) -> torch.Tensor:
+        """This stage's hidden states [T, 1, H] (T / tp under sequence parallelism)."""
+        hidden = self.embedding(token_ids_T[None], None) if self.pre_process else None
+        if isinstance(state, DecodeAttention) and weights_are_packed(self.decoder):
+            hidden = self.decoder.input_tensor if hidden is None else hidden
+            return decode_block(self.decoder, hidden[:, 0], state)[:, None]
+        out: torch.Tensor = self.decoder(hidden_states=hidden, attention_mask=state)
+        return out
+
+
+def transformer_config(
+    config: ModelConfig, parallel: Parallel, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's description of the padded model on this device and layout."""
+    groups = padded_query_groups(config, parallel.tp)
+    heads = config.num_attention_heads // config.num_query_groups * groups
+    on_cpu = parallel.device.type == "cpu"
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=padded_ffn_size(config, parallel.tp),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.cp,
+        recompute_granularity="selective" if parallel.recompute_modules else None,
+        recompute_modules=list(parallel.recompute_modules),
+        fp8=parallel.fp8,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # every weight is loaded
+        use_cpu_initialization=on_cpu,
+        calculate_per_token_loss=True,  # weights are normalised in the batch: only ever sum
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+    )
+
+
+def build_module(
+    config: ModelConfig, megatron_config: TransformerConfig, parallel: Parallel
+) -> HiddenGPT:
+    """This rank's shard, uninitialised, on torch's default device if that device is no GPU."""
+    return HiddenGPT(
+        megatron_config,
+        block_spec(megatron_config, parallel.layer_spec),
+        vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
+        max_sequence_length=config.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="none",
+    )
+
+
+class Stream(NamedTuple):
+    """What one forward needs: tokens and the state of their attention."""
+
+    token_ids_T: torch.Tensor
+    state: AttentionState
+
+
+class LanguageModel:
+    """This rank's shard of a model, with the forward passes that distillation needs."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, dtype: torch.dtype) -> None:
+        """Build the module; its weights are uninitialised until `load`."""
+        self.config, self.parallel, self.dtype = config, parallel, dtype
+        self.megatron_config = transformer_config(config, parallel, dtype)
+        self.module = build_module(config, self.megatron_config, parallel).to(parallel.device)
+        for name, parameter in self.module.named_parameters():
+            # Megatron marks only what it initialises; unmarked shards are left out of the norm
+            parameter.tensor_model_parallel = "norm" not in name
+        self._rotary = Rotary(config, parallel.device)
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint, layers: Sequence[int] | None = None) -> None:
+        """Fill every parameter of this shard; `layers` are the checkpoint's layers to keep."""
+        kept = range(self.config.num_layers) if layers is None else layers
+        for name, parameter in self.module.named_parameters():
+            layer = self.global_layer(name)
+            shard = megatron_shard(
+                checkpoint.tensor,
+                self.config,
+                name,
+                layer=None if layer is None else kept[layer],
+                tp_size=self.parallel.tp,
+                tp_rank=self.parallel.tp_rank,
+                spec=self.parallel.layer_spec,
+            )
+            assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+            parameter.copy_(shard)
+
+    def global_layer(self, name: str) -> int | None:
+        """The 0-based layer of a local parameter name; None outside the layers."""
+        if not name.startswith("decoder.layers."):
+            return None
+        number: int = self.module.decoder.layers[int(name.split(".")[2])].layer_number
+        return number - 1
+
+    @property
+    def head_weight_VH(self) -> torch.Tensor:
+        """This rank's vocabulary shard of the output head (last stage only)."""
+        if self.config.tied_embeddings:
+            weight: torch.Tensor = self.module.shared_embedding_or_output_weight()
+        else:
+            weight = self.module.output_layer.weight
+        return weight
+
+    @property
+    def num_valid_columns(self) -> int:
+        """How many of this rank's vocabulary columns are real; the rest is padding."""
+        local = padded_vocab_size(self.config.vocab_size, self.parallel.tp) // self.parallel.tp
+        return max(0, min(local, self.config.vocab_size - self.parallel.tp_rank * local))
+
+    def head(self, hidden_NH: torch.Tensor) -> Head:
+        """The output head over these hidden states."""
+        return Head(
+            hidden_NH=hidden_NH,
+            weight_VH=self.head_weight_VH,
+            num_valid_columns=self.num_valid_columns,
+        )
+
+    @property
+    def stream_multiple(self) -> int:
+        """Lengths of streams that a rank has whole are multiples of this.
+
+        Sequence parallelism splits them over tp; FP8 products take rows by the 16.
+        """
+        rows = 1 if self.parallel.fp8 is None else _FP8_ROWS
+        return rows * (self.parallel.tp if self.parallel.sequence_parallel else 1)
+
+    @property
+    def split_multiple(self) -> int:
+        """Lengths of streams that are trained or scored, over all of cp, are multiples of this."""
+        cp = self.parallel.cp
+        return self.stream_multiple if cp == 1 else cp * math.lcm(2, self.stream_multiple)
+
+    def share(self, batch: TokenBatch) -> StreamShare:
+        """What this rank has of a stream that is trained or scored."""
+        parallel = self.parallel
+        return StreamShare(
+            stream_tokens=len(batch.token_ids_T), cp=parallel.cp, cp_rank=parallel.cp_rank
+        )
+
+    @contextmanager
+    def _without_fp8(self) -> Iterator[None]:
+        """Compute in the weights' own type: decoding has any number of rows."""
+        fp8, self.megatron_config.fp8 = self.megatron_config.fp8, None
+        try:
+            yield
+        finally:
+            self.megatron_config.fp8 = fp8
+
+    def logits(self, hidden_NH: torch.Tensor, packed: PackedWeight | None = None) -> torch.Tensor:
+        """Logits [N, vocabulary] without padding, alike on all tp ranks. Collective over tp."""
+        if packed is None:
+            local = torch.nn.functional.linear(hidden_NH, self.head_weight_VH)
+        else:
+            local = packed.linear(hidden_NH)
+        return self.parallel.gather_vocabulary(local)[:, : self.config.vocab_size]
+
+    def rotary_tables(self, positions_T: torch.Tensor) -> KeyValue:
+        """Rotary tables in the model's dtype."""
+        return self._rotary.tables(positions_T, self.dtype)
+
+    def stream(self, batch: TokenBatch, **attention: Any) -> Stream:
+        """A packed batch with its attention state; keywords as of `PackedAttention`."""
+        tables = self.rotary_tables(batch.position_ids_T)
+        return Stream(batch.token_ids_T, PackedAttention(tables, batch.packing, **attention))
+
+    def own_places(self, batch: TokenBatch) -> Places:
+        """Which of a batch's response tokens this rank's tokens predict."""
+        return self.share(batch).find(batch.predict_index_N)[0]
+
+    def split_stream(self, batch: TokenBatch, prefix: dict[int, KeyValue] | None = None) -> Stream:
+        """This rank's share of a packed batch, whose attention is collective over cp."""
+        if self.parallel.cp == 1:
+            return self.stream(batch, prefix=prefix)
+        share = self.share(batch)
+        gather = partial(gather_from_sequence_parallel_region, group=self.parallel.cp_group)
+        tables = self.rotary_tables(share.take(batch.position_ids_T))
+        state = SplitAttention(tables, batch.packing, share, gather, prefix=prefix)
+        return Stream(share.take(batch.token_ids_T), state)
+
+    @torch.no_grad()
+    def stage_forward(self, stream: Stream) -> torch.Tensor | None:
+        """Forward through all stages; hidden [T, H] on the last, None elsewhere.
+
+        Collective over tp and pp: every stage calls with the same stream.
+        """
+        parallel = self.parallel
+        if not parallel.is_first_stage:
+            shards = parallel.tp if parallel.sequence_parallel else 1
+            tokens = len(stream.token_ids_T) // shards
+            buffer = torch.empty(
+                tokens, 1, self.config.hidden_size, dtype=self.dtype, device=parallel.device
+            )
+            self.module.set_input_tensor(parallel.receive_from_stage(buffer, parallel.pp_rank - 1))
+        with self._without_fp8():
+            out = self.module(stream.token_ids_T, stream.state)
+        if not parallel.is_last_stage:
+            parallel.send_to_stage(out, parallel.pp_rank + 1)
+            return None
+        return self._whole_stream(out)
+
+    def _whole_stream(self, out: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, H] of all tokens of tp, which sequence parallelism has split."""
+        if self.parallel.sequence_parallel:
+            # losses give the full gradient on every rank: split it, do not sum it
+            out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+        return out[:, 0]
+
+    def prefix(self, token_ids: Sequence[int]) -> dict[int, KeyValue]:
+        """Keys and values of a prefix, for this stage's layers. Collective over tp and pp."""
+        record: dict[int, KeyValue] = {}
+        count = len(token_ids)
+        padded = -(-count // self.stream_multiple) * self.stream_multiple
+        ids = torch.zeros(padded, dtype=torch.long, device=self.parallel.device)
+        ids[:count] = torch.tensor(token_ids)
+        packing = Packing(count, (), padded, self.parallel.device)
+        tables = self.rotary_tables(torch.arange(padded, device=self.parallel.device))
+        self.stage_forward(Stream(ids, PackedAttention(tables, packing, record=record)))
+        return {layer: (k[:count], v[:count]) for layer, (k, v) in record.items()}
+
+    def score(
+        self, batches: Sequence[TokenBatch], prefixes: Sequence[dict[int, KeyValue] | None]
+    ) -> list[torch.Tensor]:
+        """Hidden states [N, H] at the predicting tokens of each batch; last stage only.
+
+        Without gradient. Collective over tp, pp and cp: all ranks of cp get all of them.
+        """
+        self.module.eval()
+        scores = []
+        for batch, prefix in zip(batches, prefixes, strict=True):
+            hidden = self.stage_forward(self.split_stream(batch, prefix))
+            if hidden is not None:
+                scores.append(self._predicting(hidden, batch))
+        return scores
+
+    def _predicting(self, hidden_TH: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [N, H], of this rank's tokens and the others'. Collective over cp."""
+        if self.parallel.cp == 1:
+            return hidden_TH[batch.predict_index_N]
+        places, index = self.share(batch).find(batch.predict_index_N)
+        hidden_NH = hidden_TH.new_zeros(len(batch.predict_index_N), hidden_TH.shape[1])
+        hidden_NH[places] = hidden_TH[index]
+        return self.parallel.sum_over_cp(hidden_NH)
+
+    def prefill(
+        self, batch: TokenBatch, cache: KVCache, prefix: dict[int, KeyValue] | None
+    ) -> torch.Tensor | None:
+        """Fill the cache with the prompts; hidden [N, H] of their last tokens on the last stage."""
+        self.module.eval()
+        hidden = self.stage_forward(self.stream(batch, cache=cache, prefix=prefix))
+        return None if hidden is None else hidden[batch.predict_index_N]
+
+    def forward_backward(
+        self, wrapped: torch.nn.Module, batches: Sequence[TokenBatch], loss: HeadLoss
+    ) -> Stats:
+        """Accumulate the gradient of the summed loss into the wrapped module's buffers.
+
+        Args:
+            wrapped: Megatron's DistributedDataParallel around `module`.
+            batches: one packed stream a micro-batch, all padded alike when pp > 1.
+            loss: (head, which of the micro-batch's response tokens its rows predict, index of the
+                micro-batch) -> (weighted sum, Stats).
+
+        Returns:
+            This rank's summed statistics; empty on every stage but the last.
+        """
+        total = Stats()
+        self.module.train()
+
+        def forward_step(batches: Iterator[tuple[int, TokenBatch]], model: Any) -> Any:
+            index, batch = next(batches)
+            out = model(*self.split_stream(batch))
+
+            def loss_of(out: torch.Tensor) -> Any:
+                places, predicting = self.share(batch).find(batch.predict_index_N)
+                hidden = self._whole_stream(out)[predicting]
+                value, stats = loss(self.head(hidden), places, index)
+                total.add(stats)
+                return value, torch.zeros((), dtype=torch.int, device=value.device), {}
+
+            return out, loss_of
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(list(enumerate(batches))),
+            model=wrapped,
+            num_microbatches=len(batches),
+            seq_length=len(batches[0].token_ids_T),  # Megatron divides by cp and tp
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return total
+
+
+def reduce_gradients(model: list[Any], _num_tokens: object = None, **keywords: Any) -> None:
+    """Megatron's `finalize_model_grads` without a division: weights are normalised already."""
+    finalize_model_grads(model, None, **keywords)

@@ -1,0 +1,80 @@
+"""Sequences packed into one stream of tokens.
+
+Shape letters: `T` stream tokens, `N` response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opcd_nemo.model.attention import Packing, shared_prefix_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Sequences as one stream, a common prefix stored once.
+
+    `predict_index_N` points at the tokens whose next token is predicted, sequence by sequence.
+    """
+
+    token_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    predict_index_N: torch.Tensor
+    packing: Packing
+
+    def __post_init__(self) -> None:
+        """Check that tokens, positions and packing agree."""
+        assert len(self.token_ids_T) == len(self.position_ids_T) == self.packing.stream_tokens
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    num_predicted: Sequence[int],
+    *,
+    device: torch.device,
+    first_position: int = 0,
+    multiple: int = 1,
+) -> TokenBatch:
+    """Pack sequences into one stream whose length is a multiple of `multiple`.
+
+    The last `num_predicted[i]` tokens of sequence i predict. `first_position` is the position of
+    every sequence's first token, when a prefix before it is held elsewhere.
+    """
+    shared = shared_prefix_tokens(sequences) if len(sequences) > 1 else 0
+    ids = list(sequences[0][:shared])
+    positions = list(range(first_position, first_position + shared))
+    predict: list[int] = []
+    for sequence, count in zip(sequences, num_predicted, strict=True):
+        start = len(ids)
+        ids.extend(sequence[shared:])
+        positions.extend(range(first_position + shared, first_position + len(sequence)))
+        for place in range(len(sequence) - count, len(sequence)):
+            predict.append(place if place < shared else start + place - shared)
+    lengths = tuple(len(sequence) - shared for sequence in sequences)
+    padding = -len(ids) % multiple
+    return TokenBatch(
+        token_ids_T=torch.tensor(ids + [0] * padding, device=device),
+        position_ids_T=torch.tensor(positions + [0] * padding, device=device),
+        predict_index_N=torch.tensor(predict, dtype=torch.long, device=device),
+        packing=Packing(shared, lengths, len(ids) + padding, device),
+    )
+
+
+def pad_stream(batch: TokenBatch, tokens: int) -> TokenBatch:
+    """The same batch with its stream padded to `tokens`: pipeline stages exchange equal shapes."""
+    padding = tokens - batch.packing.stream_tokens
+    packing = batch.packing
+    return TokenBatch(
+        token_ids_T=torch.nn.functional.pad(batch.token_ids_T, (0, padding)),
+        position_ids_T=torch.nn.functional.pad(batch.position_ids_T, (0, padding)),
+        predict_index_N=batch.predict_index_N,
+        packing=Packing(packing.prefix_tokens, packing.lengths, tokens, packing.device),
+    )
+
+
+def starts_with(token_ids: Sequence[int], prefix: Sequence[int]) -> bool:
+    """Whether the prefix is there and leaves at least one token."""
+    return 0 < len(prefix) < len(token_ids) and tuple(token_ids[: len(prefix)]) == tuple(prefix)

@@ -1,0 +1,1 @@
+"""Sampling answers: tokens, conversations, episodes."""

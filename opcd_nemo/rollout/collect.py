@@ -1,0 +1,77 @@
+"""One batch of episodes played to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from opcd_nemo.rollout.conversation import Conversation
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.tasks import Episode
+from opcd_nemo.types import Prompt, Rollout
+
+SamplerName = Literal["student", "teacher"]
+
+
+def collect_rollouts(
+    engine: RolloutEngine,
+    sampler: SamplerName,
+    episodes: Sequence[Episode],
+    conversation: Conversation,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    step: int,
+    first_index: int,
+    num_anchors: int = 0,
+    prefix_ids: Sequence[int] = (),
+) -> list[Rollout]:
+    """Play this rank's episodes to their end and return every turn as a rollout.
+
+    Args:
+        engine: holds the weights of the sampler.
+        sampler: `student` reads no context, `teacher` reads it.
+        episodes: this rank's share of the global batch.
+        conversation: renders the turns.
+        sampling: how tokens are drawn.
+        seed: of the run.
+        step: of the run; with `seed` and the index it fixes every sample.
+        first_index: the first episode's index in the global batch.
+        num_anchors: the last episodes that keep old behaviour: their teacher reads no context.
+        prefix_ids: start of the teacher's prompts whose keys and values the engine may hold.
+
+    Raises:
+        ValueError: a prompt does not fit the model's positions.
+    """
+    rollouts: list[Rollout] = []
+    anchored = len(episodes) - num_anchors
+    live = list(enumerate(episodes))
+    turn = 0
+    while live:
+        sides = [conversation.prompts(e, step, with_context=place < anchored) for place, e in live]
+        asked = [student if sampler == "student" else teacher for student, teacher in sides]
+        for _, teacher in sides:
+            conversation.check_fits(teacher, sampling.max_new_tokens)
+        prompts = [
+            Prompt(token_ids=ids, index=first_index + place + turn * 1_000_000)
+            for ids, (place, _) in zip(asked, live, strict=True)
+        ]
+        samples = engine.generate(prompts, sampling, seed=seed, step=step, prefix_ids=prefix_ids)
+        for (_, episode), (student, teacher), sample in zip(live, sides, samples, strict=True):
+            episode.reply(conversation.tokenizer.decode(sample.response_ids))
+            rollouts.append(
+                Rollout(
+                    uid=episode.uid,
+                    turn_index=turn,
+                    prompt_ids=student,
+                    teacher_prompt_ids=teacher,
+                    response_ids=sample.response_ids,
+                    sampled_logprobs=sample.logprobs,
+                    weights_version=engine.weights_version,
+                    finish_reason=sample.finish_reason,
+                )
+            )
+        live = [(place, episode) for place, episode in live if not episode.done]
+        turn += 1
+    return rollouts

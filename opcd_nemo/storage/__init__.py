@@ -1,0 +1,1 @@
+"""Files that survive a crash, folders with an owner, archives from anywhere."""

@@ -1,0 +1,165 @@
+"""Folders that are whole or not there: fsync, a manifest of sizes and digests, an atomic rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opcd_nemo.storage.attempt import this_attempt
+
+MANIFEST = "manifest.json"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Size and SHA-256 of a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def measure(file: Path, *, sync: bool = False) -> Entry:
+    """Read a file once; `sync` forces it to the disk before."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        if sync:
+            os.fsync(opened.fileno())
+        while block := opened.read(_READ_BYTES):
+            digest.update(block)
+            num_bytes += len(block)
+    return Entry(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below `folder` except the manifest, sorted."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Say what the folder must hold."""
+    lines = {name: [entries[name].num_bytes, entries[name].sha256] for name in sorted(entries)}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(lines, file, indent=0)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(
+    temporary: Path, final: Path, entries: Mapping[str, Entry], fence: Callable[[], None]
+) -> None:
+    """Give a finished folder its manifest and its final name; what had the name is replaced.
+
+    Raises:
+        OSError: the disk refuses, or the `fence` does: nothing that has a name was touched.
+    """
+    write_manifest(temporary, entries)
+    _sync_folder(temporary)
+    fence()
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    temporary = partial(file)
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
+
+
+def partial(final: Path) -> Path:
+    """Where a folder is written before it is published; every attempt of a job has its own."""
+    attempt = this_attempt()
+    name = final.name if attempt is None else f"{final.name}.{attempt}"
+    return final.with_name(f".{name}{_PARTIAL}")
+
+
+def clean(folder: Path) -> None:
+    """Remove what a crash left in a folder of published folders; no published one is lost."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)  # a node that was given up may still write there
+    for path in folder.glob(f".*{_REPLACED}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(path)
+        else:  # the crash came between the two renames
+            path.rename(final)
+
+
+def describe(error: OSError) -> str:
+    """What could not be written, in a line."""
+    return f"{error.filename}: {error.strerror} (errno {error.errno})"
+
+
+def set_aside(path: Path, ending: str = "") -> None:
+    """Rename `path` to the first free one of `<path><ending>`, `<path><ending>.1`, ..."""
+    target, number = path.with_name(f"{path.name}{ending}"), 0
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}{ending}.{number}")
+    path.rename(target)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """What the folder must hold.
+
+    Raises:
+        ValueError: there is no manifest, or the folder's files are not those it names.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error})") from error
+    return parse_manifest(text, files_in(folder), f"{folder}/")
+
+
+def parse_manifest(text: str | bytes, there: Sequence[str], where: str) -> dict[str, Entry]:
+    """The manifest of the files `there`; `where` goes before a name in an error.
+
+    Raises:
+        ValueError: it cannot be read, or names other files.
+    """
+    try:
+        lines = json.loads(text)
+        entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}{MANIFEST}: cannot be read ({error})") from error
+    if missing := sorted(entries.keys() - there):
+        raise ValueError(f"{where}{missing[0]}: is missing")
+    if unknown := sorted(set(there) - entries.keys()):
+        raise ValueError(f"{where}{unknown[0]}: is not in the manifest")
+    return entries
+
+
+def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> str | None:
+    """The first of these files that is not as the manifest says, with what is wrong."""
+    for name in names:
+        wanted, found = entries[name], measure(folder / name)
+        if found.num_bytes != wanted.num_bytes:
+            return f"{folder / name}: has {found.num_bytes} bytes instead of {wanted.num_bytes}"
+        if found.sha256 != wanted.sha256:
+            return f"{folder / name}: its SHA-256 is not the manifest's"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

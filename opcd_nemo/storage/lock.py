@@ -1,0 +1,116 @@
+"""One job on a folder, also across nodes: a lock, and the proof that it is still ours."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from opcd_nemo.storage.attempt import Attempt, this_attempt
+
+
+class FolderLock:
+    """A folder held by this process, until it closes the lock, ends, or is taken over."""
+
+    def __init__(self, path: Path, file: IO[str], line: str) -> None:
+        """Take what `lock_folder` made."""
+        self._path, self._file, self._line = path, file, line
+
+    def check(self) -> None:
+        """Refuse to write once a later attempt of the job has the folder.
+
+        A node that the cluster gave up may still run, and still see the shared disk: the lock file,
+        opened anew, is the fence between it and the attempt that replaced it.
+
+        Raises:
+            OSError: the lock file names another holder, or cannot be read.
+        """
+        holder = self._path.read_text(encoding="utf-8")
+        if holder != self._line:
+            raise OSError(errno.ESTALE, f"the folder is now held by {holder.strip()}", self._path)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._file.close()
+
+    def __enter__(self) -> FolderLock:
+        """Return the lock."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let go of the folder."""
+        self.close()
+
+
+def lock_folder(folder: Path) -> FolderLock:
+    """Take the folder for this process.
+
+    The kernel lets go of the lock when a process dies. A cluster's job that was started again takes
+    the folder over from its own earlier attempt, whose node may be out of reach.
+
+    Raises:
+        ValueError: another process has it; names its host, pid and start. Or its file system has
+            no locks.
+    """
+    path, attempt = folder.with_name(f".{folder.name}.lock"), this_attempt()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file: IO[str] = path.open("a+", encoding="utf-8")
+    file.seek(0)
+    holder = file.read().strip()
+    before = _attempt_of(holder)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if not isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"{folder}: its file system gives no lock ({error.strerror}); allowed: one with "
+                "flock (Lustre: mounted with -o flock)"
+            ) from error
+        if attempt is None or not attempt.follows(before):
+            raise _refusal(folder, holder or "an unknown process") from error
+        file = _replace(path)
+    if attempt is not None and before is not None and before.follows(attempt):
+        file.close()
+        raise _refusal(folder, holder)
+    line = _line(attempt)
+    file.truncate(0)
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+    return FolderLock(path, file, line)
+
+
+def _replace(path: Path) -> IO[str]:
+    """Another file under the lock's name: a lock on the one before no longer counts."""
+    fresh = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    file = fresh.open("a+", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fresh.replace(path)
+    return file
+
+
+def _refusal(folder: Path, holder: str) -> ValueError:
+    return ValueError(f"{folder}: in use by {holder}; allowed: one job at a time")
+
+
+def _line(attempt: Attempt | None) -> str:
+    start = datetime.now(UTC).isoformat(timespec="microseconds")
+    who = f"host {socket.gethostname()}, pid {os.getpid()}, started {start}"
+    return f"{who}\n" if attempt is None else f"{who}, attempt {attempt}\n"
+
+
+def _attempt_of(line: str) -> Attempt | None:
+    found = re.search(r", attempt (\w+)\.(\d+)$", line)
+    return Attempt(job=found[1], number=int(found[2])) if found else None

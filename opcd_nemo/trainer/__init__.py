@@ -1,0 +1,1 @@
+"""NeMo and Lightning around a distillation step; no other package imports them."""

@@ -1,0 +1,70 @@
+"""What the ranks agree on between two steps: to publish a checkpoint, to stop."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from opcd_nemo.errors import StoppedByFile, StoppedBySignal
+from opcd_nemo.storage.attempt import beat
+from opcd_nemo.trainer.strategy import MegatronStrategy
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "STOP"  # in the run's folder, put there by hand: it ends the run for good
+
+
+class StepBoundary(pl.Callback):
+    """A signal on one rank, or a file, stops all ranks after the step, with a checkpoint."""
+
+    def __init__(self, strategy: MegatronStrategy, folder: Path) -> None:
+        """Save to the checkpoints of the run's folder, under the name of the step."""
+        self._strategy, self._checkpoints = strategy, folder / "checkpoints"
+        self._stop_file = folder / STOP_FILE
+        self._received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, *_: Any) -> None:
+        """Take the signals, after Lightning, which would end the run on SIGTERM without a word."""
+        self._before = {one: signal.signal(one, self._remember) for one in STOP_SIGNALS}
+
+    def on_train_end(self, *_: Any) -> None:
+        """Give them back."""
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Publish what every rank has written; stop when one has a signal. Collective."""
+        strategy = self._strategy
+        is_told = strategy.parallel.rank == 0 and self._stop_file.exists()
+        state = torch.tensor(
+            [strategy.is_writing, self._received, is_told], device=strategy.parallel.device
+        )
+        is_writing, number, told = strategy.parallel.max_over_world(state).tolist()
+        if not is_writing:
+            strategy.finish_save()
+        if number or told:
+            path = self._checkpoints / f"step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)
+            strategy.finish_save()
+            self._stop(trainer.global_step, path, None if told else signal.Signals(number))
+        if strategy.parallel.rank == 0:
+            beat()
+
+    def _stop(self, step: int, path: Path, received: signal.Signals | None) -> None:
+        again = "continue with exp_manager.resume_if_exists=true"
+        if received is None:
+            raise StoppedByFile(
+                f"stopped by {self._stop_file} after step {step}; saved {path}; {again}, without "
+                "the file"
+            )
+        raise StoppedBySignal(
+            f"stopped by {received.name} after step {step}; saved {path}; {again}"
+        )

@@ -1,0 +1,240 @@
+"""The NeMo model: student and teacher under one trainer, one distillation step a batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.core import ModelPT
+from omegaconf import DictConfig, OmegaConf
+
+from opcd_nemo.checkpoint import save_load as checkpoints
+from opcd_nemo.config.changes import run_origin
+from opcd_nemo.config.stored import escaped
+from opcd_nemo.config.train import load_config
+from opcd_nemo.evaluation import report
+from opcd_nemo.evaluation.evaluator import Evaluation
+from opcd_nemo.export.provenance import describe_context, freeze_context
+from opcd_nemo.losses import CAPTURED_MASS
+from opcd_nemo.metrics import MetricLogger, Stats
+from opcd_nemo.trainer.connector import OPCDConnector, run_config
+from opcd_nemo.trainer.strategy import MegatronStrategy, StepCounter
+from opcd_nemo.training.build import build_evaluator, build_run
+from opcd_nemo.training.inputs import open_inputs
+from opcd_nemo.training.step import distill_step
+from opcd_nemo.types import Split
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Scores on the validation split and of retention, and after how many steps they were."""
+
+    step: int
+    score: float
+    retention: float
+
+
+class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
+    """On-policy context distillation of a Megatron student from a Megatron teacher."""
+
+    def __init__(self, cfg: DictConfig, trainer: pl.Trainer) -> None:
+        """Open the inputs, then load both models into this rank's shards.
+
+        Raises:
+            ValueError: a key is wrong, before anything is loaded.
+        """
+        strategy = trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        load_config(run_config(cfg))
+        cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
+        config = load_config(run_config(cfg))
+        inputs = open_inputs(config, strategy.parallel.world_size)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        # NeMo resolves what it is given, and takes the result for a configuration
+        super().__init__(cfg=OmegaConf.create(escaped(escaped(plain))), trainer=trainer)
+        self._save_restore_connector = OPCDConnector()
+        self.automatic_optimization = False
+        self.context_hash = inputs.context_hash
+        self.run = build_run(config, inputs, strategy.parallel)
+        self.evaluator = build_evaluator(config, inputs, strategy.parallel)
+        self.student_module = self.run.student.module
+        self.metrics: MetricLogger | None = None
+        self.context = describe_context(config.context)
+        self.fence: Callable[[], None] = lambda: None  # see `MegatronStrategy`
+        self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
+        self._callback_states: dict[str, Any] = {}
+        self._max_steps = config.trainer["max_steps"]
+        self._every_n_steps = config.evaluation.every_n_steps
+        self.validations: list[Validation] = []
+        self._best_on_disk: Validation | None = None
+        self._min_retention = config.evaluation.min_retention
+        self.retention_before: float | None = None  # the base's score, whose share that is
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The counter that Lightning steps around Megatron's optimizer."""
+        return StepCounter(self.run.optimizer)
+
+    def train_dataloader(self) -> Any:
+        """Step numbers: episodes are a pure function of (seed, step)."""
+        steps: Any = range(self._max_steps)  # any sequence is a dataset
+        return torch.utils.data.DataLoader(steps, batch_size=None)
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        """One distillation step."""
+        started, cpu = time.perf_counter(), time.process_time()
+        self.summary = None
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        step = self.trainer.global_step  # the loader counts from 0 in a continued run
+        watch = self.run.watch
+        before = (dict(watch.wall_s), dict(watch.cpu_s))
+        stats: Stats = self.optimizers().step(closure=lambda: distill_step(self.run, step))
+        seconds = time.perf_counter() - started
+        values = stats.means()
+        response_tokens = stats.sums["rollout/response_tokens"][0]
+        values["perf/tokens_per_s"] = response_tokens / seconds
+        values["time/step_s"] = seconds
+        values |= strategy.save_times(time.monotonic() - seconds)
+        for phase in watch.wall_s:
+            values[f"time/{phase}_s"] = watch.wall_s[phase] - before[0].get(phase, 0.0)
+        values.update(self._cpu_seconds(before[1], time.process_time() - cpu))
+        self._show(values)
+        if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
+            values.update(self._validate(step + 1))
+        if self.metrics is not None:
+            self.metrics.log(step, values)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put beside the weights what a continued run is compared with."""
+        origin = run_origin(run_config(self.cfg), self.context_hash)
+        checkpoint["opcd"] = {
+            "config": origin,
+            "versions": report.versions(),
+            "validations": list(map(asdict, self.validations)),
+            "context": self.context,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember what `on_train_start` needs, and the scores until then."""
+        self._callback_states = checkpoint["callbacks"]
+        found = checkpoint["opcd"].get("validations", ())
+        self.validations = [Validation(**one) for one in found]
+        self._best_on_disk = self.best
+
+    @property
+    def best(self) -> Validation | None:
+        """The first validation with the best score."""
+        return max(self.validations, key=lambda one: one.score, default=None)
+
+    @property
+    def stopped_by_retention(self) -> Validation | None:
+        """The first validation that found too little retention."""
+        if self._min_retention is None:
+            return None
+        if not self.retention_before:
+            raise ValueError(
+                f"evaluation.min_retention={self._min_retention}: the score before training is "
+                f"{self.retention_before}; allowed: null, or a score above 0 (recipes/train.py "
+                "takes it)"
+            )
+        least = self._min_retention * self.retention_before
+        return next((one for one in self.validations if one.retention < least), None)
+
+    def on_train_start(self) -> None:
+        """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`.
+
+        A run that retention has stopped stays stopped when it is continued.
+        """
+        self.trainer.should_stop = self.stopped_by_retention is not None
+        for callback in self.trainer.checkpoint_callbacks:
+            state = self._callback_states.get(callback.state_key)
+            if state is not None:
+                ModelCheckpoint.load_state_dict(callback, state)
+
+    def _validate(self, num_steps: int) -> dict[str, float]:
+        """The student's scores on the validation split, after so many steps. Collective."""
+        started = time.perf_counter()
+        task, retention = self.scores("student", with_context=False, split="validation")
+        self.validations.append(
+            Validation(step=num_steps, score=task.score, retention=retention.score)
+        )
+        if self.stopped_by_retention is not None:
+            self.trainer.should_stop = True
+        shown = {"validation/score": task.score, "validation/retention": retention.score}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        return {
+            **shown,
+            **report.evaluation_metrics(task),
+            "time/validation_s": time.perf_counter() - started,
+        }
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Save a new best where the checkpoint callback has not; remove the best before it.
+
+        The callback, which ran just before, keeps the last ones: `MegatronStrategy` refuses to
+        remove the best for it.
+        """
+        best, before, callback = self.best, self._best_on_disk, self.trainer.checkpoint_callback
+        if best is None or best == before or callback is None:
+            return
+        assert isinstance(callback, ModelCheckpoint)
+        assert callback.dirpath is not None
+        folder, held = Path(callback.dirpath), {Path(path) for path in callback.best_k_models}
+        if best.step not in map(checkpoints.step_of, held):
+            path = folder / f"step={best.step}.ckpt"
+            self.trainer.save_checkpoint(path, callback.save_weights_only)
+        self._best_on_disk = best
+        for path in set(folder.glob("*.ckpt")) - held:
+            if before is not None and checkpoints.step_of(path) == before.step:
+                self.trainer.strategy.remove_checkpoint(path)
+
+    def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
+        """CPU seconds of the step over all ranks, in all and by phase."""
+        spent = {phase: s - before.get(phase, 0.0) for phase, s in self.run.watch.cpu_s.items()}
+        sums = Stats()
+        for values in self.run.parallel.gather_objects({**spent, "step": total}):
+            sums.add(Stats({f"cpu/{phase}_s": (s, 1.0) for phase, s in values.items()}))
+        return {name: value for name, (value, _) in sums.sums.items()}
+
+    def _show(self, values: dict[str, float]) -> None:
+        loss = next(name for name in values if name.startswith("loss/") and name != CAPTURED_MASS)
+        for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
+            self.log(name, value, prog_bar=True, batch_size=1)
+
+    def scores(
+        self, who: str, *, with_context: bool, split: Split = "test"
+    ) -> tuple[Evaluation, Evaluation]:
+        """Task and retention scores of `student` or `teacher`. Collective over the world."""
+        engine = self.run.engines["student" if who == "student" else "teacher"]
+        engine.load_weights(self.run.optimizer.scheduler.num_steps)
+        task = self.evaluator.task_score(engine, split, with_context=with_context)
+        retention = self.evaluator.retention(engine, with_context=with_context)
+        engine.release_weights()
+        return task, retention
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Nothing: see `train_dataloader`."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Nothing: see `scores`."""
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args: Any, **keywords: Any) -> Any:
+        """The model of a `.nemo`, on any layout; arguments as of `OPCDConnector.restore_from`."""
+        if keywords.get("save_restore_connector") is None:
+            keywords["save_restore_connector"] = OPCDConnector()
+        return super().restore_from(restore_path, *args, **keywords)
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None are published."""
+        return []

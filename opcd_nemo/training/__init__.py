@@ -1,0 +1,1 @@
+"""One distillation step and what it needs: inputs, batches, teacher, optimizer."""

@@ -1,0 +1,233 @@
+"""Everything a run reads, opened and checked before a process group starts or a model loads."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.context.sources import ContextSource, NoContext, content_hash
+from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.formats.huggingface import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.formats.tokenizer import ChatTokenizer
+from opcd_nemo.losses import TopKLoss
+from opcd_nemo.rollout.conversation import Conversation, shared_start
+from opcd_nemo.tasks import Episode, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Opened files, and what was made of them without loading a weight."""
+
+    student: Checkpoint
+    student_config: ModelConfig
+    teacher: Checkpoint
+    teacher_config: ModelConfig
+    task: Task
+    retention: Task
+    conversation: Conversation
+    prefix_ids: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The tokenizer of student and teacher."""
+        return self.conversation.tokenizer
+
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of what the teacher reads."""
+        return content_hash(self.conversation.source)
+
+
+def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Open models, tokenizer, task and context, and check that they fit each other.
+
+    Raises:
+        ValueError: one line with the key, its value and what is allowed.
+    """
+    _check_world(config, world_size)
+    _check_writable(Path(config.exp_manager["exp_dir"]))
+    with _about("student.path", config.student.path):
+        student = open_checkpoint(config.student.path)
+    teacher = student
+    if config.teacher.path is not None:
+        with _about("teacher.path", config.teacher.path):
+            teacher = open_checkpoint(config.teacher.path)
+    student_config = student.config
+    if config.student.keep_layers is not None:
+        with _about("student.keep_layers", config.student.keep_layers):
+            student_config = keep_layers(student_config, config.student.keep_layers)
+    tokenizer = _shared_tokenizer(config, student.config, teacher.config)
+    # rows past the student's are padding of the teacher's vocabulary: no token has them
+    teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
+    _check_losses(config, student_config.vocab_size)
+    _check_stages(config, {"student": student_config, "teacher": teacher_config})
+    source: ContextSource = build_plug(config.context)
+    conversation = Conversation(
+        tokenizer=tokenizer,
+        source=source,
+        max_positions=min(student_config.max_positions, teacher.config.max_positions),
+    )
+    task: Task = build_plug(config.task)
+    with _about("retention._target_", config.retention["_target_"]):
+        retention: Task = build_plug(config.retention)
+    _check_prompts(config, task, retention, conversation)
+    return Inputs(
+        student=student,
+        student_config=student_config,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        task=task,
+        retention=retention,
+        conversation=conversation,
+        prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
+    )
+
+
+def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
+    """The ids that every teacher prompt of the task starts with, in all its contexts.
+
+    Seen in two made-up questions, after the first paragraph that two real ones share.
+    """
+    nothing = NoContext().context("", 0)
+    asked = [
+        episode.turn(nothing).student_messages[-1]["content"]
+        for episode in task.episodes("test", 0, min(2, num_questions))
+    ]
+    openings = [text.partition("\n\n")[0] for text in asked]
+    alike = len(openings) == 2 and openings[0] == openings[1]
+    opening = f"{openings[0]}\n\n" if alike else ""
+    return shared_start(
+        conversation.tokenizer.render(context.messages(f"{opening}{probe}"))
+        for context in conversation.source.contexts()
+        for probe in ("A", "7")
+    )
+
+
+def _check_losses(config: TrainConfig, vocab_size: int) -> None:
+    plugs = {"loss": config.loss}
+    if config.warmup.steps:
+        plugs["warmup.loss"] = config.warmup.loss
+    for key, plug in plugs.items():
+        loss = build_plug(plug)
+        if isinstance(loss, TopKLoss) and loss.k > vocab_size:
+            raise ValueError(
+                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
+            )
+
+
+def _check_world(config: TrainConfig, world_size: int) -> None:
+    parallel, batching = config.parallel, config.batching
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    check_layout(world_size, tp, pp, cp)
+    dp = world_size // (tp * pp)
+    check_batch(batching.global_batch_size, batching.micro_batch_size, dp, cp)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"exp_manager.exp_dir={folder}: {error.strerror}; allowed: a writable folder"
+        ) from error
+
+
+def _shared_tokenizer(
+    config: TrainConfig, student: ModelConfig, teacher: ModelConfig
+) -> ChatTokenizer:
+    with _about("student.path", config.student.path):
+        tokenizer = ChatTokenizer.from_path(config.student.path)
+    arguments = config.student.chat_template_arguments
+    with _about("student.chat_template_arguments", arguments):
+        tokenizer = tokenizer.with_arguments(arguments)
+    if config.teacher.path is None:
+        return tokenizer
+    with _about("teacher.path", config.teacher.path):
+        other = ChatTokenizer.from_path(config.teacher.path)
+    pair = f"teacher.path={config.teacher.path}"
+    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
+        raise ValueError(
+            f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
+            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
+            "as many rows"
+        )
+    if set(tokenizer.eos_ids) != set(other.eos_ids):
+        raise ValueError(
+            f"{pair}: end-of-sequence ids {other.eos_ids} differ from the student's "
+            f"{tokenizer.eos_ids} ({config.student.path}); allowed: the same ids"
+        )
+    return tokenizer
+
+
+def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
+    stages = config.parallel.pipeline_model_parallel_size
+    for side, model in models.items():
+        if model.num_layers % stages:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_size={stages}: the {side} has "
+                f"{model.num_layers} layers; allowed: a divisor of that"
+            )
+
+
+def _check_prompts(
+    config: TrainConfig, task: Task, retention: Task, conversation: Conversation
+) -> None:
+    """Render the longest turns of what is asked first; all are checked again when rendered."""
+    evaluation, batch = config.evaluation, config.batching.global_batch_size
+    anchors = round(batch * config.rollout.anchor_fraction)
+    asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
+        ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
+        (
+            "evaluation.num_retention",
+            evaluation.num_retention,
+            partial(retention.episodes, "test", 0),
+        ),
+        (
+            "evaluation.num_questions",
+            evaluation.num_questions if evaluation.every_n_steps else 0,
+            partial(task.episodes, "validation", 0),
+        ),
+        ("batching.global_batch_size", batch - anchors, partial(task.episodes, "train", 0)),
+        ("rollout.anchor_fraction", anchors, partial(task.anchors, 0)),
+    ]
+    new_tokens = max(
+        config.rollout.max_new_tokens,
+        evaluation.max_new_tokens,
+        evaluation.retention_max_new_tokens,
+    )
+    for key, count, draw in asked:
+        if count == 0:
+            continue
+        with _about(key, attrgetter(key)(config)):
+            episodes = draw(count)
+            if len(episodes) != count:
+                raise ValueError(
+                    f"the task has {len(episodes)} prompts where {count} are asked for; "
+                    "allowed: a task that is not empty, and at most as many as it has"
+                )
+        for episode in episodes:
+            student, teacher = conversation.longest_prompts(episode)
+            plug = "retention" if key == "evaluation.num_retention" else "task"
+            with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
+                conversation.check_fits(student, new_tokens)
+            with _about("context._target_", config.context["_target_"]):
+                conversation.check_fits(teacher, new_tokens)
+
+
+@contextmanager
+def _about(key: str, value: object) -> Iterator[None]:
+    """Put the key and its value before what a reader of files has to say."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}={value}: {error}") from error

@@ -1,0 +1,205 @@
+"""One distillation step: sample, score, differentiate, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import NonFiniteError
+from opcd_nemo.losses import BAD_TOKENS, Loss
+from opcd_nemo.metrics import Stats, Stopwatch
+from opcd_nemo.model.context_parallel import Places
+from opcd_nemo.model.head import Head
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.rollout.collect import SamplerName, collect_rollouts
+from opcd_nemo.rollout.conversation import Conversation
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.training.batches import Aggregation, DistillBatch, make_distill_batches
+from opcd_nemo.training.optim import StudentOptimizer
+from opcd_nemo.training.teacher import Teacher
+from opcd_nemo.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Who samples and which loss; OPCD, off-policy and SFT differ in nothing else."""
+
+    sampler: SamplerName
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything a step needs."""
+
+    parallel: Parallel
+    task: Task
+    conversation: Conversation
+    student: LanguageModel
+    teacher: Teacher
+    engines: dict[SamplerName, RolloutEngine]
+    optimizer: StudentOptimizer
+    sampling: SamplingParams
+    phase: Phase
+    warmup: Phase
+    warmup_steps: int
+    seed: int
+    prompts_per_step: int
+    anchors_per_step: int
+    micro_batch_size: int
+    aggregation: Aggregation
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that `step` (from 0) belongs to."""
+        return self.warmup if step < self.warmup_steps else self.phase
+
+
+def distill_step(run: Run, step: int) -> Stats:
+    """Update the student once and return the global statistics. Collective over the world.
+
+    Raises:
+        NonFiniteError: on every rank, before any parameter changes.
+    """
+    phase = run.phase_of(step)
+    with run.watch.phase("rollout"):
+        rollouts = _rollouts(run, phase.sampler, step)
+    with run.watch.phase("teacher"):
+        batches = distill_batches(run, run.parallel.gather_over_cp(rollouts), phase.loss)
+        scores = teacher_scores(run, batches, phase.loss)
+    with run.watch.phase("student"):
+        run.parallel.give_back_memory()
+        run.optimizer.zero_grad()
+        stats = accumulate_gradients(run, batches, scores, phase.loss)
+    stats.add(_rollout_stats(run.parallel, rollouts))
+    stats = over_ranks(run.parallel, stats)
+    _stop_if_not_finite(stats)
+    with run.watch.phase("optimizer"):
+        stats.add(run.optimizer.step())
+        run.teacher.after_step(step + 1, run.student)
+        run.optimizer.release_gradients()  # sampling and evaluation need the memory
+        run.parallel.give_back_memory()
+    return stats
+
+
+def _episodes(run: Run, step: int) -> tuple[list[Episode], int]:
+    """This rank's episodes, and how many of them, at the end, are anchors."""
+    plain = run.prompts_per_step - run.anchors_per_step
+    episodes = run.task.episodes("train", step, plain) if plain else []
+    if run.anchors_per_step:
+        episodes = [*episodes, *run.task.anchors(step, run.anchors_per_step)]
+    mine = run.parallel.share(run.prompts_per_step)
+    return [episodes[index] for index in mine], sum(index >= plain for index in mine)
+
+
+def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
+    engine = run.engines[sampler]
+    episodes, num_anchors = _episodes(run, step)
+    engine.load_weights(step if sampler == "student" else run.teacher.version)
+    rollouts = collect_rollouts(
+        engine,
+        sampler,
+        episodes,
+        run.conversation,
+        run.sampling,
+        seed=run.seed,
+        step=step,
+        first_index=run.parallel.share(run.prompts_per_step).start,
+        num_anchors=num_anchors,
+        prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
+    )
+    if sampler == "student" or run.teacher.moves:
+        engine.release_weights()  # the backward pass needs the memory; packed ones would go stale
+    return rollouts
+
+
+def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillBatch]:
+    """The micro-batches of these rollouts, which all ranks of cp have. Collective over dp."""
+    parallel = run.parallel
+    return make_distill_batches(
+        rollouts,
+        micro_batch_size=run.micro_batch_size,
+        aggregation=run.aggregation,
+        sum_over_ranks=lambda counts: parallel.sum_over_dp(counts) / parallel.cp,
+        device=parallel.device,
+        teacher_prefix=run.teacher.prefix_ids if loss.needs_teacher else None,
+        stream_multiple=run.student.split_multiple,
+        equal_streams=parallel.pp > 1,
+    )
+
+
+def teacher_scores(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> list[torch.Tensor]:
+    """What the teacher says of the response tokens that are this rank's among those of cp.
+
+    Empty on every stage but the last, or when the loss needs no teacher. Collective.
+    """
+    if not loss.needs_teacher:
+        return []
+    return [
+        hidden_NH[run.student.own_places(batch.student)]
+        for batch in batches
+        for hidden_NH in run.teacher.score([batch])
+    ]
+
+
+def accumulate_gradients(
+    run: Run, batches: Sequence[DistillBatch], scores: Sequence[torch.Tensor], loss: Loss
+) -> Stats:
+    """This rank's part of the loss of the micro-batches, its gradient in the buffers. Collective.
+
+    `scores` are as `teacher_scores` gives them.
+    """
+
+    def weighted(head: Head, own: Places, index: int) -> tuple[torch.Tensor, Stats]:
+        batch = batches[index]
+        return loss(
+            head,
+            run.teacher.head(scores[index]) if scores else None,
+            target_ids_N=batch.target_ids_N[own],
+            weight_N=batch.weight_N[own],
+            parallel=run.parallel,
+        )
+
+    return run.student.forward_backward(
+        run.optimizer.ddp, [batch.student for batch in batches], weighted
+    )
+
+
+def _rollout_stats(parallel: Parallel, rollouts: Sequence[Rollout]) -> Stats:
+    """Counted once a data-parallel rank."""
+    if not parallel.is_last_stage:
+        return Stats()
+    count = float(len(rollouts))
+    tokens = float(sum(len(rollout.response_ids) for rollout in rollouts))
+    logprob = sum(sum(rollout.sampled_logprobs) for rollout in rollouts)
+    ended = float(sum(rollout.finish_reason == "eos" for rollout in rollouts))
+    return Stats(
+        {
+            "rollout/response_tokens": (tokens, count),
+            "rollout/eos_rate": (ended, count),
+            "rollout/logprob": (logprob, tokens),
+        }
+    )
+
+
+def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
+    """The sum over data-parallel ranks, known on every rank. Collective over the world."""
+    counted = parallel.is_last_stage and parallel.tp_rank == 0
+    total = Stats()
+    for sums in parallel.gather_objects(stats.sums if counted else {}):
+        total.add(Stats(sums))
+    return total
+
+
+def _stop_if_not_finite(stats: Stats) -> None:
+    for name, (value, _) in stats.sums.items():
+        if not math.isfinite(value):
+            counts = {key: stats.sums[key][0] for key in BAD_TOKENS if key in stats.sums}
+            counted = "".join(f", {key} {count:.0f}" for key, count in counts.items())
+            raise NonFiniteError(f"{name} is {value}{counted}: stopped before the optimizer step")

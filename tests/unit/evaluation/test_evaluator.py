@@ -1,0 +1,244 @@
+"""Evaluations: samples, rates, pass@k, leakage, and the same answers on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opcd_nemo.config.train import load_config
+from opcd_nemo.evaluation.evaluator import (
+    Answer,
+    Evaluation,
+    EvaluationPlan,
+    Evaluator,
+    leakage_pattern,
+)
+from opcd_nemo.launch.ranks import compose
+from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms
+from opcd_nemo.tasks.questions import Question, QuestionTask, capitals
+from opcd_nemo.types import Prompt, Sample
+from tests.unit.rollout.test_game_rollouts import Letters, conversation
+from tests.unit.tasks.test_games import build
+
+SAMPLING = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=8)
+REPLIES = ("yes", "no", "hm", "yes, by my experience")
+
+
+def judge(reply: str) -> float | None:
+    return None if reply == "hm" else float(reply.startswith("yes"))
+
+
+TASK = QuestionTask(
+    {
+        split: [
+            Question(uid=f"{split}/{n}", text=f"Is {n} a number?", judge=judge) for n in range(7)
+        ]
+        for split in ("train", "validation", "test")
+    },
+    seed=0,
+)
+
+
+class Guesser:
+    """Draws a reply from the prompt's own random number; remembers how it was asked."""
+
+    weights_version = 0
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Prompt, SamplingParams, int]] = []
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, step: int, **_: Any
+    ) -> list[Sample]:
+        samples = []
+        for prompt in prompts:
+            self.asked.append((prompt, sampling, step))
+            (uniform,) = row_uniforms(seed, step, prompt.index, 1).tolist()
+            ids = tuple(map(ord, REPLIES[int(4 * uniform)]))
+            samples.append(
+                Sample(response_ids=ids, logprobs=(0.0,) * len(ids), finish_reason="eos")
+            )
+        return samples
+
+
+def evaluate(
+    ranks: int = 1, samples: int = 4, num_questions: int = 7, seed: int = 5, engine: Any = None
+) -> Evaluation:
+    """What every one of `ranks` processes has after its evaluation."""
+    plan = EvaluationPlan(
+        num_questions=num_questions,
+        num_retention=3,
+        sampling=SAMPLING,
+        retention_sampling=SamplingParams(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
+        samples_per_question=samples,
+        leakage_phrases=["experience"],
+        seed=seed,
+    )
+    answers: list[Answer] = []
+    for rank in range(ranks):
+        parallel: Any = SimpleNamespace(
+            share=lambda n, rank=rank: range(n * rank // ranks, n * (rank + 1) // ranks),
+            gather_over_dp=list,
+        )
+        evaluator = Evaluator(TASK, capitals(), conversation(), plan, parallel, ())
+        found = evaluator.task_score(engine or Guesser(), "test", with_context=False)
+        answers += found.answers
+    return Evaluation(answers=tuple(answers))
+
+
+def test_answers_are_in_the_tasks_order_with_their_samples_side_by_side() -> None:
+    found = evaluate()
+    assert [(answer.uid, answer.sample) for answer in found.answers] == [
+        (f"test/{question}", sample) for question in range(7) for sample in range(4)
+    ]
+    assert list(found.by_question) == [f"test/{question}" for question in range(7)]
+
+
+def test_a_sample_is_pure_in_seed_question_and_its_number() -> None:
+    whole = evaluate()
+    assert evaluate(ranks=3) == whole
+    fewer = evaluate(samples=2, num_questions=3).answers
+    assert fewer == tuple(a for a in whole.answers if a.sample < 2 and a.uid < "test/3")
+    assert evaluate(seed=6) != whole
+    assert len({tuple(a.text for a in samples) for samples in whole.by_question.values()}) > 3
+
+
+def test_an_evaluation_draws_no_number_of_the_training() -> None:
+    engine = Guesser()
+    evaluate(engine=engine)
+    assert {step for *_, step in engine.asked} == {-1, -2, -3, -4}
+    assert all(sampling == SAMPLING for _, sampling, _ in engine.asked)
+
+
+def test_retention_is_asked_of_its_own_task_with_its_own_length() -> None:
+    engine: Any = Guesser()
+    plan = EvaluationPlan(
+        num_questions=1,
+        num_retention=3,
+        sampling=SAMPLING,
+        retention_sampling=SamplingParams(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
+        samples_per_question=1,
+        leakage_phrases=["experience"],
+        seed=0,
+    )
+    parallel: Any = SimpleNamespace(share=range, gather_over_dp=list)
+    evaluator = Evaluator(TASK, capitals(), conversation(), plan, parallel, ())
+    found = evaluator.retention(engine, with_context=True)
+    wanted = [episode.uid for episode in capitals().episodes("test", 0, 3)]
+    assert [answer.uid for answer in found.answers] == wanted
+    assert {sampling.max_new_tokens for _, sampling, _ in engine.asked} == {2}
+    text = Letters().decode(engine.asked[0][0].token_ids)
+    assert text.endswith("What is the capital of Afghanistan?")
+    assert text.startswith("Go down and right."), "the context"
+
+
+def test_the_rates_are_those_of_the_answers() -> None:
+    found = evaluate()
+    texts = [answer.text for answer in found.answers]
+    assert set(texts) == set(REPLIES)
+    assert found.score == sum(text.startswith("yes") for text in texts) / 28
+    assert found.format_failure_rate == texts.count("hm") / 28
+    assert found.leakage_rate == texts.count(REPLIES[3]) / 28
+    assert found.response_tokens == sum(map(len, texts)) / 28
+    assert found.record() == {
+        "score": found.score,
+        "pass_at_k": {str(k): found.pass_at_k[k] for k in (1, 2, 3, 4)},
+        "format_failure_rate": found.format_failure_rate,
+        "response_tokens": found.response_tokens,
+        "leakage_rate": found.leakage_rate,
+    }
+
+
+def answer(uid: str, sample: int, score: float) -> Answer:
+    return Answer(
+        uid=uid, sample=sample, text="", score=score, answered=True, num_tokens=1, leaked=False
+    )
+
+
+def test_pass_at_k_is_the_mean_over_questions_of_the_unbiased_estimator() -> None:
+    scores = {"a": (1.0, 0.0, 0.0), "b": (0.5, 0.0, 0.9), "c": (1.0, 1.0, 0.0)}
+    answers = [answer(uid, n, score) for uid, row in scores.items() for n, score in enumerate(row)]
+    found = Evaluation(answers=tuple(answers)).pass_at_k
+    # of a: 1 of 3, so 2 of 3 pairs hold it; of b: no full score; of c: every pair
+    assert found == pytest.approx({1: 1 / 3, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "leaks"),
+    [
+        ("From Experience, I go right.", True),
+        ("According\n  to it, no.", True),
+        ("as the notes say: up", True),
+        ("She is experienced, an experiencer.", False),
+        ("according, to", False),
+        ("inexperience", False),
+        ("", False),
+    ],
+)
+def test_leakage_is_a_phrase_of_whole_words(text: str, leaks: bool) -> None:
+    pattern = leakage_pattern(["experience", "according to", "as the notes say"])
+    assert (pattern.search(text) is not None) is leaks
+
+
+def test_a_phrase_is_no_pattern() -> None:
+    assert leakage_pattern(["a.c"]).search("abc") is None
+    assert leakage_pattern(["a.c"]).search("(a.c)")
+
+
+def test_a_game_is_answered_when_every_turn_names_an_action() -> None:
+    for replies, answered in (
+        (["[up]", "[up]"], True),  # invalid moves, but moves
+        (["[right]", "no idea", "[up]", "[down]", "[up]"], False),
+    ):
+        (game,) = build().episodes("test", 0, 1)
+        for reply in replies:
+            if not game.done:
+                game.reply(reply)
+        assert game.answered is answered
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature=-1", "evaluation.temperature=-1.0: allowed: a number >= 0"),
+        ("top_p=0", "evaluation.top_p=0.0: allowed: a number > 0"),
+        ("top_p=1.5", "evaluation.top_p=1.5: allowed: at most 1.0"),
+        ("top_p=0.9", "evaluation.top_p=0.9: allowed: 1.0 with evaluation.temperature=0, which is"),
+        ("top_k=20", "evaluation.top_k=20: allowed: 0 with evaluation.temperature=0, which is"),
+        ("samples_per_question=4", "evaluation.samples_per_question=4: allowed: 1 with evaluation"),
+        ("samples_per_question=0", "evaluation.samples_per_question=0: allowed: a number > 0"),
+        (
+            "min_retention=0.8",
+            "evaluation.min_retention=0.8: allowed: null with evaluation.every_n_",
+        ),
+        ("min_retention=0", "evaluation.min_retention=0.0: allowed: a number > 0, at most 1, or n"),
+        ("min_retention=1.1", "evaluation.min_retention=1.1: allowed: a number > 0, at most 1, or"),
+        ("min_retention=half", "evaluation.min_retention=half: allowed: a number, or null"),
+        ("leakage_phrases=[]", "evaluation.leakage_phrases=[]: allowed: a list of one phrase or"),
+        ("leakage_phrases=[a,.]", "evaluation.leakage_phrases=['a', '.']: allowed: a list of one"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  # compared in full
+        load_config(compose("train", [f"evaluation.{override}"]))
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["min_steps", "min_epochs"])
+def test_a_least_length_would_undo_the_stop_by_retention(name: str) -> None:
+    command = ["evaluation.min_retention=0.8", "evaluation.every_n_steps=5"]
+    assert load_config(compose("train", command)).evaluation.min_retention == 0.8
+    with pytest.raises(
+        ValueError, match=rf"^evaluation\.min_retention=0\.8: .* trainer\.{name}=3$"
+    ):
+        load_config(compose("train", [*command, f"+trainer.{name}=3"]))
+
+
+def test_sampled_evaluations_are_configured_like_rollouts() -> None:
+    keys = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "samples_per_question": 8}
+    config = load_config(compose("train", [f"evaluation.{k}={v}" for k, v in keys.items()]))
+    assert {key: getattr(config.evaluation, key) for key in keys} == keys

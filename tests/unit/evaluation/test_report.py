@@ -1,0 +1,118 @@
+"""Tables, samples, curves and the numbers of the summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from opcd_nemo.evaluation import report
+from opcd_nemo.evaluation.evaluator import Answer, Evaluation
+from opcd_nemo.formats.locate import write_json
+from opcd_nemo.metrics import MetricLogger
+
+
+def evaluation(*answers: tuple[str, float]) -> Evaluation:
+    return Evaluation(
+        answers=tuple(
+            Answer(
+                uid=f"test/{index}",
+                sample=0,
+                text=text,
+                score=score,
+                answered=text != "y",
+                num_tokens=len(text),
+                leaked=text == "y",
+            )
+            for index, (text, score) in enumerate(answers)
+        )
+    )
+
+
+def test_table_has_a_row_for_every_name() -> None:
+    table = report.results_table({"base": (0.04, 0.625), "after training": (1.0, None)})
+    header, base, after = table.splitlines()
+    assert header.split() == ["task", "retention"]
+    assert base.split() == ["base", "0.04", "0.62"]
+    assert after.split() == ["after", "training", "1.00"]
+
+
+def test_peak_memory_of_another_process_is_its_own_account() -> None:
+    mine = report.peak_rss_kib()
+    assert report.peak_rss_of(os.getpid()) == pytest.approx(mine, rel=0.05)
+    assert report.gib([2**20, 2**19]) == 1.5
+
+
+def test_versions_name_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_VERSIONS", ("torch", "no-such-package"))
+    versions = report.versions()
+    assert versions["no-such-package"] == "not installed"
+    assert versions["torch"].startswith("2.")
+    assert set(versions) == {"python", "torch", "no-such-package"}
+
+
+def test_json_keeps_the_order(tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", {"b": 1, "a": {"c": 2.5}})
+    text = (tmp_path / "summary.json").read_text()
+    assert list(json.loads(text)) == ["b", "a"]
+    assert text.endswith("}\n")
+
+
+def test_samples_stand_side_by_side(tmp_path: Path) -> None:
+    columns = {
+        "base": evaluation(("one\ntwo", 0.0), ("x", 1.0)),
+        "student": evaluation(("short", 1.0), ("y", 0.0)),
+    }
+    report.write_samples(tmp_path / "samples.md", columns, count=1)
+    assert (tmp_path / "samples.md").read_text() == (
+        "# Samples\n\n"
+        "- **base**: score 0.50, without an answer 0.00, leaking 0.00, 4.0 tokens\n"
+        "- **student**: score 0.50, without an answer 0.50, leaking 0.50, 3.0 tokens\n\n"
+        "## test/0\n\n- **base** (score 0, 7 tokens)\n  > one\n  > two\n"
+        "- **student** (score 1, 5 tokens)\n  > short\n"
+    )
+    report.write_samples(tmp_path / "samples.md", columns)
+    last = (tmp_path / "samples.md").read_text().splitlines()[-2:]
+    assert last == ["- **student** (score 0, 1 tokens, no answer found, leaks)", "  > y"]
+
+
+def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
+    pair = (evaluation(("a", 1.0), ("é\n", 0.0)), evaluation(("y", 0.5)))
+    report.write_answers(tmp_path / "answers.jsonl", {"base": pair, "student": pair})
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(one["evaluation"], one["part"], one["text"]) for one in found] == [
+        (name, part, text)
+        for name in ("base", "student")
+        for part, text in (("task", "a"), ("task", "é\n"), ("retention", "y"))
+    ]
+    assert found[2] == {
+        "evaluation": "base",
+        "part": "retention",
+        "uid": "test/0",
+        "sample": 0,
+        "text": "y",
+        "score": 0.5,
+        "answered": False,
+        "num_tokens": 1,
+        "leaked": True,
+    }
+
+
+def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:
+    with MetricLogger(tmp_path / "metrics.jsonl", lambda: None) as metrics:
+        names = ["loss/forward_kl", "loss/reverse_kl", "loss/captured_mass"]
+        for step, loss in enumerate(names):
+            metrics.log(
+                step,
+                {
+                    loss: 0.5,
+                    "rollout/response_tokens": 20.0,
+                    "optim/grad_norm": 1.0,
+                    "perf/tokens_per_s": 30.0,
+                },
+            )
+    report.write_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -1,0 +1,290 @@
+"""The pipeline's own keys, and the training runs that it makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from opcd_nemo.config.train import load_config
+from opcd_nemo.context.registry import Entry
+from opcd_nemo.experience.config import Settings, load_experience
+from opcd_nemo.experience.workplace import Workplace, configs_before_start, stage_to_check
+from opcd_nemo.formats.locate import write_json
+from opcd_nemo.launch.ranks import CONF, compose
+
+CONTEXT = ["context=experience"]
+
+
+def raw(tmp_path: Path, *overrides: str) -> DictConfig:
+    plain = [] if any(one.startswith(("recipe=", "context=")) for one in overrides) else CONTEXT
+    return compose("experience", [f"exp_manager.exp_dir={tmp_path}", *plain, *overrides])
+
+
+def workplace(tmp_path: Path, *overrides: str) -> Workplace:
+    return Workplace(load_experience(raw(tmp_path, *overrides)))
+
+
+def select(place: Workplace, *items: str) -> Entry:
+    entry = Entry(items=items, num_tokens=1, lineage={"model": "m"}, scores={})
+    place.registry.add(entry)
+    place.registry.select(entry.hash, "a test")
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage=train", "stage=train: allowed: all, extract, "),
+        ("run=opcd-9", "run=opcd-9: allowed: null, opcd-1, offpolicy-1, sft-1, opcd-2"),
+        ("run=opcd-1", "run=opcd-1: allowed: null with stage=all"),
+        ("round=2", "round=2: allowed: 1 to 1"),
+        ("experience.rounds=0", "experience.rounds=0: allowed: 1 or more"),
+        ("experience.replay=3", "experience.replay=3: allowed: true or false"),
+        (
+            "experience.rounds=2",
+            "experience.next_round_retention=null: allowed: 0 .no round is the last. to 1 with",
+        ),
+        (
+            "experience.next_round_retention=0.5",
+            "experience.next_round_retention=0.5: allowed: null with experience.rounds=1",
+        ),
+        ("experience.extraction.keep=all", "keep=all: allowed: items, trace"),
+        ("experience.extraction.prompt=x", r"prompt='x': allowed: a text with \{trace\}"),
+        ("experience.extraction.num_chains=0", "num_chains=0: allowed: 1 or more"),
+        ("experience.extraction.temperature=-1", "temperature=-1.0: allowed: a number >= 0"),
+        ("experience.scoring.keep=2", "experience.scoring.keep=2.0: allowed: a number > 0, at"),
+        ("experience.selection.rule=worst", "rule=worst: allowed: best, random"),
+        ("experience.consolidation.methods=[grpo]", "a list of opcd, offpolicy, sft, each once"),
+        ("experience.consolidation.seeds=[1,1]", "each once"),
+        ("experience.consolidation.seeds=[a]", "seeds=.*allowed: a list of whole numbers"),
+        ("experience.controls=[random]", "a list of wrong, shuffled, each once"),
+        ("+experience.step=1", "experience.step=1: no such key; allowed: rounds, replay"),
+    ],
+)
+def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        load_experience(raw(tmp_path, override))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [
+                "experience.rounds=2",
+                "experience.next_round_retention=0.5",
+                "experience.consolidation.methods=[sft]",
+            ],
+            "1 without the method",
+        ),
+        (
+            [
+                "experience.extraction.model=m",
+                "experience.rounds=2",
+                "experience.next_round_retention=0.5",
+            ],
+            "model=m: it plays .* null with",
+        ),
+        (
+            ["experience.extraction.model=m", "experience.replay=true"],
+            "model=m: it plays .* null with",
+        ),
+        (
+            ["experience.selection.rule=random", "experience.extraction.num_steps=5"],
+            "min_steps=10: allowed: at most experience.extraction.num_steps=5",
+        ),
+        (
+            [
+                "experience.extraction.with_previous=true",
+                "experience.extraction.prompt='{trace}'",
+            ],
+            r"with a prompt that has \{experience\}",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_experience(raw(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])
+def test_every_pipeline_of_a_recipe_composes(tmp_path: Path, recipe: str) -> None:
+    settings = load_experience(raw(tmp_path, f"recipe={recipe}"))
+    games = settings.train.task._target_.startswith("opcd_nemo.tasks.games.task.")
+    assert ("{situation}" in settings.train.context.template) == games
+    assert settings.experience.extraction.num_chains > 1
+
+
+def test_the_paper_s_accumulation() -> None:
+    for recipe, cap in (("math_qwen3_8b_2n8g", 16384), ("sokoban_qwen3_4b_1n8g", 8192)):
+        extraction = load_experience(raw(Path("runs"), f"recipe={recipe}")).experience.extraction
+        assert (extraction.num_chains, extraction.num_steps, extraction.with_previous) == (
+            10,
+            30,
+            False,
+        )
+        assert extraction.cap_tokens == cap
+
+
+def test_a_context_without_experience_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"context\._target_=.*FixedContext: allowed"):
+        stage_to_check(raw(tmp_path, "context=pirate"))
+
+
+def test_the_methods_differ_by_sampler_and_loss_alone(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "loss.temperature=0.7")
+    entry = select(place, "one", "two")
+    runs: dict[str, Any] = {
+        name: load_config(place.run_config(f"{name}-2")) for name in ("opcd", "offpolicy", "sft")
+    }
+    kinds = {name: run.loss.get("kind", "hard_labels") for name, run in runs.items()}
+    assert kinds == {"opcd": "reverse_kl", "offpolicy": "forward_kl", "sft": "hard_labels"}
+    assert runs["offpolicy"].loss["temperature"] == 0.7
+    samplers = {name: run.rollout.sampler for name, run in runs.items()}
+    assert samplers == {"opcd": "student", "offpolicy": "teacher", "sft": "teacher"}
+    assert runs["sft"].rollout.teacher_data == runs["offpolicy"].rollout.teacher_data
+    for name, run in runs.items():
+        assert run.seed == run.task["seed"] == 2
+        assert run.context["items"] == ["one", "two"]
+        assert run.context["lineage"] == {"model": "m", "experience": entry.hash}
+        assert run.name == f"demo_brevity/{name}-2"
+        plain = replace(run, loss=None, rollout=None, name="")
+        assert plain == replace(runs["opcd"], loss=None, rollout=None, name="")
+
+
+def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "experience.selection.count=2")
+    entries = [select(place, text) for text in ("one", "two")]
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [one.hash for one in entries]})
+    config = load_config(place.run_config("opcd-1"))
+    assert config.context["_target_"].endswith("ExperiencePool")
+    assert [Path(path).stem for path in config.context["paths"]] == [one.hash for one in entries]
+
+
+@pytest.mark.parametrize(("best", "step"), [({}, 7), ({"best_step": 4}, 4), ({"best_step": 7}, 7)])
+def test_a_round_starts_from_the_student_that_was_judged_before_it(
+    tmp_path: Path, best: dict[str, int], step: int
+) -> None:
+    first = workplace(
+        tmp_path,
+        "experience.rounds=2",
+        "experience.next_round_retention=0.5",
+        "experience.replay=true",
+    )
+    folder = first.folder / "opcd-1"
+    folder.mkdir(parents=True)
+    write_json(folder / "summary.json", {"steps": 7, **best})
+    settings: Settings = replace(first.settings, round=2)
+    second = Workplace(settings)
+    select(second, "one")
+    config = load_config_without_files(second.run_config("opcd-1"))
+    assert config.student.path == str(folder / "checkpoints" / f"step={step}.ckpt")
+    assert first.is_last("opcd-1") == (step == 7)
+    assert config.name == "demo_brevity/round=2/opcd-1"
+    assert config.task._target_.endswith("ReplayTask")
+    assert config.task.path == str(second.folder / "turns.jsonl")
+    assert first.stage_config().student.path == "smollm2-135m-instruct"
+
+
+def test_a_round_keeps_its_selection_whatever_is_selected_later(tmp_path: Path) -> None:
+    first = workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5")
+    second = Workplace(replace(first.settings, round=2))
+    (first.folder / "opcd-1").mkdir(parents=True)
+    write_json(first.folder / "opcd-1" / "summary.json", {"steps": 7})
+    with pytest.raises(ValueError, match=r"no .*selected\.json; allowed: after stage=select"):
+        first.run_config("opcd-1")
+    one = select(first, "one")
+    two = select(second, "two")
+    assert first.registry.selected() == two
+    assert first.run_config("opcd-1").context["items"] == ["one"]
+    first.registry.rollback()
+    assert second.run_config("opcd-1").context["items"] == ["two"]
+    assert (first.selected(), second.selected()) == ([one], [two])
+
+
+def load_config_without_files(config: DictConfig) -> DictConfig:
+    load_config(config)
+    return config
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    workplace(tmp_path).open()
+    stage_to_check(raw(tmp_path, "stage=score", "parallel=tp2"))
+    with pytest.raises(ValueError, match=r"optim\.lr was 5e-05, is 1e-06; allowed: the values in"):
+        stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
+    with pytest.raises(ValueError, match=r"experience\.extraction\.num_steps was 30, is 4"):
+        stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
+
+
+def test_a_folder_of_one_round_is_not_continued_as_one_of_several(tmp_path: Path) -> None:
+    workplace(tmp_path).open()
+    with pytest.raises(
+        ValueError, match=r"experience\.rounds was 1, is 2: .*; allowed: the value in"
+    ):
+        workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    workplace(tmp_path / "b", "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    workplace(tmp_path / "b", "experience.rounds=3", "experience.next_round_retention=0.5").open()
+    with pytest.raises(ValueError, match=r"experience\.rounds was 3, is 1"):
+        workplace(tmp_path / "b").open()
+
+
+def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
+    raised = "experience.extraction.cap_tokens=4096"
+    prompt = "experience.extraction.with_previous=true"
+    workplace(tmp_path / "a").open()
+    workplace(tmp_path / "b", prompt).open()
+    with pytest.raises(ValueError, match="cap_tokens was 2048, is 4096"):
+        workplace(tmp_path / "b", prompt, raised).open()  # earlier prompts were cut by it
+    place = workplace(tmp_path / "a", raised)
+    place.open()
+    (place.folder / "candidates.json").write_text("[]")
+    place.open()
+    with pytest.raises(ValueError, match="cap_tokens was 4096, is 2048"):
+        workplace(tmp_path / "a").open()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recipe=math_qwen3_8b_2n8g"], "task.train: no value is given"),
+        (["optim.lr=-1"], "optim.lr=-1.0: allowed"),
+        (["context=pirate"], "context._target_=.*allowed: context=experience"),
+        (["experience.consolidation.losses.sft=null"], "loss.*allowed"),
+    ],
+)
+def test_a_run_that_must_fail_is_refused_before_the_first_stage(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(map(load_config, configs_before_start(raw(tmp_path, "stage=extract", *overrides))))
+
+
+def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
+    tmp_path: Path,
+) -> None:
+    configs = configs_before_start(raw(tmp_path, "stage=consolidate"))
+    assert len(configs) == 1 + len(load_experience(raw(tmp_path)).runs)
+    for config in configs:
+        load_config(config)
+    stage_to_check(raw(tmp_path, "stage=extract"))
+    assert list(tmp_path.iterdir()) == []
+    workplace(tmp_path).open()
+    with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
+        configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))
+
+
+def test_rounds_of_online_learning_stop_when_too_much_is_forgotten(tmp_path: Path) -> None:
+    assert load_experience(raw(tmp_path)).experience.next_round_retention is None
+    online = load_experience(raw(tmp_path, "experience=online")).experience
+    assert online.rounds > 1
+    assert online.next_round_retention == 0.5

@@ -1,0 +1,110 @@
+"""The pipeline's table: what counts as a question, and that every number has its interval."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.context.registry import Entry
+from opcd_nemo.evaluation.evaluator import Answer
+from opcd_nemo.evaluation.statistics import crossed_interval, mean_interval
+from opcd_nemo.experience.config import load_experience
+from opcd_nemo.experience.table import summarise, table_text
+from opcd_nemo.experience.workplace import Workplace
+from opcd_nemo.formats.locate import write_json
+from opcd_nemo.launch.ranks import compose
+
+SETTINGS = (
+    "task=frozen_lake context=experience_games task.repeat_maps=true task.num_test=5 "
+    "experience.consolidation.methods=[opcd,sft] experience.controls=[]"
+).split()
+SEEDS, PLAYS = (1, 2, 3), 23
+BY_MAP = (0.0, 0.0, 1.0, 1.0, 1.0)
+PARTS = ("task", "retention")
+
+
+def place_of(folder: Path, *more: str) -> Workplace:
+    raw = compose("experience", [f"exp_manager.exp_dir={folder}", *SETTINGS, *more])
+    place = Workplace(load_experience(raw))
+    entry = Entry(items=("one",), num_tokens=3, lineage={}, scores={"validation": 0.5})
+    place.registry.add(entry)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
+    write_json(place.folder / "ranked.json", {"without": 0.25})
+    return place
+
+
+def answers(place: Workplace, part: str, shift: float) -> list[dict[str, Any]]:
+    episodes = build_plug(place.plug(part)).episodes("test", 0, PLAYS if part == "task" else 4)
+    return [
+        asdict(
+            Answer(
+                uid=episode.uid,
+                sample=sample,
+                text="",
+                score=BY_MAP[number % 5] if part == "task" else 1.0,
+                answered=number % 2 == 0,
+                num_tokens=int(number + shift),
+                leaked=False,
+            )
+        )
+        for number, episode in enumerate(episodes)
+        for sample in range(2)
+    ]
+
+
+def write_runs(place: Workplace) -> None:
+    for run in place.settings.runs:
+        folder, seed = place.folder / run, float(run[-1])
+        folder.mkdir()
+        write_json(folder / "summary.json", {"steps": 1})
+        lines = [
+            {"evaluation": name, "part": part, **one}
+            for name in ("base", "in_context", "student")
+            for part in PARTS
+            for one in answers(place, part, seed)
+        ]
+        (folder / "answers.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    row = {str(s): {part: answers(place, part, s) for part in PARTS} for s in SEEDS}
+    write_json(place.folder / "controls.json", {"opcd_in_context": row, "sft_in_context": row})
+
+
+def test_plays_of_one_map_are_one_question_and_every_number_has_its_interval(
+    tmp_path: Path,
+) -> None:
+    place = place_of(tmp_path)
+    write_runs(place)
+    summary = summarise(place)
+    row = summary["rows"]["opcd"]
+    assert row["score"] == asdict(crossed_interval([BY_MAP] * 3))
+    assert row["score"]["high"] > 1 > 0 > row["score"]["low"] - 0.1  # of five maps little is known
+    assert row["pass_at_k"]["2"] == row["score"]
+    assert row["format_failure_rate"]["low"] < row["format_failure_rate"]["value"]
+    assert row["response_tokens"]["low"] < 11 + 2 < row["response_tokens"]["high"]
+    assert row["leakage_rate"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert row["retention"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert row["retention_by_seed"] == {"1": 1.0, "2": 1.0, "3": 1.0}
+    text = table_text(summary)
+    maps = summary["maps"]
+    assert (maps["asked"], maps["plays"], maps["maps_overlap"]) == (5, 23, 0)
+    assert "* 5 different maps in 23 test games, " in text
+    assert f"a random player wins {maps['random_win_rate_test']:.3f} of the test" in text
+    assert "| OPCD | 0.600 [" in text
+    assert "| 1.00 [1.00, 1.00] |" in text
+
+
+def test_of_one_map_the_interval_is_over_seeds_and_chance_is_not_told(tmp_path: Path) -> None:
+    place = place_of(tmp_path, "task.num_test=1")
+    write_runs(place)
+    summary = summarise(place)
+    tokens = [sum(range(PLAYS)) / PLAYS + seed for seed in SEEDS]
+    found = summary["rows"]["sft"]["response_tokens"]
+    assert [*found.values()] == pytest.approx([*asdict(mean_interval(tokens)).values()])
+    assert summary["paired"]["opcd - sft"]["p_value"] is None
+    assert summary["internalised"] is None
+    assert "p = ?" in table_text(summary)

@@ -1,0 +1,176 @@
+"""Checkpoints: what is read equals transformers, what is written loads there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opcd_nemo.formats.huggingface import ModelConfig, open_checkpoint, write_hf_folder
+from tests.tiny import (
+    LLAMA3_ROPE,
+    model_config,
+    random_tensors,
+    refusal,
+    write_transformers_folder,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        model_config("llama", rope_scaling=LLAMA3_ROPE),
+        model_config("llama", tied_embeddings=True),
+        model_config("qwen2"),
+        model_config("qwen3", tied_embeddings=True, eos_token_ids=(2, 5)),
+    ],
+    ids=["llama3", "llama-tied", "qwen2", "qwen3-tied"],
+)
+def test_transformers_folder_is_read_and_rewritten_unchanged(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    import transformers
+
+    model = write_transformers_folder(tmp_path / "in", config, max_shard_size="20KB")
+    assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
+    checkpoint = open_checkpoint(str(tmp_path / "in"))
+    assert checkpoint.config == config
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    for name, tensor in random_tensors(config).items():
+        assert torch.equal(tensors[name], tensor), name
+
+    write_hf_folder(tmp_path / "out", config, tensors, torch.float32)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again.eval()
+    assert again.dtype == torch.float32
+    assert list(again.generation_config.eos_token_id) == list(config.eos_token_ids)
+    ids = torch.arange(50)[None]  # past the original positions of the scaled rope
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert open_checkpoint(str(tmp_path / "out")).config == config
+
+
+def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
+    config = model_config("qwen2")
+    tensors = random_tensors(config)
+    write_hf_folder(tmp_path / "out", config, tensors, torch.bfloat16, max_file_bytes=5000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == 2 * sum(x.numel() for x in tensors.values())
+    checkpoint = open_checkpoint(str(tmp_path / "out"))
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.tensor(name), tensor.bfloat16()), name
+
+
+def test_weights_are_for_the_same_eyes_as_the_other_files(tmp_path: Path) -> None:
+    config = model_config()
+    write_hf_folder(tmp_path / "out", config, random_tensors(config), torch.bfloat16)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_failed_export_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("opcd_nemo.formats.huggingface.save_file", fail)
+    config = model_config()
+    with pytest.raises(OSError, match="disk full"):
+        write_hf_folder(tmp_path / "out", config, random_tensors(config), torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_a_folder_with_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    config = model_config()
+    with pytest.raises(ValueError, match="already there; allowed"):
+        write_hf_folder(tmp_path, config, random_tensors(config), torch.float32)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def write_folder(folder: Path, **changes: Any) -> ModelConfig:
+    config = model_config("llama")
+    tensors = random_tensors(config)
+    write_hf_folder(folder, config, tensors, torch.float32)
+    if changes:
+        raw = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(raw))
+    return config
+
+
+def test_missing_or_incomplete_folders_are_named(tmp_path: Path) -> None:
+    assert "no/such" in refusal(open_checkpoint, "no/such")
+    assert "config.json" in refusal(open_checkpoint, tmp_path)
+    write_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "no weights" in refusal(open_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert "config.json" in refusal(open_checkpoint, tmp_path / "model")
+
+
+def test_missing_weight_file_is_named(tmp_path: Path) -> None:
+    config = model_config("llama")
+    write_hf_folder(
+        tmp_path / "model", config, random_tensors(config), torch.float32, max_file_bytes=9000
+    )
+    next((tmp_path / "model").glob("model-00002-*")).unlink()
+    assert "model-00002-" in refusal(open_checkpoint, tmp_path / "model")
+
+
+def test_import_is_cheap() -> None:
+    code = (
+        "import sys, opcd_nemo.formats.huggingface, opcd_nemo.formats.tokenizer\n"
+        "assert not {'transformers', 'megatron', 'gguf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in refusal(open_checkpoint, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1"),
+        ({"vocab_size": 68}, "(67, 24)"),
+        ({"model_type": "qwen2"}, "bias"),
+        ({"model_type": "mistral"}, "mistral"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    tmp_path: Path, changes: dict[str, object], word: str
+) -> None:
+    write_folder(tmp_path / "model", **changes)
+    assert word in refusal(open_checkpoint, tmp_path / "model")
+
+
+def test_stored_copy_of_a_tied_head_is_not_used(tmp_path: Path) -> None:
+    config = model_config("llama", tied_embeddings=True)
+    tensors = random_tensors(config)
+    write_hf_folder(tmp_path / "model", config, tensors, torch.float32)
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | copy, tmp_path / "model" / "model.safetensors")
+    assert "lm_head.weight" not in open_checkpoint(str(tmp_path / "model")).names()
+
+
+def test_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", eos_token_id=7)
+    generation = tmp_path / "model" / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [2, 9]}))
+    assert open_checkpoint(str(tmp_path / "model")).config.eos_token_ids == (2, 9)
+    generation.unlink()
+    assert open_checkpoint(str(tmp_path / "model")).config.eos_token_ids == (7,)

@@ -1,0 +1,236 @@
+"""A tar from a stranger is refused, or read in place; nothing of it is unpacked or run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opcd_nemo.config.stored import parse_stored
+from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.locate import NEMO_CONFIG
+from opcd_nemo.formats.nemo import CheckedFiles, open_package
+from opcd_nemo.formats.torch_dist import DistributedTensors, read_plain
+from opcd_nemo.storage import durable
+from opcd_nemo.storage.archive import FolderFiles, TarFiles, open_files, read_whole, write_tar
+from tests.tiny import refusal
+
+Member = tuple[tarfile.TarInfo, bytes]
+
+
+def member(name: str, data: bytes = b"x", **fields: object) -> Member:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def tar(path: Path, *members: Member, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        for info, data in members:
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+LINK = {"linkname": "/etc/passwd", "size": 0}
+HOSTILE = {
+    "parent": (member("../outside"), "leads outside"),
+    "inner parent": (member("hf/../../outside"), "leads outside"),
+    "absolute": (member("/etc/cron.d/job"), "leads outside"),
+    "backslash": (member("..\\outside"), "leads outside"),
+    "symbolic link": (member("hf", b"", type=tarfile.SYMTYPE, **LINK), "not a plain file"),
+    "hard link": (member("hf", b"", type=tarfile.LNKTYPE, **LINK), "not a plain file"),
+    "character device": (member("null", b"", type=tarfile.CHRTYPE), "not a plain file"),
+    "block device": (member("disk", b"", type=tarfile.BLKTYPE), "not a plain file"),
+    "named pipe": (member("pipe", b"", type=tarfile.FIFOTYPE), "not a plain file"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_member_is_refused(kind: str, tmp_path: Path) -> None:
+    bad, word = HOSTILE[kind]
+    path = tar(tmp_path / "a.nemo", member(NEMO_CONFIG), bad)
+    assert word in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+@pytest.mark.parametrize("size", [10**6, 1 << 45])
+def test_a_size_beyond_the_file_is_refused(size: int, tmp_path: Path) -> None:
+    info, _ = member(NEMO_CONFIG, b"", size=size)
+    path = tmp_path / "a.nemo"
+    path.write_bytes(info.tobuf() + b"x" * 512)
+    assert "bytes" in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+def test_a_name_twice_a_compressed_tar_and_other_files_are_refused(tmp_path: Path) -> None:
+    twice = tar(tmp_path / "a.nemo", member(NEMO_CONFIG), member(f"./{NEMO_CONFIG}"))
+    assert "twice" in refusal(lambda p: TarFiles(Path(p)), twice)
+    packed = tar(tmp_path / "b.nemo", member(NEMO_CONFIG), mode="w:gz")
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), packed)
+    (tmp_path / "c.nemo").write_bytes(os.urandom(4096))
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), tmp_path / "c.nemo")
+    (tmp_path / "d.nemo").write_bytes(b"")
+    assert "uncompressed" in refusal(lambda p: TarFiles(Path(p)), tmp_path / "d.nemo")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_weights.ckpt", "model_weights/mp_rank_00.pt", "hf/setup.py", "hf/pytorch_model.bin"],
+)
+def test_pickled_weights_and_programs_are_no_members(name: str, tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.nemo", member(NEMO_CONFIG, b"a: 1"), member(name))
+    assert "unexpected" in refusal(lambda p: open_package(Path(p)), path)
+
+
+def test_what_was_packed_is_read_in_place(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "hf").mkdir(parents=True)
+    (folder / NEMO_CONFIG).write_text("a: 1")
+    (folder / "hf" / "config.json").write_bytes(bytes(range(256)))
+    path = tmp_path / "a.nemo"
+    write_tar(path, folder, [NEMO_CONFIG, "hf/config.json"])
+    files = open_files(path)
+    assert files.sizes() == {NEMO_CONFIG: 4, "hf/config.json": 256}
+    assert files.read("hf/config.json", 10, 5) == bytes(range(10, 15))
+    assert read_whole(files, NEMO_CONFIG) == b"a: 1"
+    with pytest.raises(ValueError, match="ends before"):
+        files.read("hf/config.json", 250, 10)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.nemo", "folder"]
+    again = tmp_path / "b.nemo"
+    write_tar(again, folder, [NEMO_CONFIG, "hf/config.json"])
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_fence_keeps_a_finished_tar_from_its_name(tmp_path: Path) -> None:
+    (tmp_path / NEMO_CONFIG).write_text("a: 1")
+
+    def fence() -> None:
+        raise OSError("taken over")
+
+    with pytest.raises(OSError, match="taken over"):
+        write_tar(tmp_path / "a.nemo", tmp_path, [NEMO_CONFIG], fence)
+    assert [one.name for one in tmp_path.iterdir()] == [NEMO_CONFIG]
+
+
+class _Runs:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return os.symlink, ("/etc/passwd", str(self._path))
+
+
+def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Runs(ran)))
+    assert "posix.symlink" in refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
+    torch.save({"common": _Runs(ran)}, tmp_path / "common.pt")
+    assert "plain values" in refusal(lambda p: read_plain(FolderFiles(Path(p))), tmp_path)
+    names = durable.files_in(tmp_path)
+    durable.write_manifest(tmp_path, {name: durable.measure(tmp_path / name) for name in names})
+    assert "plain values" in refusal(open_checkpoint, tmp_path)
+    assert not ran.exists()
+
+
+Chunk = tuple[int, int, str]  # first row, rows, file
+
+
+def write_rows(folder: Path, rows: int, *chunks: Chunk) -> DistributedTensors:
+    """A checkpoint of one tensor `x` [rows, 2] whose index says what `chunks` say."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    about, places = [], {}
+    for first, count, name in chunks:
+        data = io.BytesIO()
+        torch.save(torch.arange(first, first + count)[:, None].expand(count, 2).clone(), data)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.getvalue())
+        offsets = torch.Size([first, 0])
+        about.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([count, 2])))
+        length = len(data.getvalue())
+        places[MetadataIndex("x", offsets)] = _StorageInfo(name, 0, length)
+    one = TensorStorageMetadata(
+        properties=TensorProperties(dtype=torch.int64), size=torch.Size([rows, 2]), chunks=about
+    )
+    index = Metadata(state_dict_metadata={"x": one}, storage_data=places)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    files = [name for name in durable.files_in(folder) if ".." not in name]
+    durable.write_manifest(folder, {name: durable.measure(folder / name) for name in files})
+    return DistributedTensors(CheckedFiles(FolderFiles(folder)))
+
+
+def test_pieces_of_a_tensor_are_put_together(tmp_path: Path) -> None:
+    tensors = write_rows(tmp_path, 5, (3, 2, "b"), (0, 3, "a"))
+    assert tensors.tensor("x").tolist() == [[row, row] for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    "chunks", [[(0, 2, "a"), (0, 2, "b")], [(0, 3, "a"), (2, 2, "b")], [(0, 3, "a")]]
+)
+def test_pieces_that_overlap_or_leave_gaps_are_refused(chunks: list[Chunk], tmp_path: Path) -> None:
+    tensors = write_rows(tmp_path, 4, *chunks)
+    with pytest.raises(ValueError, match="each value once"):
+        tensors.tensor("x")
+
+
+def test_a_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    tensors = write_rows(inside, 2, (0, 2, "../secret"))
+    with pytest.raises(ValueError, match="in files that are there"):
+        tensors.tensor("x")
+
+
+def test_an_index_changes_no_class(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    harmful = (
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n"
+        b"N}\x8c\x08__init__ctorch\nSize\ns\x86b."
+    )
+    (tmp_path / ".metadata").write_bytes(harmful)
+    refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
+    assert Metadata({}).state_dict_metadata == {}
+
+
+def test_a_tar_of_nested_headers_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type = tarfile.XHDTYPE
+    (tmp_path / "a.nemo").write_bytes(header.tobuf() * 3000)
+    refusal(lambda p: TarFiles(Path(p)), tmp_path / "a.nemo")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("context: ${oc.env:HOME}", "interpolation"),
+        ("a: [{b: '${oc.decode:1}'}]", "interpolation"),
+        ("context: {_target_: os.system}", "_target_=os.system"),
+        ("a: {b: [{_target_: opcd_nemo.config.plugs.build_plug}]}", "build_plug"),
+        ("target: opcd_nemo.launch.ranks.run_recipe", "run_recipe"),
+        ("[1, 2]", "no mapping"),
+        ("a: [", "YAML"),
+        ("!!python/object/apply:os.system [ls]", "YAML"),
+    ],
+)
+def test_a_strangers_configuration_is_refused(text: str, word: str) -> None:
+    assert word in refusal(lambda p: parse_stored(text.encode(), str(p)), "config")
+
+
+def test_a_configuration_of_this_package_is_read() -> None:
+    text = b"target: opcd_nemo.trainer.model.OPCDModel\ntask: {_target_: opcd_nemo.tasks.a.B}"
+    assert parse_stored(text, "x")["task"] == {"_target_": "opcd_nemo.tasks.a.B"}

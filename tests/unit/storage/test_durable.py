@@ -1,0 +1,125 @@
+"""A published folder is whole, and every kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opcd_nemo.config.changes import check_unchanged
+from opcd_nemo.metrics import drop_metrics_from, read_metrics
+from opcd_nemo.storage import durable
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    temporary = tmp_path / ".one.partial"
+    (temporary / "deep").mkdir(parents=True)
+    (temporary / "a.bin").write_bytes(b"a" * 1000)
+    (temporary / "deep" / "b.bin").write_bytes(b"b" * 10)
+    names = durable.files_in(temporary)
+    entries = {name: durable.measure(temporary / name, sync=True) for name in names}
+    durable.publish(temporary, tmp_path / "one", entries, lambda: None)
+    return tmp_path / "one"
+
+
+def damage_of(folder: Path) -> str | None:
+    try:
+        entries = durable.read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    return durable.find_damage(folder, entries, sorted(entries))
+
+
+def test_a_whole_folder_has_no_damage(folder: Path) -> None:
+    assert durable.files_in(folder) == ["a.bin", "deep/b.bin"]
+    assert damage_of(folder) is None
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
+def test_truncation_is_named(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(b"a" * 999)
+    assert damage_of(folder) == f"{folder / 'a.bin'}: has 999 bytes instead of 1000"
+
+
+def test_one_flipped_bit_is_named(folder: Path) -> None:
+    (folder / "deep" / "b.bin").write_bytes(b"b" * 9 + b"c")
+    assert damage_of(folder) == f"{folder / 'deep/b.bin'}: its SHA-256 is not the manifest's"
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "deep" / "b.bin").unlink()
+    assert damage_of(folder) == f"{folder / 'deep/b.bin'}: is missing"
+
+
+def test_an_unknown_file_is_named(folder: Path) -> None:
+    (folder / "new.bin").write_bytes(b"")
+    assert damage_of(folder) == f"{folder / 'new.bin'}: is not in the manifest"
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"a.bin": 3}', '{"a.bin": []}'])
+def test_a_missing_or_broken_manifest_is_named(folder: Path, text: str | None) -> None:
+    manifest = folder / durable.MANIFEST
+    manifest.unlink() if text is None else manifest.write_text(text)
+    assert str(damage_of(folder)).startswith(f"{manifest}: cannot be read")
+
+
+def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
+    temporary = folder.with_name("next")
+    temporary.mkdir()
+    (temporary / "c.bin").write_bytes(b"c")
+    entries = {"c.bin": durable.measure(temporary / "c.bin")}
+    durable.publish(temporary, folder, entries, lambda: None)
+    assert durable.files_in(folder) == ["c.bin"]
+    assert damage_of(folder) is None
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
+def test_cleaning_removes_what_a_crash_left_and_no_published_folder(folder: Path) -> None:
+    partial = durable.partial(folder)
+    partial.mkdir()
+    folder.rename(folder.with_name(".one.replaced"))  # the crash came between two renames
+    durable.clean(folder.parent)
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    assert damage_of(folder) is None
+    folder.with_name(".one.replaced").mkdir()
+    durable.clean(folder.parent)
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
+def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
+    for _ in range(2):
+        durable.set_aside(folder, ".damaged")
+        folder.mkdir()
+    names = sorted(path.name for path in folder.parent.iterdir())
+    assert names == ["one", "one.damaged", "one.damaged.1"]
+
+
+def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(4)) + '{"step": 4')
+    drop_metrics_from(path, 3)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+
+
+def config(**changes: object) -> dict[str, object]:
+    optim = {"lr": 1.0, "schedule": "constant"}
+    return {"optim": optim, "trainer": {"max_steps": 3}, "parallel": {"tp": 1}, **changes}
+
+
+def test_layout_and_length_may_change() -> None:
+    check_unchanged(config(), config(parallel={"tp": 2}, trainer={"max_steps": 9}), [])
+
+
+def test_length_may_not_change_under_a_schedule() -> None:
+    cosine = {"lr": 1.0, "schedule": "cosine"}
+    saved = config(optim=cosine)
+    with pytest.raises(ValueError, match=r"trainer.max_steps was 3, is 9; allowed"):
+        check_unchanged(saved, config(optim=cosine, trainer={"max_steps": 9}), [])
+
+
+def test_keys_that_came_or_went_are_shown() -> None:
+    with pytest.raises(ValueError, match=r"loss.beta was 0.5, is \(absent\); loss.k was \(abs"):
+        check_unchanged(config(loss={"beta": 0.5}), config(loss={"k": 3}), [])
+    check_unchanged(config(loss={"beta": 0.5}), config(loss={"k": 3}), ["loss"])

@@ -1,0 +1,276 @@
+"""What a run reads is refused in one line before a process group starts or a model loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opcd_nemo.config.train import load_config
+from opcd_nemo.launch.ranks import compose
+from opcd_nemo.training.inputs import Inputs, open_inputs
+from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
+
+SMALL = [
+    "evaluation.num_questions=2",
+    "evaluation.num_retention=2",
+    "rollout.max_new_tokens=4",
+    "evaluation.retention_max_new_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def opened(model: Path, runs: Path, *overrides: str, world_size: int = 2) -> Inputs:
+    settings = [f"student.path={model}", f"exp_manager.exp_dir={runs}", *SMALL, *overrides]
+    return open_inputs(load_config(compose("train", settings)), world_size)
+
+
+def refused(model: Path, runs: Path, *overrides: str, world_size: int = 2) -> str:
+    with pytest.raises(ValueError, match="allowed") as caught:
+        opened(model, runs, *overrides, world_size=world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def copy(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder))
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_opens_a_good_folder(model: Path, tmp_path: Path) -> None:
+    inputs = opened(model, tmp_path)
+    assert inputs.teacher is inputs.student
+    assert inputs.prefix_ids
+    assert inputs.student_config.num_layers == 2
+
+
+def test_a_top_k_above_the_vocabulary(model: Path, tmp_path: Path) -> None:
+    size = opened(model, tmp_path).student_config.vocab_size
+    top_k = "loss=reverse_kl_top256"
+    opened(model, tmp_path, top_k, f"loss.k={size}")
+    assert refused(model, tmp_path, top_k, f"loss.k={size + 1}") == (
+        f"loss.k={size + 1}: allowed: at most the student's vocabulary of {size}"
+    )
+    assert "loss.tail=stop_gradient" in refused(
+        model, tmp_path, top_k, "loss.k=4", "loss.kind=forward_kl", "loss.tail=stop_gradient"
+    )
+
+
+def test_keeps_layers(model: Path, tmp_path: Path) -> None:
+    inputs = opened(model, tmp_path, "student.keep_layers=[1]")
+    assert (inputs.student_config.num_layers, inputs.teacher.config.num_layers) == (1, 2)
+    message = refused(model, tmp_path, "student.keep_layers=[0,2]")
+    assert message.startswith("student.keep_layers=[0, 2]: ")
+    assert message.endswith("allowed: strictly increasing numbers from 0 to 1")
+
+
+def test_layout_and_world_size(model: Path, tmp_path: Path) -> None:
+    message = refused(model, tmp_path, "parallel=tp2_pp2", world_size=6)
+    assert message == (
+        "parallel.tensor_model_parallel_size=2 x parallel.pipeline_model_parallel_size=2 = 4 does "
+        "not divide the world size 6; allowed: a world size that is a multiple of their product"
+    )
+
+
+def test_context_parallel_ranks_are_data_parallel_ranks(model: Path, tmp_path: Path) -> None:
+    sizes = "parallel=tp2", "parallel.context_parallel_size=2"
+    assert refused(model, tmp_path, *sizes, world_size=6) == (
+        "parallel.context_parallel_size=2 does not divide the 3 data-parallel ranks of world size "
+        "6; allowed: a divisor of that"
+    )
+    batch = "batching.global_batch_size=8", "batching.micro_batch_size=8"
+    assert refused(model, tmp_path, *sizes, *batch, world_size=8) == (
+        "batching.global_batch_size=8: allowed: a multiple of batching.micro_batch_size=8 x 2 "
+        "groups of context-parallel ranks, and of 4 data-parallel ranks"
+    )
+
+
+def test_batch_and_data_parallel_ranks(model: Path, tmp_path: Path) -> None:
+    message = refused(model, tmp_path, world_size=3)
+    assert message == (
+        "batching.global_batch_size=8: allowed: a multiple of batching.micro_batch_size=4 x "
+        "3 data-parallel ranks"
+    )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_layers_and_stages(model: Path, tmp_path: Path, side: str) -> None:
+    odd = write_chat_model(tmp_path / "odd", num_layers=3)
+    student, teacher = (odd, model) if side == "student" else (model, odd)
+    message = refused(student, tmp_path / "runs", "parallel=pp2", f"teacher.path={teacher}")
+    assert message == (
+        f"parallel.pipeline_model_parallel_size=2: the {side} has 3 layers; "
+        "allowed: a divisor of that"
+    )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_missing_folder(model: Path, tmp_path: Path, side: str) -> None:
+    gone = tmp_path / "gone"
+    message = refused(model, tmp_path, f"{side}.path={gone}")
+    assert message == (
+        f"{side}.path={gone}: model path {str(gone)!r} is not there; allowed: a Hugging Face "
+        "folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, or the word "
+        "smollm2-135m-instruct"
+    )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_folder_without_tokenizer(model: Path, tmp_path: Path, side: str) -> None:
+    bare = copy(model, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    assert refused(model, tmp_path, f"{side}.path={bare}") == (
+        f"{side}.path={bare}: {bare}: no tokenizer; allowed: tokenizer.json or tokenizer.model"
+    )
+
+
+def test_unsupported_architecture(model: Path, tmp_path: Path) -> None:
+    other = copy(model, tmp_path / "other")
+    edit_json(other / "config.json", model_type="gemma")
+    assert refused(other, tmp_path) == (
+        f"student.path={other}: {other / 'config.json'}: model_type is 'gemma'; "
+        "allowed: llama, qwen2, qwen3"
+    )
+
+
+def test_no_chat_template(model: Path, tmp_path: Path) -> None:
+    plain = copy(model, tmp_path / "plain")
+    write_chat_tokenizer(plain, template=None)
+    assert refused(plain, tmp_path) == (
+        f"student.path={plain}: {plain}: no chat template; allowed: chat_template.jinja, or "
+        "chat_template in tokenizer_config.json"
+    )
+
+
+def test_a_teacher_with_fewer_rows(model: Path, tmp_path: Path) -> None:
+    other = write_chat_model(tmp_path / "other", vocab_size=310)
+    assert refused(model, tmp_path, f"teacher.path={other}") == (
+        f"teacher.path={other}: vocabulary of 310 differs from the student's 320 ({model}); "
+        "allowed: the same tokens, and at least as many rows"
+    )
+
+
+def test_a_teacher_with_more_rows_is_read_up_to_the_students(model: Path, tmp_path: Path) -> None:
+    other = write_chat_model(tmp_path / "other", vocab_size=332)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, other / name)
+    inputs = opened(model, tmp_path, f"teacher.path={other}")
+    assert (inputs.teacher.config.vocab_size, inputs.teacher_config.vocab_size) == (332, 320)
+
+
+def test_arguments_of_the_chat_template(model: Path, tmp_path: Path) -> None:
+    assert refused(model, tmp_path, "+student.chat_template_arguments.enable_thinking=false") == (
+        "student.chat_template_arguments={'enable_thinking': False}: enable_thinking=False: no "
+        f"variable of the chat template of {model}; allowed: none"
+    )
+    other = copy(model, tmp_path / "other")
+    text = "{%- if enable_thinking is defined and enable_thinking is false %}<think>{% endif %}"
+    (other / "chat_template.jinja").write_text(CHAT_TEMPLATE + text)
+    argument = "+student.chat_template_arguments.enable_thinking"
+    chats = [
+        opened(other, tmp_path, *more).tokenizer.render([{"role": "user", "content": "A"}])
+        for more in ([], [f"{argument}=true"], [f"{argument}=false"])
+    ]
+    assert chats[0] == chats[1]
+    assert chats[0] == chats[2][: len(chats[0])] != chats[2]
+
+
+def test_different_tokens_in_as_large_a_vocabulary(model: Path, tmp_path: Path) -> None:
+    other = copy(model, tmp_path / "other")
+    file = other / "tokenizer.json"
+    contents = json.loads(file.read_text())
+    vocabulary = contents["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    file.write_text(json.dumps(contents))
+    message = refused(model, tmp_path, f"teacher.path={other}")
+    assert message.startswith(f"teacher.path={other}: vocabulary of 320 differs from ")
+
+
+def test_different_end_of_sequence(model: Path, tmp_path: Path) -> None:
+    other = copy(model, tmp_path / "other")
+    edit_json(other / "tokenizer_config.json", eos_token=END_OF_TEXT)
+    message = refused(model, tmp_path, f"teacher.path={other}")
+    assert message.startswith(f"teacher.path={other}: end-of-sequence ids (")
+    assert message.endswith(f"({model}); allowed: the same ids")
+
+
+def test_context_longer_than_positions(tmp_path: Path) -> None:
+    short = write_chat_model(tmp_path / "short", max_positions=128)
+    message = refused(short, tmp_path / "runs")
+    assert message.startswith("context._target_=opcd_nemo.context.FewShotContext: prompt of ")
+    assert "+ max_new_tokens=4: longer than the model's 128 positions; allowed: a " in message
+
+
+def test_question_longer_than_positions(tmp_path: Path) -> None:
+    short = write_chat_model(tmp_path / "short", max_positions=16)
+    message = refused(short, tmp_path / "runs")
+    assert message.startswith("task._target_=opcd_nemo.tasks.system_prompt.StyleTask: prompt of ")
+    assert "longer than the model's 16 positions" in message
+
+
+def test_more_new_tokens_than_positions(model: Path, tmp_path: Path) -> None:
+    message = refused(model, tmp_path, "evaluation.retention_max_new_tokens=2048")
+    assert "max_new_tokens=2048: longer than the model's 2048 positions" in message
+
+
+def test_empty_prompt_set(model: Path, tmp_path: Path) -> None:
+    message = refused(model, tmp_path, "task._target_=tests.recipes.plugs.EmptyTask")
+    assert message == (
+        "evaluation.num_questions=2: the task has 0 prompts where 2 are asked for; allowed: a task "
+        "that is not empty, and at most as many as it has"
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["evaluation.num_questions", "evaluation.num_retention", "batching.global_batch_size"]
+)
+def test_more_prompts_than_there_are(model: Path, tmp_path: Path, key: str) -> None:
+    message = refused(model, tmp_path, f"{key}=100000")
+    assert message.startswith(f"{key}=100000: ")
+    assert "allowed: 1 to " in message
+
+
+def test_retention_is_checked_like_the_task(model: Path, tmp_path: Path) -> None:
+    other = ["~retention", "+task@retention=json"]
+    inputs = opened(model, tmp_path, *other)
+    assert inputs.retention.episodes("test", 0, 1)[0].uid.startswith("test/")
+    target = "retention._target_=opcd_nemo.tasks.system_prompt.StyleTask: "
+    assert refused(model, tmp_path, *other, "retention.verifier=poem").startswith(
+        f"{target}task.verifier='poem'; allowed: brevity"
+    )
+    assert refused(model, tmp_path, *other, "evaluation.num_retention=201") == (
+        "evaluation.num_retention=201: test: n=201 prompts asked for; allowed: 1 to 200"
+    )
+
+
+def test_unknown_verifier(model: Path, tmp_path: Path) -> None:
+    assert refused(model, tmp_path, "task.verifier=poem").startswith(
+        "task.verifier='poem'; allowed: brevity"
+    )
+
+
+def test_output_folder_not_writable(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    folder = file / "runs"
+    assert refused(model, folder) == (
+        f"exp_manager.exp_dir={folder}: Not a directory; allowed: a writable folder"
+    )
+
+
+def test_validation_needs_as_many_questions_as_the_test(model: Path, tmp_path: Path) -> None:
+    questions = "evaluation.num_questions=100"  # the test split has 200, the validation split 64
+    opened(model, tmp_path, questions)
+    assert refused(model, tmp_path, questions, "evaluation.every_n_steps=1") == (
+        "evaluation.num_questions=100: validation: n=100 prompts asked for; allowed: 1 to 64"
+    )
