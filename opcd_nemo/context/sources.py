@@ -263,7 +263,8 @@ def _lineage(kind: type) -> dict[str, str]:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    module = "opcd_nemo.context" if kind.__module__ == __name__ else kind.__module__
+    return f"{module}.{kind.__qualname__}"  # the name under which configurations know it
 
 
 def _check_template(template: str) -> None:
