@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -175,5 +176,11 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = ColumnLinear, RowLinear
+    mlp = _parts_of_mlp(parts.mlp)
+    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     return layer
+
+
+def _parts_of_mlp(mlp: Any) -> Any:
+    """The submodules of a feed-forward layer; since megatron-core 0.18 its spec is a `partial`."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules

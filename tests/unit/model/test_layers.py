@@ -1,14 +1,19 @@
-"""The norm equals torch's forward and a float64 closed form backward."""
+"""The norm equals torch's and a float64 closed form; the local layer has the linears that pack."""
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 
-from opcd_nemo.model.layers import RMSNorm
+from opcd_nemo.model import layers
+from opcd_nemo.model.layers import ColumnLinear, RMSNorm, RowLinear
 from tests.bars import check, relative_error
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -49,3 +54,23 @@ def test_norm_equals_torch_and_the_closed_form(
     weight_gradient = (g * normed).flatten(0, -2).sum(0)
     error = relative_error(layer.weight.grad, weight_gradient)
     check(f"norm's weight gradient, {dtype}", error, LIMITS[dtype])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(ModuleSpec, id="megatron-core 0.16 and 0.17"),
+        pytest.param(functools.partial, id="megatron-core 0.18 and 0.19"),
+    ],
+)
+def test_the_local_layer_takes_our_linears(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = MLPSubmodules(linear_fc1=torch.nn.Linear, linear_fc2=torch.nn.Linear)
+    megatrons = get_gpt_layer_local_spec(normalization="RMSNorm")
+    megatrons.submodules.mlp = form(MLP, submodules=parts)
+    monkeypatch.setattr(layers, "get_gpt_layer_local_spec", lambda **_: megatrons)
+
+    config: Any = SimpleNamespace(qk_layernorm=False)
+    mlp = layers._local_layer(config).submodules.mlp
+    made = mlp.keywords["submodules"] if form is functools.partial else mlp.submodules
+    assert (made.linear_fc1, made.linear_fc2) == (ColumnLinear, RowLinear)
+    assert parts.linear_fc1 is torch.nn.Linear, "megatron-core's spec stays as it was"
