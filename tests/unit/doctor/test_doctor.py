@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ def test_packages_other_than_required_fail() -> None:
     assert environment.packages(found).status == "pass"
     row = environment.packages(found | {"megatron-core": "0.11.0", "jinja2": None})
     assert row.status == "fail"
-    assert "megatron-core<0.20,>=0.16.1 (found 0.11.0)" in row.mend
+    assert re.search(r"megatron-core\S+ \(found 0\.11\.0\)", row.mend)
     assert "jinja2 (found none)" in row.mend
 
 
