@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.errors import UserError
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
 METHODS = ("opcd", "offpolicy", "sft")
@@ -142,7 +145,7 @@ def load_experience(raw: DictConfig) -> Settings:
     """Check a composed pipeline's own keys; those of its runs are checked as a run's.
 
     Raises:
-        ValueError: one line with the key, its value and what is allowed.
+        UserError: a key is misspelt, missing, wrongly typed, or contradicts another.
     """
     own = [key for key in ("stage", "round", "run", "experience") if key in raw]
     resolved = raw.copy()
@@ -157,7 +160,6 @@ def load_experience(raw: DictConfig) -> Settings:
         stage=keys.stage, round=keys.round, run=keys.run, experience=keys.experience, train=train
     )
     _check_runs(settings)
-    _check_prompt(keys.experience.extraction)
     return settings
 
 
@@ -165,82 +167,79 @@ def _check_values(keys: _Keys) -> None:
     node: Any = OmegaConf.structured(keys)
     _check_words(node)
     for name in _AT_LEAST_ONE:
-        value = OmegaConf.select(node, f"experience.{name}")
-        if value < 1:
-            raise ValueError(f"experience.{name}={value}: allowed: 1 or more")
+        _check(node, f"experience.{name}", lambda value: value >= 1, "a whole number >= 1")
     for key in _SHARES:
-        value = OmegaConf.select(node, key)
-        if not 0 < value <= 1:
-            raise ValueError(f"{key}={value}: allowed: a number > 0, at most 1")
+        _check(node, key, lambda value: 0 < value <= 1, "a number > 0 and <= 1")
     for name in ("temperature", "top_k"):
-        value = OmegaConf.select(node, f"experience.extraction.{name}")
-        if value < 0:
-            raise ValueError(f"experience.extraction.{name}={value}: allowed: a number >= 0")
-    if not 1 <= keys.round <= keys.experience.rounds:
-        raise ValueError(f"round={keys.round}: allowed: 1 to {keys.experience.rounds}")
+        key = f"experience.extraction.{name}"
+        _check(node, key, lambda value: value >= 0, "a number >= 0")
+    last = keys.experience.rounds
+    _check(node, "round", lambda value: 1 <= value <= last, f"1 to {last}")
+
+
+def _check(node: Any, key: str, is_right: Callable[[Any], bool], allowed: str) -> None:
+    value = OmegaConf.select(node, key)
+    if not is_right(value):
+        raise UserError(key, value, allowed)
 
 
 def _check_words(node: Any) -> None:
     for key, choices in _CHOICES.items():
-        value = OmegaConf.select(node, key)
-        if value not in choices:
-            raise ValueError(f"{key}={value}: allowed: {', '.join(choices)}")
+        _check(node, key, choices.__contains__, ", ".join(choices))
     for key, choices in _LISTS.items():
-        values = list(OmegaConf.select(node, key))
-        if len(set(values)) != len(values) or not set(values) <= set(choices):
-            raise ValueError(f"{key}={values}: allowed: a list of {', '.join(choices)}, each once")
+        words = f"a list of {', '.join(choices)}, each at most once"
+        _check(node, key, partial(_are_of, choices), words)
+
+
+def _are_of(choices: Sequence[str], values: Sequence[str]) -> bool:
+    return len(set(values)) == len(values) and set(values) <= set(choices)
 
 
 def _check_runs(settings: Settings) -> None:
-    plan, selection = settings.experience.consolidation, settings.experience.selection
-    _check_stop(settings.experience)
-    if not plan.methods or not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
-        raise ValueError(
-            f"experience.consolidation.methods={plan.methods}, seeds={plan.seeds}: allowed: one "
-            "or more of each, each once"
+    experience, run = settings.experience, settings.run
+    plan, rounds = experience.consolidation, experience.rounds
+    _check_stop(experience)
+    for name, values in (("methods", plan.methods), ("seeds", plan.seeds)):
+        if not values or len(set(values)) != len(values):
+            key = f"experience.consolidation.{name}"
+            raise UserError(key, values, "a list of one or more, each once")
+    if run is not None and run not in settings.runs:
+        raise UserError("run", run, f"null, {', '.join(settings.runs)}")
+    if run is not None and settings.stage != "consolidate":
+        raise UserError("run", run, f"null with stage={settings.stage}")
+    if rounds > 1 and "opcd" not in plan.methods:
+        raise UserError("experience.rounds", rounds, "1 without the method opcd")
+    _check_extraction(experience)
+
+
+def _check_extraction(experience: ExperienceConfig) -> None:
+    extraction, selection = experience.extraction, experience.selection
+    if extraction.model is not None and (experience.rounds > 1 or experience.replay):
+        raise UserError(
+            "experience.extraction.model",
+            extraction.model,
+            "null with experience.rounds above 1 or experience.replay=true",
+            problem="this model plays, where the student's own games and answers are needed",
         )
-    if settings.run is not None and settings.run not in settings.runs:
-        raise ValueError(f"run={settings.run}: allowed: null, {', '.join(settings.runs)}")
-    if settings.run is not None and settings.stage != "consolidate":
-        raise ValueError(f"run={settings.run}: allowed: null with stage={settings.stage}")
-    if settings.experience.rounds > 1 and "opcd" not in plan.methods:
-        raise ValueError(
-            f"experience.rounds={settings.experience.rounds}: allowed: 1 without the method opcd"
+    if selection.rule == "random" and selection.min_steps > extraction.num_steps:
+        raise UserError(
+            "experience.selection.min_steps",
+            selection.min_steps,
+            f"at most experience.extraction.num_steps={extraction.num_steps}",
         )
-    extraction = settings.experience.extraction
-    if extraction.model is not None and (
-        settings.experience.rounds > 1 or settings.experience.replay
-    ):
-        raise ValueError(
-            f"experience.extraction.model={extraction.model}: it plays what it writes of; allowed: "
-            "null with experience.rounds above 1 or experience.replay=true, where a round is of "
-            "its own model's games and answers"
-        )
-    num_steps = extraction.num_steps
-    if selection.rule == "random" and selection.min_steps > num_steps:
-        raise ValueError(
-            f"experience.selection.min_steps={selection.min_steps}: allowed: at most "
-            f"experience.extraction.num_steps={num_steps}"
+    if "trace" not in extraction.places:
+        raise UserError("experience.extraction.prompt", extraction.prompt, "a text with {trace}")
+    if extraction.with_previous and "experience" not in extraction.places:
+        raise UserError(
+            "experience.extraction.with_previous", True, "false without {experience} in the prompt"
         )
 
 
 def _check_stop(experience: ExperienceConfig) -> None:
     share, rounds = experience.next_round_retention, experience.rounds
-    key = f"experience.next_round_retention={'null' if share is None else share}"
+    key = "experience.next_round_retention"
     if rounds == 1 and share is not None:
-        raise ValueError(f"{key}: allowed: null with experience.rounds=1")
+        raise UserError(key, share, "null with experience.rounds=1")
     if rounds > 1 and (share is None or not 0 <= share <= 1):
-        raise ValueError(
-            f"{key}: allowed: 0 (no round is the last) to 1 with experience.rounds={rounds}"
-        )
-
-
-def _check_prompt(extraction: ExtractionConfig) -> None:
-    if "trace" not in extraction.places:
-        raise ValueError(
-            f"experience.extraction.prompt={extraction.prompt!r}: allowed: a text with {{trace}}"
-        )
-    if extraction.with_previous and "experience" not in extraction.places:
-        raise ValueError(
-            "experience.extraction.with_previous=True: allowed: with a prompt that has {experience}"
-        )
+        allowed = f"0 (no round is the last) to 1 with experience.rounds={rounds}"
+        raise UserError(key, share, allowed)

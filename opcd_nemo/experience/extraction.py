@@ -16,6 +16,7 @@ from typing import Any
 from opcd_nemo.context.items import as_text, newest_within, parse_items
 from opcd_nemo.context.sources import NoContext
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import ExtractionConfig
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
@@ -114,7 +115,7 @@ class Extraction:
 
         Raises:
             OSError: the disk refuses, or the fence does.
-            ValueError: no extraction has written an item.
+            UserError: no extraction has written an item.
         """
         if self._parallel.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +133,10 @@ class Extraction:
                 say(f"extraction: wave {wave}: {_summary(found)}")
             records += found
         if not any(record["items"] for record in records):
-            raise ValueError(
-                f"experience.extraction: {len(records)} extractions wrote no item; allowed: a "
-                "prompt and a model that write lines with the marker - EXPERIENCE ITEM:"
+            raise UserError(
+                "experience.extraction",
+                allowed="a prompt and a model that write lines with the marker - EXPERIENCE ITEM:",
+                problem=f"{len(records)} extractions wrote no item",
             )
         return records
 
@@ -252,7 +254,7 @@ def check_extraction(
     """Check before a model loads that the prompts can be filled and fit.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: naming the key, its value and what is allowed.
     """
     count = 1 if settings.shared_problems else settings.num_chains
     nothing = NoContext().context("", 0)
@@ -263,10 +265,12 @@ def check_extraction(
         previous = settings.cap_tokens if settings.with_previous else 0
         num_all = num_tokens + len(prompt) + previous + settings.max_new_tokens
         if num_all > writer.max_positions:
-            raise ValueError(
-                f"experience.extraction.max_new_tokens={settings.max_new_tokens}: with a trace of "
-                f"up to {num_tokens} tokens, the prompt's {len(prompt)} and {previous} of earlier "
-                f"items {num_all} in all; allowed: at most the model's {writer.max_positions}"
+            raise UserError(
+                "experience.extraction.max_new_tokens",
+                settings.max_new_tokens,
+                f"at most the model's {writer.max_positions} in all",
+                problem=f"with a trace of up to {num_tokens} tokens, the prompt's {len(prompt)} "
+                f"and {previous} of earlier items {num_all} in all",
             )
 
 

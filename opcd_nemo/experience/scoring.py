@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opcd_nemo.context.items import content_hash
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import ScoringConfig, SelectionConfig
 from opcd_nemo.experience.extraction import Candidate
 from opcd_nemo.tasks import Task
@@ -74,13 +75,16 @@ def check_scoring(settings: ScoringConfig, task: Task) -> None:
     """Check before a model loads that the validation split has the questions of the last rung.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: naming the key, its value and what is allowed.
     """
     try:
         task.episodes("validation", 0, settings.num_questions)
     except ValueError as error:
-        raise ValueError(
-            f"experience.scoring.num_questions={settings.num_questions}: {error}"
+        raise UserError(
+            "experience.scoring.num_questions",
+            settings.num_questions,
+            "at most what the validation split has",
+            problem=str(error),
         ) from error
 
 
@@ -124,7 +128,7 @@ def select(ranked: Sequence[Scored], settings: SelectionConfig, seed: int) -> li
     """The candidates to distil.
 
     Raises:
-        ValueError: fewer candidates than are wanted.
+        UserError: fewer candidates than are wanted.
     """
     able = list(ranked)
     if settings.rule == "random":
@@ -134,9 +138,11 @@ def select(ranked: Sequence[Scored], settings: SelectionConfig, seed: int) -> li
         turn = {id(one): chains[:place].count(chains[place]) for place, one in enumerate(able)}
         able.sort(key=lambda one: turn[id(one)])  # a second one of a chain after all first ones
     if len(able) < settings.count:
-        raise ValueError(
-            f"experience.selection.count={settings.count}: {len(able)} candidates with another "
-            f"text; allowed: at most {len(able)}, or more chains and steps"
+        raise UserError(
+            "experience.selection.count",
+            settings.count,
+            f"at most {len(able)}, or more chains and steps",
+            problem=f"{len(able)} candidates with another text",
         )
     return able[: settings.count]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.registry import Entry
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.workplace import Workplace, configs_before_start, stage_to_check
 from opcd_nemo.formats.locate import write_json
@@ -38,32 +40,50 @@ def select(place: Workplace, *items: str) -> Entry:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "key", "allowed"),
     [
-        ("stage=train", "stage=train: allowed: all, extract, "),
-        ("run=opcd-9", "run=opcd-9: allowed: null, opcd-1, offpolicy-1, sft-1, opcd-2"),
-        ("run=opcd-1", "run=opcd-1: allowed: null with stage=all"),
-        ("round=2", "round=2: allowed: 1 to 1"),
-        ("experience.rounds=0", "experience.rounds=0: allowed: 1 or more"),
-        ("experience.replay=3", "experience.replay=3: allowed: true or false"),
-        (
-            "experience.rounds=2",
-            "experience.next_round_retention=null: allowed: 0 .no round is the last. to 1 with",
-        ),
+        ("stage=train", "stage", "all, extract, "),
+        ("run=opcd-9", "run", "null, opcd-1, offpolicy-1, sft-1, opcd-2"),
+        ("run=opcd-1", "run", "null with stage=all"),
+        ("round=2", "round", "1 to 1"),
+        ("experience.rounds=0", "experience.rounds", "a whole number >= 1"),
+        ("experience.rounds=2", "experience.next_round_retention", "0 .no round is the last. to 1"),
         (
             "experience.next_round_retention=0.5",
-            "experience.next_round_retention=0.5: allowed: null with experience.rounds=1",
+            "experience.next_round_retention",
+            "null with experience.rounds=1",
         ),
-        ("experience.extraction.keep=all", "keep=all: allowed: items, trace"),
-        ("experience.extraction.prompt=x", r"prompt='x': allowed: a text with \{trace\}"),
-        ("experience.extraction.num_chains=0", "num_chains=0: allowed: 1 or more"),
-        ("experience.extraction.temperature=-1", "temperature=-1.0: allowed: a number >= 0"),
-        ("experience.scoring.keep=2", "experience.scoring.keep=2.0: allowed: a number > 0, at"),
-        ("experience.selection.rule=worst", "rule=worst: allowed: best, random"),
-        ("experience.consolidation.methods=[grpo]", "a list of opcd, offpolicy, sft, each once"),
-        ("experience.consolidation.seeds=[1,1]", "each once"),
+        ("experience.extraction.keep=all", "experience.extraction.keep", "items, trace"),
+        ("experience.extraction.prompt=x", "experience.extraction.prompt", "a text with .trace."),
+        ("experience.extraction.num_chains=0", "experience.extraction.num_chains", ">= 1"),
+        ("experience.extraction.temperature=-1", "experience.extraction.temperature", ">= 0"),
+        ("experience.scoring.keep=2", "experience.scoring.keep", "a number > 0 and <= 1"),
+        ("experience.selection.rule=worst", "experience.selection.rule", "best, random"),
+        (
+            "experience.consolidation.methods=[grpo]",
+            "experience.consolidation.methods",
+            "a list of opcd, offpolicy, sft, each",
+        ),
+        (
+            "experience.consolidation.seeds=[1,1]",
+            "experience.consolidation.seeds",
+            "a list of one or more, each once",
+        ),
+        ("experience.controls=[random]", "experience.controls", "a list of wrong, shuffled, each"),
+    ],
+)
+def test_a_bad_key_is_named(tmp_path: Path, override: str, key: str, allowed: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_experience(raw(tmp_path, override))
+    assert refused.value.key == key
+    assert re.search(allowed, refused.value.allowed), refused.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experience.replay=3", "experience.replay=3.*allowed: true or false"),
         ("experience.consolidation.seeds=[a]", "seeds=.*allowed: a list of whole numbers"),
-        ("experience.controls=[random]", "a list of wrong, shuffled, each once"),
         ("+experience.step=1", "experience.step=1: no such key; allowed: rounds, replay"),
     ],
 )
@@ -74,7 +94,7 @@ def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "key", "allowed"),
     [
         (
             [
@@ -82,7 +102,8 @@ def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> N
                 "experience.next_round_retention=0.5",
                 "experience.consolidation.methods=[sft]",
             ],
-            "1 without the method",
+            "rounds",
+            "1 without the method opcd",
         ),
         (
             [
@@ -90,30 +111,36 @@ def test_a_bad_key_is_one_line(tmp_path: Path, override: str, message: str) -> N
                 "experience.rounds=2",
                 "experience.next_round_retention=0.5",
             ],
-            "model=m: it plays .* null with",
+            "extraction.model",
+            "null with",
         ),
         (
             ["experience.extraction.model=m", "experience.replay=true"],
-            "model=m: it plays .* null with",
+            "extraction.model",
+            "null with",
         ),
         (
             ["experience.selection.rule=random", "experience.extraction.num_steps=5"],
-            "min_steps=10: allowed: at most experience.extraction.num_steps=5",
+            "selection.min_steps",
+            "at most experience.extraction.num_steps=5",
         ),
         (
             [
                 "experience.extraction.with_previous=true",
                 "experience.extraction.prompt='{trace}'",
             ],
-            r"with a prompt that has \{experience\}",
+            "extraction.with_previous",
+            "false without {experience} in the prompt",
         ),
     ],
 )
 def test_keys_that_contradict_each_other(
-    tmp_path: Path, overrides: list[str], message: str
+    tmp_path: Path, overrides: list[str], key: str, allowed: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError) as refused:
         load_experience(raw(tmp_path, *overrides))
+    assert refused.value.key == f"experience.{key}"
+    assert allowed in refused.value.allowed
 
 
 @pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.context.items import as_text
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import ExtractionConfig, ScoringConfig, SelectionConfig
 from opcd_nemo.experience.extraction import Candidate, Extraction, Speaker, candidates, waves
 from opcd_nemo.experience.scoring import ScoreBook, halve, rungs, select
@@ -191,8 +192,10 @@ def test_an_item_above_the_cap_is_refused_in_its_wave(tmp_path: Path, keep: str)
 
 def test_silent_extractions_are_counted_and_all_silent_is_an_error(tmp_path: Path) -> None:
     lines: list[str] = []
-    with pytest.raises(ValueError, match="6 extractions wrote no item; allowed"):
+    with pytest.raises(UserError) as refused:
         extraction(tmp_path, Writer([]), settings()).run(lines.append)
+    assert refused.value.key == "experience.extraction"
+    assert refused.value.problem == "6 extractions wrote no item"
     assert "2 extractions, 0 items, 2 without any" in lines[0]
 
 
@@ -269,8 +272,10 @@ def test_random_selection_draws_among_the_long_ones() -> None:
     drawn = [tuple(one.candidate.step for one in select(ranked, rule, seed)) for seed in range(20)]
     assert {step for pair in drawn for step in pair} == {4, 5, 6, 7}
     assert drawn[0] == tuple(one.candidate.step for one in select(ranked, rule, 0))
-    with pytest.raises(ValueError, match="count=5: 4 candidates with another text; allowed"):
+    with pytest.raises(UserError) as refused:
         select(ranked, SelectionConfig(rule="random", min_steps=5, count=5), 0)
+    assert (refused.value.key, refused.value.value) == ("experience.selection.count", 5)
+    assert refused.value.problem == "4 candidates with another text"
 
 
 def test_a_random_pool_takes_one_of_every_chain_first() -> None:
