@@ -22,16 +22,6 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One problem of a task; `uid` is unique within its split."""
-
-    uid: str
-    question: str
-    answer: str | None
-    split: Split
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """What student and teacher are asked; the two differ only by the context."""
 
@@ -66,10 +56,24 @@ class Rollout:
 
     Student sequence = `prompt_ids + response_ids`; teacher sequence =
     `teacher_prompt_ids + response_ids`. Ids are concatenated, never re-tokenised.
+
+    Attributes:
+        uid: of the episode; a wave of experience may play the same episode several times.
+        episode_index: of the episode in the global batch of its step.
+        turn_index: of the turn in its episode.
+        question: the text of the turn's last user message, as the student reads it.
+        prompt_ids: the student's prompt.
+        teacher_prompt_ids: the teacher's prompt.
+        response_ids: what was sampled.
+        sampled_logprobs: of the response, in nats, under the sampling temperature.
+        weights_version: of the model that sampled.
+        finish_reason: why the response ends.
     """
 
     uid: str
+    episode_index: int
     turn_index: int
+    question: str
     prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]

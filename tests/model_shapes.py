@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from opcd_nemo.formats.shape import ModelConfig, parse_config
+from opcd_nemo.plan.parameters import rank_parameters
 
 _FOLDER = Path(__file__).parents[1] / "conf" / "shapes"
 _OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama"}
@@ -24,3 +25,8 @@ def _name(path: Path) -> str:
 SHAPES: dict[str, ModelConfig] = {
     _name(path): _read(path) for path in sorted(_FOLDER.glob("*.yaml"))
 }
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of a whole model as Hugging Face stores it, without padding."""
+    return rank_parameters(config, tp=1, pp=1, pp_rank=0)

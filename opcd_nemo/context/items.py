@@ -10,12 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 from opcd_nemo.tasks.thinking import spoken
 
 ITEM_MARKER = "- EXPERIENCE ITEM:"
-Kind = Literal["items", "trace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

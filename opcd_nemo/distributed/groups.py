@@ -107,18 +107,6 @@ class Parallel:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def sum_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum in place over every rank. Collective over the world."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Fill `tensor` on every stage with the last stage's values. Collective over pp."""
-        if self.pp > 1:
-            dist.broadcast(tensor, dist.get_global_rank(self.pp_group, self.pp - 1), self.pp_group)
-        return tensor
-
     def gather_vocabulary(self, local_BV: torch.Tensor) -> torch.Tensor:
         """Concatenate equal vocabulary shards on the last dim. Collective over tp."""
         if self.tp == 1:

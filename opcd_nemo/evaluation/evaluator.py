@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,19 +20,26 @@ from opcd_nemo.types import Rollout, Split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One episode, played once; `sample` counts the plays of the same one.
+    """One episode, played once; `sample` counts the plays of the same episode.
 
-    `text` and `num_tokens` are of all its turns. `answered` is false after a failure of format,
-    `leaked` true when the text betrays that there was a context.
+    `question` is what the student reads in the first turn; `text` and `num_tokens` are of the
+    replies of all turns. `answered` is false after a failure of format, `leaked` true when the text
+    betrays that there was a context.
     """
 
     uid: str
+    question: str
     sample: int
     text: str
     score: float
     answered: bool
     num_tokens: int
     leaked: bool
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Answer:
+        """Read a stored answer; files written before answers had a question show the uid."""
+        return Answer(**{"question": record["uid"], **record})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,23 +178,28 @@ class Evaluator:
                 first_index=first_index + share.start,
                 prefix_ids=self._prefix_ids if with_context else (),
             )
-            plays.append(self._answers(sample, mine, rollouts))
+            plays.append(self._answers(sample, first_index + share.start, mine, rollouts))
         answers = [answer for samples in zip(*plays, strict=True) for answer in samples]
         return Evaluation(answers=tuple(self._parallel.gather_over_dp(answers)))
 
     def _answers(
-        self, sample: int, episodes: Sequence[Episode], rollouts: Sequence[Rollout]
+        self,
+        sample: int,
+        first_index: int,
+        episodes: Sequence[Episode],
+        rollouts: Sequence[Rollout],
     ) -> list[Answer]:
-        turns: dict[str, list[tuple[int, ...]]] = {}
+        turns_of: dict[int, list[Rollout]] = {}
         for rollout in rollouts:
-            turns.setdefault(rollout.uid, []).append(rollout.response_ids)
+            turns_of.setdefault(rollout.episode_index, []).append(rollout)
         answers = []
-        for episode in episodes:
-            replies = turns[episode.uid]
+        for index, episode in enumerate(episodes, start=first_index):
+            replies = [turn.response_ids for turn in turns_of[index]]
             text = "\n\n".join(map(self._conversation.tokenizer.decode, replies))
             answers.append(
                 Answer(
                     uid=episode.uid,
+                    question=turns_of[index][0].question,
                     sample=sample,
                     text=text,
                     score=episode.score(),

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -74,18 +75,25 @@ def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12
         )
     lines.append("")
     answers = {name: evaluation.by_question for name, evaluation in columns.items()}
-    for uid in list(next(iter(answers.values())))[:count]:
-        lines += [f"## {uid}", ""]
-        for name, of_question in answers.items():
-            for answer in of_question[uid]:
+    for uid, samples in list(next(iter(answers.values())).items())[:count]:
+        lines += _heading(uid, samples[0].question)
+        for name, by_uid in answers.items():
+            for answer in by_uid[uid]:
                 text = answer.text.strip().replace("\n", "\n  > ")
                 lines += [f"- **{name}** ({_about(answer)})", f"  > {text}"]
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
+def _heading(uid: str, question: str) -> list[str]:
+    """The question's first line as the heading, the others (a game's board) as they are."""
+    first, _, others = question.strip().partition("\n")
+    shown = [textwrap.indent(others.strip("\n"), "    "), ""] if others.strip() else []
+    return [f"## {first}", "", f"`{uid}`", "", *shown]
+
+
 def _about(answer: Answer) -> str:
-    words = [f"score {answer.score:.0f}", f"{answer.num_tokens} tokens"]
+    words = [f"score {answer.score:.3g}", f"{answer.num_tokens} tokens"]
     words += ["no answer found"] * (not answer.answered) + ["leaks"] * answer.leaked
     return ", ".join(words)
 

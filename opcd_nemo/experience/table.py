@@ -159,7 +159,7 @@ def _of_runs(place: Workplace, method: str, name: str) -> Row:
 
 def _parts(parts: Mapping[str, Any]) -> dict[str, Evaluation]:
     return {
-        part: Evaluation(answers=tuple(Answer(**one) for one in answers))
+        part: Evaluation(answers=tuple(map(Answer.from_record, answers)))
         for part, answers in parts.items()
     }
 
@@ -169,7 +169,7 @@ def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
     found: dict[tuple[str, str], list[Answer]] = {}
     for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         key = line.pop("evaluation"), line.pop("part")
-        found.setdefault(key, []).append(Answer(**line))
+        found.setdefault(key, []).append(Answer.from_record(line))
     return {key: Evaluation(answers=tuple(answers)) for key, answers in found.items()}
 
 

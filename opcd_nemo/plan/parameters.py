@@ -6,11 +6,6 @@ from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.sharding import padded_ffn_size, padded_query_groups, padded_vocab_size
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the whole model as Hugging Face stores it, without padding."""
-    return rank_parameters(config, tp=1, pp=1, pp_rank=0)
-
-
 def rank_parameters(config: ModelConfig, *, tp: int, pp: int, pp_rank: int) -> int:
     """Parameters of the megatron-core model on each tensor-parallel rank of one pipeline stage.
 

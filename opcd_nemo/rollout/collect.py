@@ -12,6 +12,7 @@ from opcd_nemo.tasks import Episode
 from opcd_nemo.types import Prompt, Rollout
 
 SamplerName = Literal["student", "teacher"]
+_MOST_EPISODES = 1_000_000  # of a global batch: later turns draw from indices beyond it
 
 
 def collect_rollouts(
@@ -42,36 +43,43 @@ def collect_rollouts(
         prefix_ids: start of the teacher's prompts whose keys and values the engine may hold.
 
     Raises:
-        ValueError: a prompt does not fit the model's positions.
+        UserError: a prompt does not fit the model's positions.
     """
     rollouts: list[Rollout] = []
-    anchored = len(episodes) - num_anchors
-    live = list(enumerate(episodes))
+    first_anchor = first_index + len(episodes) - num_anchors
+    live = list(enumerate(episodes, start=first_index))
     turn = 0
     while live:
-        sides = [conversation.prompts(e, step, with_context=place < anchored) for place, e in live]
-        asked = [student if sampler == "student" else teacher for student, teacher in sides]
-        for _, teacher in sides:
-            conversation.check_fits(teacher, sampling.max_new_tokens)
+        rendered = [
+            conversation.prompts(episode, step, with_context=index < first_anchor)
+            for index, episode in live
+        ]
+        for of_turn in rendered:
+            conversation.check_fits(of_turn.teacher_ids, sampling.max_new_tokens)
         prompts = [
-            Prompt(token_ids=ids, index=first_index + place + turn * 1_000_000)
-            for ids, (place, _) in zip(asked, live, strict=True)
+            Prompt(
+                token_ids=of_turn.student_ids if sampler == "student" else of_turn.teacher_ids,
+                index=index + turn * _MOST_EPISODES,
+            )
+            for of_turn, (index, _) in zip(rendered, live, strict=True)
         ]
         samples = engine.generate(prompts, sampling, seed=seed, step=step, prefix_ids=prefix_ids)
-        for (_, episode), (student, teacher), sample in zip(live, sides, samples, strict=True):
+        for (index, episode), of_turn, sample in zip(live, rendered, samples, strict=True):
             episode.reply(conversation.tokenizer.decode(sample.response_ids))
             rollouts.append(
                 Rollout(
                     uid=episode.uid,
+                    episode_index=index,
                     turn_index=turn,
-                    prompt_ids=student,
-                    teacher_prompt_ids=teacher,
+                    question=of_turn.question,
+                    prompt_ids=of_turn.student_ids,
+                    teacher_prompt_ids=of_turn.teacher_ids,
                     response_ids=sample.response_ids,
                     sampled_logprobs=sample.logprobs,
                     weights_version=engine.weights_version,
                     finish_reason=sample.finish_reason,
                 )
             )
-        live = [(place, episode) for place, episode in live if not episode.done]
+        live = [(index, episode) for index, episode in live if not episode.done]
         turn += 1
     return rollouts

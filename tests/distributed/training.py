@@ -17,6 +17,7 @@ from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss, TopKLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.rollout.conversation import TurnPrompts
 from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.training.optim import NonFiniteError, StudentOptimizer
 from opcd_nemo.training.step import Phase, Run, distill_step
@@ -109,10 +110,10 @@ class FixedConversation:
 
     def prompts(
         self, episode: FixedEpisode, step: int, *, with_context: bool = True
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> TurnPrompts:
         """Student's and teacher's."""
         context = cases.teacher_context(episode.prompt) if with_context else ()
-        return episode.prompt, (*context, *episode.prompt)
+        return TurnPrompts("", episode.prompt, (*context, *episode.prompt))
 
     def check_fits(self, *_: object) -> None:
         """Everything fits."""

@@ -58,7 +58,7 @@ MISTAKES = {
     ),
     "a context longer than the model's positions": (
         ["student.path={folder}/short"],
-        ["context._target_=", "+ max_new_tokens=4", "128 positions", "allowed: a shorter context"],
+        ["context._target_=", "max_new_tokens=4", "128 positions", "allowed: a shorter context"],
     ),
     "an empty prompt set": (
         ["task._target_=tests.recipes.plugs.EmptyTask"],

@@ -19,7 +19,9 @@ def test_a_game_trains_on_two_ranks(train: Train, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["rollout/response_tokens"] > 0
-    assert "## test/######-" in (tmp_path / "run" / "samples.md").read_text()
+    samples = (tmp_path / "run" / "samples.md").read_text()
+    assert "## On the board below you are the" in samples
+    assert "`test/######-" in samples
 
 
 def test_the_report_of_a_setting() -> None:

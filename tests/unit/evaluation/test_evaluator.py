@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_answers_are_in_the_tasks_order_with_their_samples_side_by_side() -> Non
         (f"test/{question}", sample) for question in range(7) for sample in range(4)
     ]
     assert list(found.by_question) == [f"test/{question}" for question in range(7)]
+    assert {answer.question for answer in found.answers if answer.uid == "test/3"} == {
+        "Is 3 a number?"
+    }
+
+
+def test_an_answer_that_was_stored_without_its_question_is_read() -> None:
+    stored = asdict(answer("test/a", 0, 1.0))
+    assert Answer.from_record(stored) == answer("test/a", 0, 1.0)
+    del stored["question"]
+    assert Answer.from_record(stored).question == "test/a"
 
 
 def test_a_sample_is_pure_in_seed_question_and_its_number() -> None:
@@ -154,7 +165,14 @@ def test_the_rates_are_those_of_the_answers() -> None:
 
 def answer(uid: str, sample: int, score: float) -> Answer:
     return Answer(
-        uid=uid, sample=sample, text="", score=score, answered=True, num_tokens=1, leaked=False
+        uid=uid,
+        question=f"{uid}?",
+        sample=sample,
+        text="",
+        score=score,
+        answered=True,
+        num_tokens=1,
+        leaked=False,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def evaluation(*answers: tuple[str, float]) -> Evaluation:
         answers=tuple(
             Answer(
                 uid=f"test/{index}",
+                question=f"What is {index}?",
                 sample=0,
                 text=text,
                 score=score,
@@ -70,12 +72,26 @@ def test_samples_stand_side_by_side(tmp_path: Path) -> None:
         "# Samples\n\n"
         "- **base**: score 0.50, without an answer 0.00, leaking 0.00, 4.0 tokens\n"
         "- **student**: score 0.50, without an answer 0.50, leaking 0.50, 3.0 tokens\n\n"
-        "## test/0\n\n- **base** (score 0, 7 tokens)\n  > one\n  > two\n"
+        "## What is 0?\n\n`test/0`\n\n- **base** (score 0, 7 tokens)\n  > one\n  > two\n"
         "- **student** (score 1, 5 tokens)\n  > short\n"
     )
     report.write_samples(tmp_path / "samples.md", columns)
     last = (tmp_path / "samples.md").read_text().splitlines()[-2:]
     assert last == ["- **student** (score 0, 1 tokens, no answer found, leaks)", "  > y"]
+
+
+def test_a_question_of_several_lines_and_a_partial_score_are_shown_whole(tmp_path: Path) -> None:
+    (answer,) = evaluation(("[up]", 0.7)).answers
+    game = replace(answer, question="Get to the goal.\n\nBoard:\nP #\n. G\n")
+    report.write_samples(tmp_path / "samples.md", {"base": Evaluation(answers=(game,))})
+    assert (
+        (tmp_path / "samples.md")
+        .read_text()
+        .endswith(
+            "## Get to the goal.\n\n`test/0`\n\n    Board:\n    P #\n    . G\n\n"
+            "- **base** (score 0.7, 4 tokens)\n  > [up]\n"
+        )
+    )
 
 
 def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
@@ -92,6 +108,7 @@ def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
         "evaluation": "base",
         "part": "retention",
         "uid": "test/0",
+        "question": "What is 0?",
         "sample": 0,
         "text": "y",
         "score": 0.5,

@@ -15,8 +15,10 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import ExtractionConfig, ScoringConfig, SelectionConfig
 from opcd_nemo.experience.extraction import Candidate, Extraction, Speaker, candidates, waves
 from opcd_nemo.experience.scoring import ScoreBook, halve, rungs, select
+from opcd_nemo.rollout.conversation import TurnPrompts
 from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.attempt import HEARTBEAT_ENV
+from opcd_nemo.tasks import Episode
 from opcd_nemo.tasks.questions import Question, QuestionTask
 from opcd_nemo.types import Prompt, Sample
 
@@ -88,6 +90,12 @@ def is_lost() -> None:
     raise OSError("the folder is now held by another")
 
 
+def rendered(episode: Episode) -> TurnPrompts:
+    messages = episode.turn(NOTHING).student_messages
+    ids = Letters().render(messages)
+    return TurnPrompts(question=messages[-1]["content"], student_ids=ids, teacher_ids=ids)
+
+
 def extraction(
     folder: Path, writer: Any, config: ExtractionConfig, fence: Callable[[], None] = is_ours
 ) -> Extraction:
@@ -98,9 +106,7 @@ def extraction(
     conversation: Any = SimpleNamespace(
         tokenizer=Letters(),
         check_fits=lambda ids, new: None,
-        prompts=lambda episode, step, with_context: (
-            (Letters().render(episode.turn(NOTHING).student_messages),) * 2
-        ),
+        prompts=lambda episode, step, with_context: rendered(episode),
     )
     speaker = Speaker(engine=writer, conversation=conversation, sampling=SAMPLING)
     return Extraction(

@@ -45,6 +45,7 @@ def answers(place: Workplace, part: str, shift: float) -> list[dict[str, Any]]:
         asdict(
             Answer(
                 uid=episode.uid,
+                question="?",
                 sample=sample,
                 text="",
                 score=BY_MAP[number % 5] if part == "task" else 1.0,

@@ -10,8 +10,8 @@ import torch
 
 from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
 from opcd_nemo.formats.sharding import megatron_shard, parameter_names
-from opcd_nemo.plan.parameters import num_parameters, rank_parameters
-from tests.model_shapes import SHAPES
+from opcd_nemo.plan.parameters import rank_parameters
+from tests.model_shapes import SHAPES, num_parameters
 from tests.tiny import ARCHITECTURES, model_config
 
 PUBLISHED = {  # from the model cards and indices of the checkpoints

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation, shared_start
 from opcd_nemo.rollout.sampling import SamplingParams
@@ -97,7 +98,9 @@ def test_every_turn_is_a_rollout_with_both_prompts() -> None:
         ("b", 2),
     ]
     assert all(r.teacher_prompt_ids == ids("<ctx>") + r.prompt_ids for r in rollouts)
+    assert [r.episode_index for r in rollouts] == [10, 11, 12, 11, 12, 11]
     assert rollouts[3].prompt_ids == ids("bb!")
+    assert rollouts[3].question == "bb!", "the turn's question, without the context"
     assert rollouts[5].prompt_ids == ids("bb!!!")
     assert {r.weights_version for r in rollouts} == {7}
     assert rollouts[0].sampled_logprobs == (-1.0, -2.0)
@@ -131,9 +134,11 @@ def test_anchors_are_the_last_and_their_teacher_reads_no_context() -> None:
 def test_a_prompt_that_does_not_fit_is_refused_with_both_lengths() -> None:
     talk = conversation(max_positions=9)
     talk.check_fits((1,) * 5, 4)
-    with pytest.raises(ValueError, match=r"prompt of 6 tokens .*=4: .* 9 positions; allowed"):
+    with pytest.raises(
+        ValueError, match=r"^max_new_tokens=4: .* prompt of 6 tokens .* 9 positions; allowed"
+    ):
         talk.check_fits((1,) * 6, 4)
-    with pytest.raises(ValueError, match="allowed"):  # the student's fits, the teacher's does not
+    with pytest.raises(UserError):  # the student's fits, the teacher's does not
         collect_rollouts(
             Echo(), "student", [Game("a", 1)], talk, SAMPLING, seed=0, step=0, first_index=0
         )

@@ -233,7 +233,8 @@ def test_a_game_whose_last_turn_does_not_fit_is_refused_before_anything_loads(
     config = load_config(compose("train", [*settings, f"student.path={model}"]))
     inputs = open_inputs(config, 2)
     (episode,) = inputs.task.episodes("test", 0, 1)
-    first = max(map(len, inputs.conversation.prompts(episode)))
+    _, *prompts = inputs.conversation.prompts(episode)
+    first = max(map(len, prompts))
     last = max(map(len, inputs.conversation.longest_prompts(episode)))
     assert first + 50 < last
     draw_answers = random.Random(0)

@@ -43,7 +43,9 @@ def random_rollouts(draw: random.Random, count: int) -> list[Rollout]:
         rollouts.append(
             Rollout(
                 uid=str(index),
+                episode_index=index,
                 turn_index=0,
+                question="",
                 prompt_ids=prompt,
                 teacher_prompt_ids=(*context, *prompt),
                 response_ids=response,

@@ -207,20 +207,21 @@ def test_different_end_of_sequence(model: Path, tmp_path: Path) -> None:
 def test_context_longer_than_positions(tmp_path: Path) -> None:
     short = write_chat_model(tmp_path / "short", max_positions=128)
     message = refused(short, tmp_path / "runs")
-    assert message.startswith("context._target_=opcd_nemo.context.FewShotContext: prompt of ")
-    assert "+ max_new_tokens=4: longer than the model's 128 positions; allowed: a " in message
+    assert message.startswith("context._target_=opcd_nemo.context.FewShotContext: ")
+    assert "max_new_tokens=4: with a prompt of 275 tokens more than the model's 128 pos" in message
 
 
 def test_question_longer_than_positions(tmp_path: Path) -> None:
     short = write_chat_model(tmp_path / "short", max_positions=16)
     message = refused(short, tmp_path / "runs")
-    assert message.startswith("task._target_=opcd_nemo.tasks.system_prompt.StyleTask: prompt of ")
-    assert "longer than the model's 16 positions" in message
+    assert message.startswith("task._target_=opcd_nemo.tasks.system_prompt.StyleTask: ")
+    assert "tokens more than the model's 16 positions" in message
 
 
 def test_more_new_tokens_than_positions(model: Path, tmp_path: Path) -> None:
     message = refused(model, tmp_path, "evaluation.retention_max_new_tokens=2048")
-    assert "max_new_tokens=2048: longer than the model's 2048 positions" in message
+    assert "max_new_tokens=2048: with a prompt of " in message
+    assert "tokens more than the model's 2048 positions" in message
 
 
 def test_empty_prompt_set(model: Path, tmp_path: Path) -> None:
