@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 
 class Stats:
@@ -50,35 +49,12 @@ class Stopwatch:
         self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.process_time() - cpu
 
 
-class MetricLogger:
-    """Appends one JSON object a line; the record that every table and curve is made from."""
+METRICS = "metrics.jsonl"  # in the folder of a run
 
-    def __init__(self, path: Path, fence: Callable[[], None]) -> None:
-        """Open `path` for appending; `fence` raises when the file is no longer this run's."""
-        self._file, self._fence = path.open("a", encoding="utf-8"), fence
 
-    def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write one line and flush it.
-
-        Raises:
-            OSError: the disk refuses, or the fence does.
-        """
-        self._fence()
-        self._file.write(json.dumps({"step": step, **values}, sort_keys=True) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> MetricLogger:
-        """Return the logger."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self._file.close()
+def metric_line(step: int, values: Mapping[str, float | str]) -> str:
+    """A line of metrics.jsonl, from which every table and curve is made."""
+    return json.dumps({"step": step, **values}, sort_keys=True) + "\n"
 
 
 def drop_metrics_from(path: Path, step: int) -> None:

@@ -25,6 +25,7 @@ from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import SaveError
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
 
@@ -55,7 +56,7 @@ def save(
     Collective over the world; see `start_save`.
     """
     started = start_save(path, common, student, optimizer, teacher, parallel, background=False)
-    publish(started, parallel, lambda: None)
+    publish(started, parallel, RunFolder(path.parent))
 
 
 def start_save(
@@ -111,18 +112,18 @@ def _prepare(folder: Path, whole: dict[str, Any], parallel: Parallel) -> tuple[S
     return ShardWriter(folder, f"__{parallel.rank}_0.distcp", pieces, files), index
 
 
-def publish(save: Save, parallel: Parallel, fence: Callable[[], None]) -> None:
+def publish(save: Save, parallel: Parallel, run_folder: RunFolder) -> None:
     """Wait for every rank's files, then give the folder its name. Collective over the world.
 
     Args:
         save: what was begun.
         parallel: the ranks.
-        fence: raises on rank 0, just before the renames, when the folder is no longer this run's.
+        run_folder: of rank 0; no longer held, it refuses just before the renames.
 
     Raises:
         SaveError: on every rank, when one could not write; nothing is published.
     """
-    _complete(save.shards, save.path, lambda parts: _publish(save, parts, fence), parallel)
+    _complete(save.shards, save.path, lambda parts: _publish(save, parts, run_folder), parallel)
 
 
 def _complete(
@@ -158,13 +159,13 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(save: Save, parts: Sequence[Written], fence: Callable[[], None]) -> None:
+def _publish(save: Save, parts: Sequence[Written], run_folder: RunFolder) -> None:
     _write_index(save.temporary, save.index, parts)
     entries = {name: entry for part in parts for name, entry in part.entries.items()}
     for name in durable.files_in(save.temporary):
         if name not in entries:
             entries[name] = durable.measure(save.temporary / name, sync=True)
-    durable.publish(save.temporary, save.path, entries, fence)
+    run_folder.publish(save.temporary, save.path, entries)
 
 
 def _write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:

@@ -31,7 +31,7 @@ from opcd_nemo.formats.locate import read_json
 from opcd_nemo.launch.ranks import EXIT_BAD_INPUT
 from opcd_nemo.storage.attempt import is_first_node
 from opcd_nemo.storage.durable import write_whole
-from opcd_nemo.storage.lock import FolderLock, lock_folder
+from opcd_nemo.storage.run_folder import RunFolder
 
 Say = Callable[[str], None]
 Launch = Callable[[Sequence[str]], int]
@@ -64,7 +64,8 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     here = f"round={place.settings.round}"
     if stage == "select":
         if is_first_node():
-            with _held(place):
+            # a stage's ranks take the folder themselves; this process, only for what it writes
+            with RunFolder.hold(place.folder):
                 select_experience(place, say)
         return 0
     if stage == "consolidate":
@@ -77,7 +78,7 @@ def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
     elif code := launch([f"stage={stage}", here]):
         return _failed(stage, code, say)
     if stage == "evaluate" and is_first_node():
-        with _held(place):
+        with RunFolder.hold(place.folder):
             write_results(place, say)
     return 0
 
@@ -86,14 +87,6 @@ def _failed(what: str, code: int, say: Say) -> int:
     if code != EXIT_BAD_INPUT:
         say(f"{what} failed with exit code {code}; the same command goes on from here")
     return code
-
-
-def _held(place: Workplace) -> FolderLock:
-    """The folder, for what this process itself writes; a stage's ranks take it themselves."""
-    try:
-        return lock_folder(place.folder)
-    except ValueError as error:
-        raise ValueError(f"name: {error}") from error
 
 
 def _consolidate(place: Workplace, here: str, launch: Launch, say: Say) -> int:

@@ -36,9 +36,8 @@ from opcd_nemo.formats.locate import read_json
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.attempt import beat
-from opcd_nemo.storage.durable import write_whole
-from opcd_nemo.storage.lock import FolderLock
-from opcd_nemo.trainer.run import hold_folder, train
+from opcd_nemo.storage.run_folder import RunFolder
+from opcd_nemo.trainer.run import train
 from opcd_nemo.training.build import build_engine, build_evaluator
 from opcd_nemo.training.inputs import Inputs, open_inputs, shared_prefix
 
@@ -73,7 +72,7 @@ class _Bench:
     config: TrainConfig
     inputs: Inputs
     parallel: Parallel
-    lock: FolderLock | None  # of rank 0, on the workplace's folder
+    run_folder: RunFolder
 
     @property
     def settings(self) -> Settings:
@@ -87,15 +86,8 @@ class _Bench:
         """The teacher's engine."""
         return self.engine(self.inputs.teacher, self.config.teacher.dtype)
 
-    def fence(self) -> None:
-        """See `FolderLock.check`; rank 0 writes."""
-        if self.lock is not None:
-            self.lock.check()
-
     def write(self, name: str, text: str) -> None:
-        if self.parallel.rank == 0:
-            self.fence()
-            write_whole(self.place.folder / name, text)
+        self.run_folder.write(name, text)
         self.parallel.barrier()
 
 
@@ -114,7 +106,7 @@ def _open(
         config=config,
         inputs=inputs,
         parallel=parallel,
-        lock=hold_folder(place.folder, parallel),
+        run_folder=RunFolder.hold(place.folder, parallel),
     )
 
 
@@ -150,7 +142,7 @@ def _extract(place: Workplace, say: Say) -> None:
         writer=Speaker(engine=engine, conversation=conversation, sampling=write),
         parallel=bench.parallel,
         seed=bench.config.seed,
-        fence=bench.fence,
+        fence=bench.run_folder.check_held,
     ).run(say)
     encode = conversation.tokenizer.encode
     found = candidates(records, settings.cap_tokens, lambda text: len(encode(text)))
@@ -167,7 +159,8 @@ def _extract(place: Workplace, say: Say) -> None:
 def _score(place: Workplace, say: Say) -> None:
     bench = _open(place, place.stage_config())
     engine = bench.teacher()
-    book = ScoreBook(place.folder / SCORES, bench.fence) if bench.parallel.rank == 0 else None
+    fence = bench.run_folder.check_held
+    book = ScoreBook(place.folder / SCORES, fence) if bench.parallel.rank == 0 else None
 
     def ask(key: str, items: tuple[str, ...], count: int) -> list[float]:
         mine = book.known(key) if book is not None else None

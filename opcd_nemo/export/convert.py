@@ -20,6 +20,7 @@ from opcd_nemo.formats.nemo import open_package, read_checkpoint
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
+from opcd_nemo.storage.run_folder import RunFolder
 
 # the user's own, perhaps; restoring refuses those
 _PLUGS = ("task", "retention", "context", "engine", "loss")
@@ -71,6 +72,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
         config_yaml=package_config(source, default_config),
         tokenizer_path=source,
         provenance=provenance,
+        run_folder=RunFolder(target.parent),
     )
     return target
 

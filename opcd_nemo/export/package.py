@@ -17,6 +17,7 @@ from opcd_nemo.formats.tokenizer import write_tokenizer
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import write_tar
+from opcd_nemo.storage.run_folder import RunFolder
 
 
 def write_package(
@@ -26,7 +27,7 @@ def write_package(
     config_yaml: str,
     tokenizer_path: str,
     provenance: Provenance,
-    fence: Callable[[], None] = lambda: None,
+    run_folder: RunFolder,
 ) -> None:
     """Write `path`: a file when it ends in `.nemo`, else a folder. Collective over the world.
 
@@ -36,7 +37,7 @@ def write_package(
         config_yaml: the text of `model_config.yaml`.
         tokenizer_path: the model whose tokenizer the student has.
         provenance: what goes with the weights.
-        fence: raises on rank 0, just before the rename, when the folder is no longer this run's.
+        run_folder: where `path` lies; no longer held, it refuses just before the rename.
 
     Raises:
         SaveError: on every rank, when it cannot be written; nothing is left behind.
@@ -59,9 +60,11 @@ def write_package(
         entries = {name: durable.measure(folder / name, sync=True) for name in names}
         if path.suffix == ".nemo":
             durable.write_manifest(folder, entries)
-            write_tar(path, folder, _small_first([*names, durable.MANIFEST]), fence)
+            tar = folder / "package.tar"  # in the folder that goes whatever happens
+            write_tar(tar, folder, _small_first([*names, durable.MANIFEST]))
+            run_folder.publish_file(tar, path)
         else:
-            durable.publish(folder, path, entries, fence)
+            run_folder.publish(folder, path, entries)
 
     try:
         _on_rank_0(parallel, path, prepare)

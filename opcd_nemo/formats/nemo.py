@@ -50,7 +50,7 @@ class CheckedFiles:
         self._files, self._sizes = files, files.sizes()
         there = [name for name in self._sizes if name != MANIFEST]
         text = read_whole(files, MANIFEST)
-        self._unchecked = durable.parse_manifest(text, there, f"{self.where}: ")
+        self._unchecked = durable.parse_manifest(text, there, self.where)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file."""

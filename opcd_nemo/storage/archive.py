@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from opcd_nemo.errors import UserError
+
+_TAR = "a whole uncompressed tar"
 _MAX_MEMBERS = 100_000
 _MAX_BYTES_AT_ONCE = 1 << 28  # of a whole file; weights are read piece by piece
 
@@ -33,14 +36,18 @@ def read_whole(files: Files, name: str) -> bytes:
     """A small file.
 
     Raises:
-        ValueError: it is not there, or too large to be what its name says.
+        UserError: it is not there, or too large to be what its name says.
     """
     size = files.sizes().get(name)
     if size is None:
-        raise ValueError(f"{files.where}: has no {name}; allowed: a file or folder that has it")
+        raise UserError(
+            files.where, allowed="a file or folder that has it", problem=f"has no {name}"
+        )
     if size > _MAX_BYTES_AT_ONCE:
-        raise ValueError(
-            f"{files.where}: {name} has {size} bytes; allowed: at most {_MAX_BYTES_AT_ONCE}"
+        raise UserError(
+            files.where,
+            allowed=f"at most {_MAX_BYTES_AT_ONCE}",
+            problem=f"{name} has {size} bytes",
         )
     return files.read(name, 0, size)
 
@@ -66,10 +73,6 @@ class FolderFiles:
         return _read(self._folder / name, start, count, self.where)
 
 
-class Refused(ValueError):
-    """A tar is not what it should be."""
-
-
 class TarFiles:
     """The regular files of an uncompressed tar."""
 
@@ -77,7 +80,7 @@ class TarFiles:
         """Check every header.
 
         Raises:
-            ValueError: not a whole uncompressed tar, or a member that a packed folder does not
+            UserError: not a whole uncompressed tar, or a member that a packed folder does not
                 have: a link, a device, a path that leads outside, a size beyond the file's end.
         """
         self.where = str(path)
@@ -88,30 +91,34 @@ class TarFiles:
             with tarfile.open(path, "r:") as tar:
                 for number, member in enumerate(tar):
                     if number == _MAX_MEMBERS:
-                        raise Refused(f"{path}: allowed: at most {_MAX_MEMBERS} members")
+                        raise UserError(self.where, allowed=f"at most {_MAX_MEMBERS} members")
                     self._add(member, end)
-        except Refused:
+        except UserError:
             raise
         except Exception as error:  # headers of a hostile tar make tarfile raise anything
             first = str(error).splitlines()[0] if str(error) else repr(error)
-            raise Refused(f"{path}: {first}; allowed: a whole uncompressed tar") from error
+            raise UserError(self.where, allowed=_TAR, problem=first) from error
         if not self._members:
-            raise Refused(f"{path}: holds no files; allowed: a whole uncompressed tar")
+            raise UserError(self.where, allowed=_TAR, problem="holds no files")
 
     def _add(self, member: tarfile.TarInfo, end: int) -> None:
         name = _plain_name(member.name)
-        about = f"{self.where}: member {member.name!r}"
         if name is None:
-            raise Refused(f"{about} leads outside; allowed: relative paths without '..'")
+            raise self._refusal(member, "leads outside", "relative paths without '..'")
         if member.isdir():
             return
         if not member.isreg() or member.issparse():
-            raise Refused(f"{about} is not a plain file; allowed: files and folders")
+            raise self._refusal(member, "is not a plain file", "files and folders")
         if member.size < 0 or member.offset_data + member.size > end:
-            raise Refused(f"{about} claims {member.size} bytes; allowed: what the file holds")
+            raise self._refusal(member, f"claims {member.size} bytes", "what the file holds")
         if name in self._members:
-            raise Refused(f"{about} is there twice; allowed: one of each name")
+            raise self._refusal(member, "is there twice", "every name once")
         self._members[name] = member.offset_data, member.size
+
+    def _refusal(self, member: tarfile.TarInfo, problem: str, allowed: str) -> UserError:
+        return UserError(
+            f"member {member.name!r}", problem=problem, allowed=allowed, where=self.where
+        )
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file."""
@@ -121,7 +128,7 @@ class TarFiles:
         """`count` bytes of a file from `start`."""
         first, size = self._members[name]
         if start < 0 or count < 0 or start + count > size:
-            raise Refused(f"{self.where}: {name} ends before {start + count} bytes")
+            raise _too_short(self.where, name, start + count)
         return _read(self._path, first + start, count, self.where)
 
 
@@ -137,39 +144,35 @@ def _read(path: Path, start: int, count: int, where: str) -> bytes:
         file.seek(start)
         data = file.read(count)
     if len(data) != count:
-        raise Refused(f"{where}: {path.name} ends before {start + count} bytes")
+        raise _too_short(where, path.name, start + count)
     return data
+
+
+def _too_short(where: str, name: str, end: int) -> UserError:
+    return UserError(name, problem=f"ends before {end} bytes", allowed="a whole file", where=where)
 
 
 def open_files(path: Path) -> Files:
     """The files of a folder or of a tar.
 
     Raises:
-        ValueError: as of `TarFiles`.
+        UserError: as of `TarFiles`.
     """
     return FolderFiles(path) if path.is_dir() else TarFiles(path)
 
 
-def write_tar(
-    path: Path, folder: Path, names: Collection[str], fence: Callable[[], None] = lambda: None
-) -> None:
-    """Pack files of a folder into a tar: whole under its final name, or not there.
+def write_tar(path: Path, folder: Path, names: Collection[str]) -> None:
+    """Pack files of a folder into a tar and force it to the disk.
 
     Raises:
-        OSError: the disk refuses, or the `fence` does, just before the rename.
+        OSError: the disk refuses; a part of the tar may be left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                for name in names:
-                    tar.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
-            file.flush()
-            os.fsync(file.fileno())
-        fence()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name in names:
+                tar.add(folder / name, arcname=name, recursive=False, filter=_anonymous)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

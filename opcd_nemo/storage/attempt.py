@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from opcd_nemo.errors import UserError
+
 ATTEMPT_ENV = "OPCD_ATTEMPT"  # <job>.<how often it was restarted>
 HEARTBEAT_ENV = "OPCD_HEARTBEAT"  # a file whose age the script watches
 RENDEZVOUS_ENV = "OPCD_RENDEZVOUS"  # <host of the first node>:<port>
@@ -34,14 +36,14 @@ def this_attempt() -> Attempt | None:
     """The attempt that the environment names; None outside a cluster's script.
 
     Raises:
-        ValueError: it is not `<job>.<number>`.
+        UserError: it is not `<job>.<number>`.
     """
     text = os.environ.get(ATTEMPT_ENV)
     if text is None:
         return None
     found = re.fullmatch(r"(\w+)\.(\d+)", text)
     if found is None:
-        raise ValueError(f"{ATTEMPT_ENV}={text}: allowed: <job>.<number of restarts>, as 12.0")
+        raise UserError(ATTEMPT_ENV, text, "<job>.<number of restarts>, as 12.0")
     return Attempt(job=found[1], number=int(found[2]))
 
 
@@ -64,11 +66,11 @@ class Nodes:
         """How many ranks each node has.
 
         Raises:
-            ValueError: the nodes cannot have equally many.
+            UserError: the nodes cannot have equally many.
         """
         if num_ranks % self.count:
-            raise ValueError(
-                f"parallel.num_ranks={num_ranks}: allowed: a multiple of the {self.count} nodes"
+            raise UserError(
+                "parallel.num_ranks", num_ranks, f"a multiple of the {self.count} nodes"
             )
         return num_ranks // self.count
 
@@ -77,16 +79,16 @@ def this_node() -> Nodes | None:
     """The nodes that the environment names; None when the run is on this machine alone.
 
     Raises:
-        ValueError: a variable is missing or wrong.
+        UserError: a variable is missing or wrong.
     """
     rendezvous = os.environ.get(RENDEZVOUS_ENV)
     if rendezvous is None:
         return None
     if re.fullmatch(r"[^:]+:\d+", rendezvous) is None:
-        raise ValueError(f"{RENDEZVOUS_ENV}={rendezvous}: allowed: <host>:<port>")
+        raise UserError(RENDEZVOUS_ENV, rendezvous, "<host>:<port>")
     count, rank = _number(NUM_NODES_ENV), _number(NODE_RANK_ENV)
     if not 0 <= rank < count:
-        raise ValueError(f"{NODE_RANK_ENV}={rank}: allowed: below {NUM_NODES_ENV}={count}")
+        raise UserError(NODE_RANK_ENV, rank, f"below {NUM_NODES_ENV}={count}")
     return Nodes(count=count, rank=rank, rendezvous=rendezvous)
 
 
@@ -100,7 +102,7 @@ def ranks_here(num_ranks: int) -> int:
     """How many of a run's ranks this node has.
 
     Raises:
-        ValueError: the nodes cannot have equally many.
+        UserError: the nodes cannot have equally many.
     """
     node = this_node()
     return num_ranks if node is None else node.ranks_per_node(num_ranks)
@@ -109,5 +111,5 @@ def ranks_here(num_ranks: int) -> int:
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():
-        raise ValueError(f"{name}={text}: allowed: a whole number, with {RENDEZVOUS_ENV}")
+        raise UserError(name, text, f"a whole number, with {RENDEZVOUS_ENV}")
     return int(text)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.storage.attempt import this_attempt
 
 MANIFEST = "manifest.json"
@@ -52,17 +53,18 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
         os.fsync(file.fileno())
 
 
-def publish(
-    temporary: Path, final: Path, entries: Mapping[str, Entry], fence: Callable[[], None]
-) -> None:
-    """Give a finished folder its manifest and its final name; what had the name is replaced.
+def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Give a finished folder its manifest and force both to the disk; its files already are."""
+    write_manifest(folder, entries)
+    _sync_folder(folder)
 
-    Raises:
-        OSError: the disk refuses, or the `fence` does: nothing that has a name was touched.
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Give a sealed folder its name; a folder that had the name is removed.
+
+    A folder cannot be renamed onto another that has files. Between the two renames the old folder
+    has a name that `clean` knows, so that a crash there loses neither.
     """
-    write_manifest(temporary, entries)
-    _sync_folder(temporary)
-    fence()
     replaced = final.with_name(f".{final.name}{_REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -119,31 +121,35 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """What the folder must hold.
 
     Raises:
-        ValueError: there is no manifest, or the folder's files are not those it names.
+        UserError: there is no manifest, or the folder's files are not those it names.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error})") from error
-    return parse_manifest(text, files_in(folder), f"{folder}/")
+        raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", str(folder)) from error
+    return parse_manifest(text, files_in(folder), str(folder))
 
 
-def parse_manifest(text: str | bytes, there: Sequence[str], where: str) -> dict[str, Entry]:
-    """The manifest of the files `there`; `where` goes before a name in an error.
+def parse_manifest(text: str | bytes, names: Sequence[str], where: str) -> dict[str, Entry]:
+    """The manifest of a folder with files of these names; `where` is the folder, for errors.
 
     Raises:
-        ValueError: it cannot be read, or names other files.
+        UserError: it cannot be read, or names other files.
     """
     try:
         lines = json.loads(text)
         entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}{MANIFEST}: cannot be read ({error})") from error
-    if missing := sorted(entries.keys() - there):
-        raise ValueError(f"{where}{missing[0]}: is missing")
-    if unknown := sorted(set(there) - entries.keys()):
-        raise ValueError(f"{where}{unknown[0]}: is not in the manifest")
+        raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", where) from error
+    if missing := sorted(entries.keys() - names):
+        raise _unlike_manifest(missing[0], "is missing", where)
+    if unknown := sorted(set(names) - entries.keys()):
+        raise _unlike_manifest(unknown[0], "is not in the manifest", where)
     return entries
+
+
+def _unlike_manifest(name: str, problem: str, where: str) -> UserError:
+    return UserError(name, problem=problem, allowed="the files of the manifest", where=where)
 
 
 def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> str | None:

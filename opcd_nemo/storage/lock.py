@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.storage.attempt import Attempt, this_attempt
 
 
@@ -60,7 +61,7 @@ def lock_folder(folder: Path) -> FolderLock:
     the folder over from its own earlier attempt, whose node may be out of reach.
 
     Raises:
-        ValueError: another process has it; names its host, pid and start. Or its file system has
+        UserError: another process has it; names its host, pid and start. Or its file system has
             no locks.
     """
     path, attempt = folder.with_name(f".{folder.name}.lock"), this_attempt()
@@ -74,9 +75,10 @@ def lock_folder(folder: Path) -> FolderLock:
     except OSError as error:
         file.close()
         if not isinstance(error, BlockingIOError):
-            raise ValueError(
-                f"{folder}: its file system gives no lock ({error.strerror}); allowed: one with "
-                "flock (Lustre: mounted with -o flock)"
+            raise UserError(
+                str(folder),
+                allowed="one with flock (Lustre: mounted with -o flock)",
+                problem=f"its file system gives no lock ({error.strerror})",
             ) from error
         if attempt is None or not attempt.follows(before):
             raise _refusal(folder, holder or "an unknown process") from error
@@ -101,8 +103,8 @@ def _replace(path: Path) -> IO[str]:
     return file
 
 
-def _refusal(folder: Path, holder: str) -> ValueError:
-    return ValueError(f"{folder}: in use by {holder}; allowed: one job at a time")
+def _refusal(folder: Path, holder: str) -> UserError:
+    return UserError(str(folder), allowed="one job at a time", problem=f"in use by {holder}")
 
 
 def _line(attempt: Attempt | None) -> str:

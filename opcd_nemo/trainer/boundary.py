@@ -21,8 +21,9 @@ STOP_FILE = "STOP"  # in the run's folder, put there by hand: it ends the run fo
 class StepBoundary(pl.Callback):
     """A signal on one rank, or a file, stops all ranks after the step, with a checkpoint."""
 
-    def __init__(self, strategy: MegatronStrategy, folder: Path) -> None:
+    def __init__(self, strategy: MegatronStrategy) -> None:
         """Save to the checkpoints of the run's folder, under the name of the step."""
+        folder = strategy.run_folder.path
         self._strategy, self._checkpoints = strategy, folder / "checkpoints"
         self._stop_file = folder / STOP_FILE
         self._received = 0

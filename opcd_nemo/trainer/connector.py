@@ -24,6 +24,7 @@ from opcd_nemo.export.provenance import Provenance, base_licence, describe_conte
 from opcd_nemo.formats.locate import NEMO_CONFIG, resolve_model_path
 from opcd_nemo.formats.nemo import EVALUATION, open_package, read_record
 from opcd_nemo.storage.archive import Files, read_whole
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
 
 OWN_TARGETS = "opcd_nemo."
@@ -57,7 +58,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
                 evaluation=model.summary,
                 licence=base_licence(config["student"]["path"]),
             ),
-            fence=model.fence,
+            run_folder=model.run_folder,
         )
 
     def restore_from(
@@ -146,7 +147,9 @@ def _stored_config(files: Files) -> DictConfig:
 
 def _default_trainer(config: DictConfig) -> pl.Trainer:
     parallel = init_parallel(ParallelConfig(**config.parallel), config.seed)
-    settings = trainer_settings(MegatronStrategy(parallel, async_save=False))
+    # a program that restores a model saves what it wants where it wants, and keeps no record
+    run_folder = RunFolder(Path(config.exp_manager.exp_dir) / config.name, writes=False)
+    settings = trainer_settings(MegatronStrategy(parallel, run_folder, async_save=False))
     trainer = pl.Trainer(**settings, max_steps=config.trainer.max_steps)
     trainer.strategy.setup_environment()
     return trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from opcd_nemo.evaluation import report
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.export.provenance import describe_context, freeze_context
 from opcd_nemo.losses import CAPTURED_MASS
-from opcd_nemo.metrics import MetricLogger, Stats
+from opcd_nemo.metrics import METRICS, Stats, metric_line
 from opcd_nemo.trainer.connector import OPCDConnector, run_config
 from opcd_nemo.trainer.strategy import MegatronStrategy, StepCounter
 from opcd_nemo.training.build import build_evaluator, build_run
@@ -67,9 +66,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.run = build_run(config, inputs, strategy.parallel)
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
-        self.metrics: MetricLogger | None = None
+        self.run_folder = strategy.run_folder
         self.context = describe_context(config.context)
-        self.fence: Callable[[], None] = lambda: None  # see `MegatronStrategy`
         self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
@@ -110,8 +108,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self._show(values)
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
-        if self.metrics is not None:
-            self.metrics.log(step, values)
+        self.run_folder.append(METRICS, metric_line(step, values))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""

@@ -31,9 +31,9 @@ from opcd_nemo.errors import NonFiniteError
 from opcd_nemo.evaluation import report
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.export.provenance import freeze_context
-from opcd_nemo.metrics import MetricLogger, drop_metrics_from, read_metrics
-from opcd_nemo.storage.durable import clean, set_aside, write_whole
-from opcd_nemo.storage.lock import FolderLock, lock_folder
+from opcd_nemo.metrics import METRICS, drop_metrics_from, read_metrics
+from opcd_nemo.storage.durable import clean
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import STOP_FILE, StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
@@ -66,37 +66,44 @@ def train(raw: DictConfig, say: Say) -> Path:
     parallel = init_parallel(config.parallel, config.seed)
     quiet = say if rank == 0 else _silent
     folder = Path(config.exp_manager["exp_dir"]) / config.name
-    strategy = MegatronStrategy(
-        parallel, async_save=config.exp_manager["checkpoint_callback_params"]["async_save"]
-    )
     quiet(_first_line(parallel))
-    trainer = _trainer(config, strategy, StepBoundary(strategy, folder))
-    lock = hold_folder(folder, parallel)  # held until this function ends
-    strategy.fence = lock.check if lock else strategy.fence
-    _set_aside_old_run(folder, config, parallel)
+    with RunFolder.hold(folder, parallel) as run_folder:
+        _train(config, raw, origin, parallel, run_folder, started, quiet)
+    return folder
+
+
+def _train(
+    config: TrainConfig,
+    raw: DictConfig,
+    origin: Mapping[str, Any],
+    parallel: Parallel,
+    run_folder: RunFolder,
+    started: float,
+    quiet: Say,
+) -> None:
+    checkpoints = config.exp_manager["checkpoint_callback_params"]
+    strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
+    trainer = _trainer(config, strategy, StepBoundary(strategy))
+    folder = run_folder.path
+    _set_aside_old_run(run_folder, config, parallel)
     continued = _continue_from(folder, config, origin, parallel, quiet)
     _start_exp_manager(trainer, raw, folder)
     strategy.setup_environment()
     model = OPCDModel(raw, trainer)
-    model.fence = strategy.fence
     before = _scores_before(model, quiet)
     model.retention_before = before["base"][1].score
-    with _metric_logger(folder, lock) as metrics:
-        model.metrics = metrics
-        _fit(trainer, model, strategy, continued)
-        _save_final(trainer, strategy, config, folder / "checkpoints")
+    _fit(trainer, model, strategy, continued)
+    _save_final(trainer, strategy, config, folder / "checkpoints")
     scores = {**before, "student": model.scores("student", with_context=False)}
     _report(config, raw, model, folder, scores, started, quiet)
-    if config.exp_manager["checkpoint_callback_params"]["save_nemo_on_train_end"]:
+    if checkpoints["save_nemo_on_train_end"]:
         package = folder / f"{folder.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         quiet(f"written: {package}")
     parallel.barrier()
     if model.summary is not None:  # on rank 0
-        model.fence()  # the package took its time
         # a cluster's script takes this file, no exit code, for success
-        write_whole(folder / DONE, f"{model.summary['weights_sha256']}\n")
-    return folder
+        run_folder.write(DONE, f"{model.summary['weights_sha256']}\n")
 
 
 def _fit(
@@ -123,19 +130,6 @@ def _save_final(
 
 
 def _silent(_: str) -> None: ...
-
-
-def _metric_logger(folder: Path, lock: FolderLock | None) -> MetricLogger | _NoLogger:
-    """Only rank 0, which has the lock, records."""
-    return MetricLogger(folder / "metrics.jsonl", lock.check) if lock else _NoLogger()
-
-
-class _NoLogger:
-    """Of the other ranks."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _first_line(parallel: Parallel) -> str:
@@ -181,31 +175,19 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
     return created
 
 
-def _set_aside_old_run(folder: Path, config: TrainConfig, parallel: Parallel) -> None:
+def _set_aside_old_run(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> None:
     """Keep an earlier run of the same name under the next free number; nothing is lost."""
+    folder = run_folder.path
     parallel.barrier()
+    if not config.exp_manager["resume_if_exists"]:
+        run_folder.set_aside()
     if parallel.rank == 0:
-        if folder.exists() and not config.exp_manager["resume_if_exists"]:
-            set_aside(folder)
         (folder / DONE).unlink(missing_ok=True)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     stop = folder / STOP_FILE
     if stop.exists():
         raise ValueError(f"name: {stop} stops this run; allowed: a folder without that file")
-
-
-def hold_folder(folder: Path, parallel: Parallel) -> FolderLock | None:
-    """Refuse a folder that another job works on. Collective over the world."""
-    lock, refusal = None, None
-    if parallel.rank == 0:
-        try:
-            lock = lock_folder(folder)
-        except ValueError as error:
-            refusal = str(error)
-    if refused := parallel.gather_objects(refusal)[0]:
-        raise ValueError(f"name: {refused}")
-    return lock
 
 
 def _continue_from(
@@ -223,7 +205,7 @@ def _continue_from(
         for marker in (folder / "checkpoints").glob("*-unfinished"):  # NeMo's, of a killed run
             marker.unlink()
     path = checkpoint.newest(folder / "checkpoints", parallel, say)
-    metrics, step = folder / "metrics.jsonl", 0
+    metrics, step = folder / METRICS, 0
     if path is not None:
         common = checkpoint.read_common(path)
         check_unchanged(
@@ -264,11 +246,12 @@ def _report(
     weights_sha256 = checkpoint.weights_digest(model.run.student)
     if parallel.rank != 0:
         return
-    model.fence()
+    run_folder = model.run_folder
+    run_folder.check_held()
     launcher = os.environ.get(LAUNCHER_PID_ENV)
     if launcher is not None:
         peaks.append(report.peak_rss_of(int(launcher)))
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     summary: dict[str, Any] = {name: pair[0].score for name, pair in scores.items()}
     for name, pair in zip(("before", "in_context", "after"), scores.values(), strict=True):
         summary[f"retention_{name}"] = pair[1].score
@@ -298,11 +281,11 @@ def _report(
     stopped = model.stopped_by_retention
     summary["stopped_by_retention"] = stopped.step if stopped else None
     model.summary = summary
-    report.write_curves(folder / "curves.png", folder / "metrics.jsonl")
+    report.write_curves(folder / "curves.png", folder / METRICS)
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
     report.write_answers(folder / "answers.jsonl", scores)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(raw, resolve=True), encoding="utf-8")
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))  # last
+    run_folder.write("config.yaml", OmegaConf.to_yaml(raw, resolve=True))
+    run_folder.write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False))  # last
     names = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
     table = {names[name]: (a.score, b.score) for name, (a, b) in scores.items()}
     say(report.results_table(table))

@@ -18,6 +18,7 @@ from nemo.utils.app_state import AppState
 from opcd_nemo.checkpoint import save_load as checkpoint
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.metrics import Stopwatch
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 
 _log = logging.getLogger(__name__)
@@ -47,23 +48,23 @@ class StepCounter(torch.optim.Optimizer):
 class MegatronStrategy(DDPStrategy):
     """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
 
-    def __init__(self, parallel: Parallel, *, async_save: bool) -> None:
+    def __init__(self, parallel: Parallel, run_folder: RunFolder, *, async_save: bool) -> None:
         """Take the groups; Lightning must neither start nor wrap anything.
 
         Args:
             parallel: the groups.
+            run_folder: where checkpoints are published.
             async_save: write checkpoints while training goes on.
         """
         super().__init__(
             accelerator=None,
             cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
         )
-        self.parallel = parallel
+        self.parallel, self.run_folder = parallel, run_folder
         self._async_save = async_save
         self._watch = Stopwatch()
         self._save: checkpoint.Save | None = None
         self._to_remove: list[Path] = []
-        self.fence: Callable[[], None] = lambda: None  # of rank 0, see `FolderLock.check`
 
     def setup_distributed(self) -> None:
         """Tell NeMo about the groups that exist."""
@@ -128,7 +129,7 @@ class MegatronStrategy(DDPStrategy):
             return
         save, self._save = self._save, None
         with self._watch.phase("save"):
-            checkpoint.publish(save, self.parallel, self.fence)
+            checkpoint.publish(save, self.parallel, self.run_folder)
             for path in self._to_remove:
                 self._remove(path)
             self._to_remove.clear()

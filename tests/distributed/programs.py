@@ -15,6 +15,7 @@ from opcd_nemo.export.provenance import Provenance
 from opcd_nemo.formats.huggingface import open_checkpoint
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.model.packing import pack
+from opcd_nemo.storage.run_folder import RunFolder
 from tests.distributed import cases
 from tests.distributed.ailments import examine_all
 from tests.distributed.cases import LAYOUTS
@@ -96,6 +97,7 @@ def move_package(models: Path, results: Path, name: str, source: str, target: st
         config_yaml="{}",
         tokenizer_path=str(models / cases.CHAT),
         provenance=Provenance(context=None, evaluation=None, licence={}),
+        run_folder=RunFolder(results),
     )
     package = open_checkpoint(str(path))
     other = LanguageModel(package.config, start(target), dtype)

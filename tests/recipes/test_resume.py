@@ -66,13 +66,17 @@ def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path,
 _TAKEN_OVER = """
 import sys
 from pathlib import Path
-from opcd_nemo import package, report
+from opcd_nemo.evaluation import report
+from opcd_nemo.trainer import connector
 from opcd_nemo.launch.ranks import run_recipe
 from recipes.train import load_main
-module, name = {"report": (report, "write_answers"), "package": (package, "write_tar")}[sys.argv[1]]
+module, name = {
+    "report": (report, "write_answers"),
+    "package": (connector, "write_package"),
+}[sys.argv[1]]
 write = getattr(module, name)
-def write_late(path, *more):
-    write(path, *more)
+def write_late(path, *more, **named):
+    write(path, *more, **named)
     path.parent.with_name(".run.lock").write_text("a later attempt")
 setattr(module, name, write_late)
 del sys.argv[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.metrics import MetricLogger, Stats, Stopwatch, read_metrics
+from opcd_nemo.metrics import METRICS, Stats, Stopwatch, metric_line, read_metrics
+from opcd_nemo.storage.run_folder import RunFolder
 
 
 def test_mean_does_not_depend_on_how_values_were_split() -> None:
@@ -41,21 +42,13 @@ def test_stopwatch_adds_up_by_phase() -> None:
 
 
 def test_record_is_read_back_and_appended_to(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
     for step in range(2):
-        with MetricLogger(path, lambda: None) as metrics:
-            metrics.log(step, {"loss/reverse_kl": 0.5 * step})
-    lines = read_metrics(path)
+        RunFolder(tmp_path).append(METRICS, metric_line(step, {"loss/reverse_kl": 0.5 * step}))
+    lines = read_metrics(tmp_path / METRICS)
     assert lines == [
         {"step": 0, "loss/reverse_kl": 0.0},
         {"step": 1, "loss/reverse_kl": 0.5},
     ]
-
-
-def test_line_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
-    with MetricLogger(tmp_path / "metrics.jsonl", lambda: None) as metrics:
-        metrics.log(0, {"a": 1.0})
-        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "a": 1.0}]
 
 
 def test_missing_name_is_an_error() -> None:

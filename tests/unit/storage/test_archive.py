@@ -107,17 +107,6 @@ def test_what_was_packed_is_read_in_place(tmp_path: Path) -> None:
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_a_fence_keeps_a_finished_tar_from_its_name(tmp_path: Path) -> None:
-    (tmp_path / NEMO_CONFIG).write_text("a: 1")
-
-    def fence() -> None:
-        raise OSError("taken over")
-
-    with pytest.raises(OSError, match="taken over"):
-        write_tar(tmp_path / "a.nemo", tmp_path, [NEMO_CONFIG], fence)
-    assert [one.name for one in tmp_path.iterdir()] == [NEMO_CONFIG]
-
-
 class _Runs:
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from opcd_nemo.metrics import MetricLogger, read_metrics
-from opcd_nemo.storage import durable
+from opcd_nemo.errors import UserError
 from opcd_nemo.storage.attempt import ATTEMPT_ENV
 from opcd_nemo.storage.lock import lock_folder
 
@@ -22,8 +22,10 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_lock_names_its_holder_and_ends_with_it(run: Path) -> None:
     held = lock_folder(run)
-    with pytest.raises(ValueError, match=r"in use by host .*, pid \d+, started 2.*allowed"):
+    with pytest.raises(UserError) as caught:
         lock_folder(run)
+    assert caught.value.key == str(run)
+    assert re.fullmatch(r"in use by host .*, pid \d+, started 2.*", str(caught.value.problem))
     held.check()
     held.close()
     lock_folder(run).close()
@@ -38,37 +40,25 @@ def test_a_file_system_without_locks_is_named_as_that(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setenv(ATTEMPT_ENV, "12.1")
-    with pytest.raises(ValueError, match=r"gives no lock \(.*\); allowed: .* -o flock") as caught:
+    with pytest.raises(UserError) as caught:
         lock_folder(run)
-    assert os.strerror(number) in str(caught.value)
-    assert "in use" not in str(caught.value)
+    assert caught.value.problem == f"its file system gives no lock ({os.strerror(number)})"
+    assert "-o flock" in caught.value.allowed
 
 
-def test_a_later_attempt_takes_over_and_the_earlier_one_can_publish_nothing(
+def test_an_earlier_attempt_cannot_take_the_folder_back(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ATTEMPT_ENV, "12.0")
     zombie = lock_folder(run)  # never closed: its node is cut off
-    run.mkdir()
-    metrics = MetricLogger(run / "metrics.jsonl", zombie.check)
-    metrics.log(0, {})
-    final = run / "step=1.ckpt"
-    old = durable.partial(final)
-    old.mkdir()
     monkeypatch.setenv(ATTEMPT_ENV, "12.1")
-    with lock_folder(run) as lock:
-        lock.check()
-        assert durable.partial(final) != old
-        with pytest.raises(OSError, match=r"now held by host .* attempt 12\.1") as caught:
-            durable.publish(old, final, {}, zombie.check)
-        assert str(run.with_name(".run.lock")) in durable.describe(caught.value)
-        with pytest.raises(OSError, match="now held by"):
-            metrics.log(1, {})
-    assert not final.exists()
-    assert len(read_metrics(run / "metrics.jsonl")) == 1
+    lock_folder(run).close()
     monkeypatch.setenv(ATTEMPT_ENV, "12.0")
-    with pytest.raises(ValueError, match=r"in use by .*attempt 12\.1; allowed"):
+    with pytest.raises(UserError) as caught:
         lock_folder(run)
+    assert re.fullmatch(r"in use by .*attempt 12\.1", str(caught.value.problem))
+    with pytest.raises(OSError, match="now held by"):
+        zombie.check()
 
 
 @pytest.mark.parametrize("attempt", [None, "12.1", "13.2"])
@@ -80,7 +70,7 @@ def test_nobody_else_takes_a_held_folder(
     monkeypatch.delenv(ATTEMPT_ENV)
     if attempt is not None:
         monkeypatch.setenv(ATTEMPT_ENV, attempt)
-    with pytest.raises(ValueError, match=r"in use by .*attempt 12\.1"):
+    with pytest.raises(UserError, match=r"in use by .*attempt 12\.1"):
         lock_folder(run)
     held.check()
 

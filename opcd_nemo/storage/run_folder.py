@@ -1,0 +1,139 @@
+"""The folder of a run: one process holds it, and that process alone writes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from opcd_nemo.errors import UserError
+from opcd_nemo.storage import durable
+from opcd_nemo.storage.lock import FolderLock, lock_folder
+
+
+class Ranks(Protocol):
+    """What the processes of a run need to agree on who holds the folder: a `Parallel`."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process; 0 holds the folder."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+
+
+class RunFolder:
+    """A folder that rank 0 holds and writes into; on every other rank a write does nothing.
+
+    A node that the cluster has given up may still run and still reach the shared disk, while a
+    later attempt of the same job continues the run. Therefore every write first asks the lock file
+    whether this attempt still holds the folder.
+    """
+
+    def __init__(self, path: Path, *, lock: FolderLock | None = None, writes: bool = True) -> None:
+        """Without a lock nothing is asked: a folder for which nobody else can compete.
+
+        Args:
+            path: the folder, which may not exist yet.
+            lock: of the process that holds the folder.
+            writes: False on the ranks that leave writing to rank 0.
+        """
+        self.path, self.writes = path, writes
+        self._lock = lock
+
+    @classmethod
+    def hold(cls, path: Path, ranks: Ranks | None = None) -> RunFolder:
+        """Take the folder for this process, or for rank 0 of a run. Collective over the ranks.
+
+        Raises:
+            UserError: on every rank, when another job works on the folder.
+        """
+        lock, refusal = None, None
+        if ranks is None or ranks.rank == 0:
+            try:
+                lock = lock_folder(path)
+            except UserError as error:
+                refusal = error
+        if ranks is not None:
+            refusal = ranks.gather_objects(refusal)[0]
+        if refusal is not None:
+            raise UserError(
+                refusal.key, refusal.value, refusal.allowed, problem=refusal.problem, where="name"
+            )
+        return cls(path, lock=lock, writes=lock is not None)
+
+    def check_held(self) -> None:
+        """Refuse to write when a later attempt of the job has taken the folder.
+
+        Raises:
+            OSError: the lock file names another holder, or cannot be read.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file that is whole or does not exist.
+
+        Raises:
+            OSError: the disk refuses, or another attempt holds the folder.
+        """
+        if self.writes:
+            self.check_held()
+            durable.write_whole(self.path / name, text)
+
+    def append(self, name: str, text: str) -> None:
+        """Add whole lines to a file.
+
+        Raises:
+            OSError: as of `write`.
+        """
+        if self.writes:
+            self.check_held()
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def publish(self, temporary: Path, final: Path, entries: Mapping[str, durable.Entry]) -> None:
+        """Give a finished folder its manifest and, at once, its name: see `durable.publish`.
+
+        Raises:
+            OSError: as of `write`; then nothing that has a name was touched.
+        """
+        durable.seal(temporary, entries)
+        self.check_held()  # last: between sealing gigabytes and here another attempt may have begun
+        durable.replace_folder(temporary, final)
+
+    def publish_file(self, temporary: Path, final: Path) -> None:
+        """Give a finished file its name; a file that had the name is replaced.
+
+        Raises:
+            OSError: as of `write`.
+        """
+        self.check_held()
+        temporary.replace(final)
+
+    def set_aside(self) -> None:
+        """Rename what lies under the folder's name to the first free `<name>.<number>`.
+
+        Raises:
+            OSError: as of `write`.
+        """
+        if self.writes and self.path.exists():
+            self.check_held()
+            durable.set_aside(self.path)
+
+    def close(self) -> None:
+        """Let another job have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
