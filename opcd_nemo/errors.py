@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 
 class _Absent:
     """The value of a key that has none, or of a key that is a file or a package."""
@@ -28,7 +30,7 @@ class UserError(ValueError):
 
     def __init__(
         self,
-        key: str,
+        key: str | PurePath,
         value: object = ABSENT,
         allowed: str = "",
         *,
@@ -36,16 +38,20 @@ class UserError(ValueError):
         where: str | None = None,
     ) -> None:
         assert allowed, "a user must be told what is accepted"
-        self.key, self.value, self.allowed = key, value, allowed
+        self.key, self.value, self.allowed = str(key), value, allowed
         self.problem, self.where = problem, where
         super().__init__(key, value, allowed)
 
-    def __str__(self) -> str:
-        """`[where: ]key=value[: problem]; allowed: ...` in one line."""
+    @property
+    def found(self) -> str:
+        """`[where: ]key=value[: problem]`, what is wrong, in one line."""
         shown = self.key if self.value is ABSENT else f"{self.key}={_in_words(self.value)}"
         parts = (self.where, shown, self.problem)
-        line = ": ".join(part for part in parts if part is not None)
-        return " ".join(f"{line}; allowed: {self.allowed}".split())
+        return " ".join(": ".join(part for part in parts if part is not None).split())
+
+    def __str__(self) -> str:
+        """What is wrong and what is allowed, in one line."""
+        return f"{self.found}; allowed: {' '.join(self.allowed.split())}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy all fields to another process."""

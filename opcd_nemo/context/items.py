@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.thinking import spoken
 
 ITEM_MARKER = "- EXPERIENCE ITEM:"
@@ -60,9 +61,11 @@ def newest_within(
         return ()
     first = next((i for i in range(len(items)) if count(as_text(items[i:])) <= cap_tokens), None)
     if first is None:
-        raise ValueError(
-            f"experience.extraction.cap_tokens={cap_tokens}: the newest item has "
-            f"{count(as_text(items[-1:]))} tokens; allowed: a cap that holds one item"
+        raise UserError(
+            "experience.extraction.cap_tokens",
+            cap_tokens,
+            "a cap that holds one item",
+            problem=f"the newest item has {count(as_text(items[-1:]))} tokens",
         )
     return tuple(items[first:])
 

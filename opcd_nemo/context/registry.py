@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_nemo.context.items import as_text, content_hash
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.durable import write_whole
 
@@ -76,8 +77,10 @@ class Registry:
         """
         hashes = self._not_rolled_back()
         if len(hashes) < 2:
-            raise ValueError(
-                f"{self.folder}: {len(hashes)} selections; allowed: a rollback after two or more"
+            raise UserError(
+                self.folder,
+                allowed="a rollback after two or more",
+                problem=f"{len(hashes)} selections",
             )
         self.select(hashes[-2], f"{_ROLLBACK} {hashes[-1][:_SHOWN_HASH]}")
         return self.find(hashes[-2])
@@ -108,9 +111,10 @@ class Registry:
         """
         history = self.history()
         if not history:
-            raise ValueError(
-                f"{self.folder}: nothing is selected; allowed: a registry with a "
-                "selected entry, or the file of an entry"
+            raise UserError(
+                self.folder,
+                allowed="a registry with a selected entry, or the file of an entry",
+                problem="nothing is selected",
             )
         return self.find(history[-1]["content_hash"])
 
@@ -124,9 +128,10 @@ class Registry:
         found = [file for file in known if file.stem.startswith(entry_hash)] if entry_hash else []
         if len(found) != 1:
             names = ", ".join(file.stem[:_SHOWN_HASH] for file in known)
-            raise ValueError(
-                f"{self.folder}: {len(found)} entries start with {entry_hash!r}; allowed: the "
-                f"start of one of {names or 'none, for there is no entry'}"
+            raise UserError(
+                self.folder,
+                allowed=f"the start of one of {names or 'none, for there is no entry'}",
+                problem=f"{len(found)} entries start with {entry_hash!r}",
             )
         return read_entry(found[0])
 
@@ -155,11 +160,12 @@ def read_entry(path: Path) -> Entry:
             scores=dict(stored["scores"]),
         )
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error!r}); allowed: an entry") from error
+        raise UserError(path, allowed="an entry", problem=f"cannot be read ({error!r})") from error
     if not entry.items or stored.get("content_hash") != entry.hash:
-        raise ValueError(
-            f"{path}: content_hash is {stored.get('content_hash')}; allowed: that of its "
-            f"{len(entry.items)} items, {entry.hash}"
+        raise UserError(
+            path,
+            allowed=f"that of its {len(entry.items)} items, {entry.hash}",
+            problem=f"content_hash is {stored.get('content_hash')}",
         )
     return entry
 
@@ -201,10 +207,10 @@ def run_command(words: Sequence[str], say: Callable[[str], None]) -> int:
     command, *entries = [word for word in words if not word.startswith("registry=")]
     try:
         if len(folders) != 1 or not Path(folders[0]).is_dir():
-            raise ValueError(f"registry={', '.join(folders) or None}; allowed: a registry's folder")
+            raise UserError("registry", ", ".join(folders) or None, "a registry's folder")
         registry = Registry(Path(folders[0]))
         say(_answer(registry, command, entries))
-    except ValueError as error:
+    except UserError as error:
         say(f"error: {error}")
         return 2
     return 0
@@ -213,7 +219,7 @@ def run_command(words: Sequence[str], say: Callable[[str], None]) -> int:
 def _answer(registry: Registry, command: str, entries: Sequence[str]) -> str:
     counts = {"list": (0,), "show": (0, 1), "diff": (2,), "rollback": (0,)}
     if len(entries) not in counts[command]:
-        raise ValueError(f"{command} {' '.join(entries)}; allowed: {_USAGE}")
+        raise UserError(f"{command} {' '.join(entries)}", allowed=_USAGE)
     if command == "list":
         return table(registry)
     if command == "diff":

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from opcd_nemo.context.items import as_text
 from opcd_nemo.context.registry import read_entry
+from opcd_nemo.errors import UserError
 from opcd_nemo.types import Message
 
 _PLACES = re.compile(r"\{(experience|question|opening|situation)\}")
@@ -141,7 +142,7 @@ class FewShotContext(OneContext):
         if system is not None:
             _require_text("context.system", system)
         if not demonstrations:
-            raise ValueError("context.demonstrations=[]; allowed: one demonstration or more")
+            raise UserError("context.demonstrations", [], "one demonstration or more")
         pairs = tuple(_pair(index, one) for index, one in enumerate(demonstrations))
         super().__init__(Context(system=system, demonstrations=pairs), _lineage(type(self)))
 
@@ -170,9 +171,11 @@ class ExperienceContext(OneContext):
         """
         _check_template(template)
         if (path is None) == (items is None):
-            raise ValueError(
-                f"context.path={path}, context.items={items}; allowed: one of the two, the other "
-                "null"
+            raise UserError(
+                "context.path",
+                path,
+                "one of context.path and context.items, the other null",
+                problem=f"context.items={items}",
             )
         if path is not None:
             entry = read_entry(Path(path))
@@ -180,7 +183,7 @@ class ExperienceContext(OneContext):
         assert items is not None
         self.items = tuple(str(item) for item in items)
         if not all(item.strip() for item in self.items) or not self.items:
-            raise ValueError(f"context.items={items}; allowed: one item or more, none blank")
+            raise UserError("context.items", items, "one item or more, none blank")
         self.template = template
         context = Context(
             system=None, demonstrations=(), experience=as_text(self.items), wrap=template
@@ -218,9 +221,11 @@ class ExperiencePool:
             ValueError: both or neither, none in it, or an entry that cannot be read.
         """
         if (paths is None) == (pool is None) or not (paths or pool):
-            raise ValueError(
-                f"context.paths={paths}, context.pool={pool}; allowed: a list of one or more, "
-                "the other null"
+            raise UserError(
+                "context.paths",
+                paths,
+                "a list of one or more, with context.pool=null; or the other way round",
+                problem=f"context.pool={pool}",
             )
         given: list[dict[str, Any]]
         if pool is None:
@@ -271,18 +276,17 @@ def _check_template(template: str) -> None:
     _require_text("context.template", template)
     places = sorted(_PLACES.findall(template))
     if places not in (["experience", "question"], ["experience", "opening", "situation"]):
-        raise ValueError(
-            f"context.template={template!r}; allowed: {{experience}} and {{question}}, or "
-            "{experience}, {opening} and {situation}, each once"
+        raise UserError(
+            "context.template",
+            repr(template),
+            "{experience} and {question}, or {experience}, {opening} and {situation}, each once",
         )
 
 
 def _pair(index: int, demonstration: Mapping[str, str]) -> tuple[str, str]:
     key = f"context.demonstrations[{index}]"
     if set(demonstration) != {"question", "answer"}:
-        raise ValueError(
-            f"{key} has the keys {sorted(demonstration)}; allowed: question and answer"
-        )
+        raise UserError(key, sorted(demonstration), "the keys question and answer")
     _require_text(f"{key}.question", demonstration["question"])
     _require_text(f"{key}.answer", demonstration["answer"])
     return demonstration["question"], demonstration["answer"]
@@ -290,4 +294,4 @@ def _pair(index: int, demonstration: Mapping[str, str]) -> tuple[str, str]:
 
 def _require_text(key: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key}={value!r}; allowed: a text that is not blank")
+        raise UserError(key, repr(value), "a text that is not blank")

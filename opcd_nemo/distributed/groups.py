@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from opcd_nemo.distributed import _megatron_cpu
+from opcd_nemo.errors import UserError
 from opcd_nemo.types import Fp8Format, LayerSpec
 
 _log = logging.getLogger(__name__)
@@ -206,9 +207,11 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
         return torch.device("cuda", local_rank), f"{gpus} GPUs for {ranks_per_node} ranks"
     if device == "auto":
         return torch.device("cpu"), f"auto: {gpus} GPUs for {ranks_per_node} ranks"
-    raise ValueError(
-        f"parallel.device={device}: {gpus} GPUs for {ranks_per_node} ranks; "
-        "allowed: as many GPUs as ranks, or parallel.device=cpu"
+    raise UserError(
+        "parallel.device",
+        device,
+        "as many GPUs as ranks, or parallel.device=cpu",
+        problem=f"{gpus} GPUs for {ranks_per_node} ranks",
     )
 
 
@@ -217,7 +220,7 @@ def backend_version(device: torch.device) -> str:
     if device.type == "cpu":
         return "gloo"
     if not dist.is_nccl_available():
-        raise ValueError("this build of torch has no NCCL; allowed: a build for CUDA")
+        raise UserError("torch", allowed="a build for CUDA", problem="this build has no NCCL")
     return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
 
 
@@ -228,16 +231,19 @@ def check_layout(world_size: int, tp: int, pp: int, cp: int) -> None:
         ValueError: naming the keys and the world size.
     """
     if world_size % (tp * pp):
-        raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size="
-            f"{pp} = {tp * pp} does not divide the world size {world_size}; "
-            "allowed: a world size that is a multiple of their product"
+        raise UserError(
+            "parallel.tensor_model_parallel_size",
+            tp,
+            "a world size that is a multiple of their product",
+            problem=f"with parallel.pipeline_model_parallel_size={pp} a model takes {tp * pp} "
+            f"ranks, which do not divide the {world_size} ranks of the run",
         )
     dp = world_size // (tp * pp)
     if dp % cp:
-        raise ValueError(
-            f"parallel.context_parallel_size={cp} does not divide the {dp} data-parallel ranks of "
-            f"world size {world_size}; allowed: a divisor of that"
+        raise UserError(
+            "parallel.context_parallel_size",
+            cp,
+            f"a divisor of the {dp} data-parallel ranks of world size {world_size}",
         )
 
 
@@ -253,9 +259,10 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp: int, cp: int)
         unit = math.lcm(micro_batch_size * dp // cp, dp)
         ranks = f"{dp // cp} groups of context-parallel ranks, and of {ranks}"
     if global_batch_size % unit:
-        raise ValueError(
-            f"batching.global_batch_size={global_batch_size}: allowed: a multiple of "
-            f"batching.micro_batch_size={micro_batch_size} x {ranks}"
+        raise UserError(
+            "batching.global_batch_size",
+            global_batch_size,
+            f"a multiple of batching.micro_batch_size={micro_batch_size} x {ranks}",
         )
 
 
@@ -273,7 +280,7 @@ def choose_layer_spec(layer_spec: str, device: torch.device) -> LayerSpec:
     there = has_transformer_engine()
     if layer_spec == "te" and (device.type == "cpu" or not there):
         why = "it needs a GPU" if device.type == "cpu" else "Transformer Engine is not installed"
-        raise ValueError(f"parallel.layer_spec=te: {why}; allowed: auto or local here")
+        raise UserError("parallel.layer_spec", "te", "auto or local here", problem=why)
     if layer_spec == "auto":
         return "te" if device.type != "cpu" and there else "local"
     return "te" if layer_spec == "te" else "local"
@@ -325,9 +332,11 @@ def _start_process_group(
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is in use; "
-            "allowed: a free port, or parallel.port=0 to take any"
+        raise UserError(
+            "MASTER_PORT",
+            os.environ["MASTER_PORT"],
+            "a free port, or parallel.port=0 to take any",
+            problem="the port is in use",
         ) from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from opcd_nemo.errors import CheckFailed
+from opcd_nemo.errors import CheckFailed, UserError
 
 Status = Literal["pass", "warn", "fail", "skip"]
 
@@ -34,17 +34,16 @@ def judge(name: str, good: bool, found: str, mend: str, otherwise: Status = "fai
     )
 
 
-def refusal(name: str, error: ValueError) -> Check:
+def refusal(name: str, error: UserError) -> Check:
     """A row that fails with what a refusal says is wrong and what it allows."""
-    found, _, allowed = " ".join(str(error).split()).partition("allowed: ")
-    return Check(name=name, status="fail", found=found.rstrip("; :"), mend=f"use {allowed}")
+    return Check(name=name, status="fail", found=error.found, mend=f"use {error.allowed}")
 
 
 def attempt(name: str, look: Callable[[], Check]) -> Check:
     """What `look` returns, or a failed row where it refuses."""
     try:
         return look()
-    except ValueError as error:
+    except UserError as error:
         return refusal(name, error)
 
 

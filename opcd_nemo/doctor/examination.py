@@ -17,6 +17,7 @@ from opcd_nemo.distributed.groups import environment_world, init_parallel
 from opcd_nemo.doctor import text
 from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
 from opcd_nemo.doctor.environment import environment_checks, imports, installed_versions, packages
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import tensor_shapes
 from opcd_nemo.storage.attempt import ranks_here
 from opcd_nemo.tasks import Episode, Task
@@ -94,7 +95,7 @@ def without_weights(
         return machine(settings.min_free_disk_gib), None
     try:
         student, teacher = text.open_sides(config)
-    except ValueError as error:
+    except UserError as error:
         return [*machine(settings.min_free_disk_gib), refusal("models", error)], None
     checkpoint_gib = _checkpoints_gib(config, student)
     checks = machine(settings.min_free_disk_gib + checkpoint_gib)
@@ -106,7 +107,7 @@ def without_weights(
         return checks, None
     try:
         inputs = open_inputs(config, world_size)
-    except ValueError as error:
+    except UserError as error:
         return [*checks, refusal("inputs", error)], None
     source = inputs.conversation.source
     episodes = inputs.task.episodes("train", 0, min(_prompts(config), settings.num_prompts))

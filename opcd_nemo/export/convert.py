@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
 from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed.groups import init_parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import read_provenance
 from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
@@ -62,7 +63,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Pa
         )
         return target
     if dtype not in DTYPES.values():
-        raise ValueError(f"from={source}: is stored in {dtype}; allowed: dtype=bf16 or dtype=fp32")
+        raise UserError("from", source, "dtype=bf16 or dtype=fp32", problem=f"is stored in {dtype}")
     parallel = init_parallel(ParallelConfig(**settings.parallel), seed=0)
     student = LanguageModel(checkpoint.config, parallel, dtype)
     student.load(checkpoint)
@@ -104,21 +105,19 @@ def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
 def _target(settings: DictConfig) -> Path:
     for key in ("from", "to"):
         if not isinstance(settings[key], str) or not settings[key]:
-            raise ValueError(f"{key}={settings[key]}: allowed: a path")
+            raise UserError(key, settings[key], "a path")
     if settings.format not in FORMATS:
-        raise ValueError(f"format={settings.format}: allowed: {', '.join(FORMATS)}")
+        raise UserError("format", settings.format, ", ".join(FORMATS))
     choose_dtype(settings.dtype, torch.float32)
     if type(settings.max_file_bytes) is not int or settings.max_file_bytes < 1:
-        raise ValueError(f"max_file_bytes={settings.max_file_bytes}: allowed: bytes of a file")
+        raise UserError("max_file_bytes", settings.max_file_bytes, "bytes of a file")
     path = Path(settings.to)
     if (path.suffix == ".nemo") != (settings.format == "nemo"):
-        raise ValueError(
-            f"to={path}: allowed with format={settings.format}: "
-            f"{'a name' if settings.format == 'nemo' else 'a folder, not'} ending in .nemo"
-        )
+        ending = "a name that ends" if settings.format == "nemo" else "a folder that does not end"
+        raise UserError("to", path, f"{ending} in .nemo with format={settings.format}")
     if Path(settings["from"]).absolute() in path.absolute().parents:
-        raise ValueError(f"to={path}: allowed: a place outside {settings['from']}")
+        raise UserError("to", path, f"a place outside {settings['from']}")
     if path.exists():
-        raise ValueError(f"to={path}: is already there; allowed: a new path")
+        raise UserError("to", path, "a new path", problem="is already there")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

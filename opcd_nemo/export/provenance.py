@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.context.sources import Context, ContextSource, content_hash
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
 from opcd_nemo.formats.locate import model_kind, read_json, resolve_model_path
 from opcd_nemo.formats.nemo import (
@@ -129,10 +130,14 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
         )
         stated = described["content_hash"]
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: cannot be read ({error!r}); allowed: a context") from error
+        raise UserError(
+            where, allowed="a context", problem=f"cannot be read ({error!r})"
+        ) from error
     if context.content_hash != stated:
-        raise ValueError(
-            f"{where}: content_hash is {stated}; allowed: that of its text, {context.content_hash}"
+        raise UserError(
+            where,
+            allowed=f"that of its text, {context.content_hash}",
+            problem=f"content_hash is {stated}",
         )
     return context
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opcd_nemo.errors import UserError
+
 _STRING, _ARRAY = 8, 9
 _SCALAR_FORMATS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -101,8 +103,8 @@ class GgufFile:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._read_header(_Header(self._data))
         except (struct.error, ValueError, KeyError, MemoryError) as error:
-            raise ValueError(
-                f"{path}: not a whole GGUF file ({error}); allowed: GGUF version 2 or 3"
+            raise UserError(
+                path, allowed="GGUF version 2 or 3", problem=f"not a whole GGUF file ({error})"
             ) from error
 
     def _read_header(self, header: _Header) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
 from opcd_nemo.formats.locate import model_kind, read_json, resolve_model_path, write_json
 from opcd_nemo.formats.megatron_names import MegatronWeights
@@ -88,8 +89,10 @@ class _SafetensorsFolder:
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path}: not a whole safetensors file ({error}); allowed: a complete download"
+                raise UserError(
+                    path,
+                    allowed="a complete download",
+                    problem=f"not a whole safetensors file ({error})",
                 ) from error
             self._file_of |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
 
@@ -99,12 +102,14 @@ class _SafetensorsFolder:
         if single.is_file():
             return [single]
         if not index.is_file():
-            raise ValueError(
-                f"{folder}: no weights; allowed: model.safetensors or model.safetensors.index.json"
+            raise UserError(
+                folder,
+                allowed="model.safetensors or model.safetensors.index.json",
+                problem="no weights",
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: no weight_map; allowed: tensor name -> file name")
+            raise UserError(index, allowed="tensor name -> file name", problem="no weight_map")
         return [folder / name for name in sorted(set(weight_map.values()))]
 
     def names(self) -> tuple[str, ...]:
@@ -116,7 +121,7 @@ class _SafetensorsFolder:
     def dtype(self, name: str) -> torch.dtype:
         word = self._file_of[name].get_slice(name).get_dtype()
         if word not in _DTYPES:
-            raise ValueError(f"tensor {name!r} is {word}; allowed: {', '.join(_DTYPES)}")
+            raise UserError(f"tensor {name!r} is {word}", allowed=", ".join(_DTYPES))
         return _DTYPES[word]
 
     def tensor(self, name: str) -> Tensor:
@@ -145,22 +150,26 @@ class Checkpoint:
         shapes = tensor_shapes(config)
         there = set(weights.names())
         if missing := sorted(shapes.keys() - there):
-            raise ValueError(
-                f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all); "
-                f"allowed: every tensor of a {CLASS_NAMES[config.architecture]}"
+            raise UserError(
+                path,
+                allowed=f"every tensor of a {CLASS_NAMES[config.architecture]}",
+                problem=f"tensor {missing[0]!r} is missing ({len(missing)} in all)",
             )
         unused = {name for name in there if name.endswith("rotary_emb.inv_freq")}
         if config.tied_embeddings:
             unused.add("lm_head.weight")
         if unexpected := sorted(there - shapes.keys() - unused):
-            raise ValueError(
-                f"{path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all); "
-                f"allowed: only tensors of a dense {CLASS_NAMES[config.architecture]}"
+            raise UserError(
+                path,
+                allowed=f"only tensors of a dense {CLASS_NAMES[config.architecture]}",
+                problem=f"tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all)",
             )
         for name, shape in shapes.items():
             if weights.shape(name) != shape:
-                raise ValueError(
-                    f"{path}: tensor {name!r} has shape {weights.shape(name)}; allowed: {shape}"
+                raise UserError(
+                    path,
+                    allowed=f"{shape}",
+                    problem=f"tensor {name!r} has shape {weights.shape(name)}",
                 )
 
     def names(self) -> tuple[str, ...]:
@@ -229,16 +238,18 @@ def _stored_config(found: Path) -> ModelConfig:
             }
         )
     except (TypeError, LookupError) as error:
-        raise ValueError(
-            f"{found}: its model is of another version ({error}); allowed: one of this version"
+        raise UserError(
+            found,
+            allowed="one of this version",
+            problem=f"its model is of another version ({error})",
         ) from error
 
 
 def _open_hf_folder(found: Path) -> Checkpoint:
     config_file = found / "config.json"
     if not config_file.is_file():
-        raise ValueError(
-            f"{found}: no config.json; allowed: a Hugging Face model folder or a .gguf file"
+        raise UserError(
+            found, allowed="a Hugging Face model folder or a .gguf file", problem="no config.json"
         )
     raw = read_json(config_file)
     generation = found / "generation_config.json"
@@ -274,7 +285,7 @@ def write_hf_folder(
     shapes = tensor_shapes(config)
     assert tensors.keys() == shapes.keys()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"export folder {path} is already there; allowed: a new or empty folder")
+        raise UserError(path, allowed="a new or empty folder", problem="is already there")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()

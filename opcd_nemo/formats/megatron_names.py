@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
 from opcd_nemo.formats.sharding import hf_names, hf_tensors, parameter_names
 from opcd_nemo.formats.torch_dist import DistributedTensors
@@ -29,9 +30,9 @@ class MegatronWeights:
         """
         self._tensors, self._config = tensors, config
         if config.num_layers > len(tensors.names()):
-            raise ValueError(
-                f"{tensors.where} holds {len(tensors.names())} tensors; allowed: those of "
-                f"{config.num_layers} layers"
+            raise UserError(
+                f"{tensors.where} holds {len(tensors.names())} tensors",
+                allowed=f"those of {config.num_layers} layers",
             )
         self._source: dict[str, tuple[str, int | None]] = {}
         there = set(tensors.names())
@@ -40,8 +41,8 @@ class MegatronWeights:
             layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
             stored = self._stored(name)
             if missing := [one for one in stored if one not in there]:
-                raise ValueError(
-                    f"{tensors.where}{missing[0]} is missing; allowed: every tensor of the model"
+                raise UserError(
+                    f"{tensors.where}{missing[0]} is missing", allowed="every tensor of the model"
                 )
             used.update(stored)
             made = hf_names(config, name, layer=layer, spec=_SPEC)
@@ -51,8 +52,8 @@ class MegatronWeights:
             used.add("output_layer.weight")
         unexpected = sorted(name for name in there - used if not name.startswith(_OTHER_STATE))
         if unexpected:
-            raise ValueError(
-                f"{tensors.where}{unexpected[0]} is unexpected; allowed: only the model's tensors"
+            raise UserError(
+                f"{tensors.where}{unexpected[0]} is unexpected", allowed="only the model's tensors"
             )
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -68,9 +69,9 @@ class MegatronWeights:
         for one in self._stored(name):
             found = self._tensors.shape(one)
             if len(found) != len(wanted) or any(a < b for a, b in zip(found, wanted, strict=True)):
-                raise ValueError(
-                    f"{self._tensors.where}{one} has shape {found}; allowed: {tuple(wanted)}, "
-                    "and padding"
+                raise UserError(
+                    f"{self._tensors.where}{one} has shape {found}",
+                    allowed=f"{tuple(wanted)}, and padding",
                 )
 
     def names(self) -> tuple[str, ...]:
@@ -102,9 +103,11 @@ class MegatronWeights:
                 spec=_SPEC,
             )
             if _num_nonzero(found.values()) != _num_nonzero(parts):
-                raise ValueError(
-                    f"{self._tensors.where}{megatron_name} has values beyond the shape of the "
-                    f"model, {self.shape(name)} for {name}; allowed: zeros"
+                raise UserError(
+                    f"{self._tensors.where}{megatron_name}",
+                    allowed="zeros",
+                    problem="has values beyond the shape of the model, "
+                    f"{self.shape(name)} for {name}",
                 )
             self._last = megatron_name, found
         return self._last[1][name]

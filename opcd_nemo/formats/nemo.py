@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import NEMO_CONFIG, model_kind, parse_json, resolve_model_path
 from opcd_nemo.formats.torch_dist import read_plain
 from opcd_nemo.storage import durable
@@ -63,7 +64,7 @@ class CheckedFiles:
             ValueError: the file is not as the manifest says.
         """
         if name not in self._sizes:
-            raise ValueError(f"{self.where}: has no {name}; allowed: what its manifest says")
+            raise UserError(self.where, allowed="what its manifest says", problem=f"has no {name}")
         entry = self._unchecked.get(name)
         if entry is not None:
             self._check(name, entry)
@@ -75,9 +76,11 @@ class CheckedFiles:
         for start in range(0, size, _BLOCK):
             digest.update(self._files.read(name, start, min(_BLOCK, size - start)))
         if (size, digest.hexdigest()) != (entry.num_bytes, entry.sha256):
-            raise ValueError(
-                f"{self.where}: {name} is damaged ({size} bytes of {entry.num_bytes}, or another "
-                "SHA-256); allowed: what its manifest says"
+            raise UserError(
+                self.where,
+                allowed="what its manifest says",
+                problem=f"{name} is damaged ({size} bytes of {entry.num_bytes}, or another "
+                "SHA-256)",
             )
 
 
@@ -99,9 +102,11 @@ def open_package(path: Path) -> Files:
     """
     files = open_files(path)
     if unknown := [name for name in files.sizes() if _ALLOWED.fullmatch(name) is None]:
-        raise ValueError(
-            f"{path}: member {unknown[0]!r} is unexpected; allowed: {NEMO_CONFIG}, {HF}, "
-            f"{WEIGHTS} (torch_dist), {CONTEXT}, {EVALUATION}, {LICENCE}, {MANIFEST}"
+        raise UserError(
+            path,
+            allowed=f"{NEMO_CONFIG}, {HF}, {WEIGHTS} (torch_dist), {CONTEXT}, {EVALUATION}, "
+            f"{LICENCE}, {MANIFEST}",
+            problem=f"member {unknown[0]!r} is unexpected",
         )
     return CheckedFiles(files)
 
@@ -151,8 +156,10 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         )
         str(found.config["student"]["path"])
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its {error} is missing; allowed: a checkpoint of this version's train.py"
+        raise UserError(
+            path,
+            allowed="a checkpoint of this version's train.py",
+            problem=f"its {error} is missing",
         ) from error
     return found
 
@@ -168,7 +175,8 @@ def base_path(path: str) -> str:
         if model_kind(found) != "checkpoint":
             return path
         path = str(read_checkpoint(found).config["student"]["path"])
-    raise ValueError(
-        f"{path}: student.path leads from checkpoint to checkpoint without an end; "
-        "allowed: one that starts from a model"
+    raise UserError(
+        path,
+        allowed="one that starts from a model",
+        problem="student.path leads from checkpoint to checkpoint without an end",
     )

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from opcd_nemo.errors import UserError
+
 Architecture = Literal["llama", "qwen2", "qwen3"]
 
 CLASS_NAMES: dict[Architecture, str] = {
@@ -64,9 +66,10 @@ def keep_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """
     increasing = all(left < right for left, right in pairwise(layers))
     if not layers or not increasing or layers[0] < 0 or layers[-1] >= config.num_layers:
-        raise ValueError(
-            f"keep_layers is {list(layers)}; "
-            f"allowed: strictly increasing numbers from 0 to {config.num_layers - 1}"
+        raise UserError(
+            "student.keep_layers",
+            list(layers),
+            f"strictly increasing numbers from 0 to {config.num_layers - 1}",
         )
     return replace(config, num_layers=len(layers))
 
@@ -123,8 +126,8 @@ def end_tokens(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _bad_value(where: str, key: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{where}: {key} is {value!r}; allowed: {allowed}")
+def _bad_value(where: str, key: str, value: object, allowed: str) -> UserError:
+    return UserError(key, value, allowed, where=where)
 
 
 def _positive_int(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
 from opcd_nemo.formats.locate import model_kind, read_json, resolve_model_path, write_json
 from opcd_nemo.formats.nemo import base_path, open_package, unpack_hf
@@ -84,8 +85,8 @@ class ChatTokenizer:
         try:
             self._template = _template_environment().from_string(chat_template)
         except jinja2.TemplateError as error:
-            raise ValueError(
-                f"{where}: chat template does not compile ({error.message}); allowed: Jinja"
+            raise UserError(
+                where, allowed="Jinja", problem=f"chat template does not compile ({error.message})"
             ) from error
         token_ids = vocabulary.token_ids()
         self.vocab_size = max(token_ids.values()) + 1
@@ -93,7 +94,7 @@ class ChatTokenizer:
         own = [token_ids[eos_token]] if eos_token in token_ids else []
         self.eos_ids = tuple(dict.fromkeys([*own, *sorted(eos_ids)]))
         if not self.eos_ids:
-            raise ValueError(f"{where}: eos_token is {eos_token!r}; allowed: a known token")
+            raise UserError(where, allowed="a known token", problem=f"eos_token is {eos_token!r}")
 
     @classmethod
     def from_path(cls, path: str) -> ChatTokenizer:
@@ -129,7 +130,11 @@ class ChatTokenizer:
                 **self._arguments,
             )
         except Exception as error:  # a template can fail as any program
-            raise ValueError(f"{self._where}: chat template refuses messages: {error}") from error
+            raise UserError(
+                self._where,
+                allowed="a task and a context whose messages the model's chat template takes",
+                problem=f"the chat template refuses {_roles(messages)}: {error}",
+            ) from error
         return self.encode(text)
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> ChatTokenizer:
@@ -142,9 +147,11 @@ class ChatTokenizer:
         known = find_undeclared_variables(tree) - _GIVEN - set(self._special_tokens)
         for name, value in arguments.items():
             if name not in known:
-                raise ValueError(
-                    f"{name}={value}: no variable of the chat template of {self._where}; "
-                    f"allowed: {', '.join(sorted(known)) or 'none'}"
+                raise UserError(
+                    name,
+                    value,
+                    ", ".join(sorted(known)) or "none",
+                    problem=f"no variable of the chat template of {self._where}",
                 )
         same = copy.copy(self)
         same._arguments = dict(arguments)
@@ -163,6 +170,11 @@ class ChatTokenizer:
         """SHA-256 of the map from id to token: equal for equal vocabularies."""
         tokens = sorted((index, token) for token, index in self._vocabulary.token_ids().items())
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    """Who speaks in a chat, for an error: `a chat of system, user`."""
+    return f"a chat of {', '.join(message['role'] for message in messages)}"
 
 
 def write_tokenizer(path: str, folder: Path) -> None:
@@ -223,7 +235,9 @@ def _from_gguf(path: Path) -> ChatTokenizer:
     metadata = file.metadata
     template = metadata.get("tokenizer.chat_template")
     if template is None:
-        raise ValueError(f"{path}: no tokenizer.chat_template; allowed: a file of a chat model")
+        raise UserError(
+            path, allowed="a file of a chat model", problem="no tokenizer.chat_template"
+        )
     vocabulary = gguf_vocabulary(file)
     end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
     return ChatTokenizer(
@@ -267,7 +281,7 @@ def _folder_vocabulary(folder: Path, settings: Mapping[str, Any]) -> Vocabulary:
             {index: _content(token) for index, token in added.items()},
             prefix_every_part=bool(settings.get("legacy")),
         )
-    raise ValueError(f"{folder}: no tokenizer; allowed: tokenizer.json or tokenizer.model")
+    raise UserError(folder, allowed="tokenizer.json or tokenizer.model", problem="no tokenizer")
 
 
 def _fast_tokenizer(file: Path, added: Mapping[int, dict[str, Any]]) -> Tokenizer:
@@ -275,16 +289,19 @@ def _fast_tokenizer(file: Path, added: Mapping[int, dict[str, Any]]) -> Tokenize
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{file}: cannot be read ({error}); allowed: a tokenizers file") from error
+        raise UserError(
+            file, allowed="a tokenizers file", problem=f"cannot be read ({error})"
+        ) from error
     for index, token in sorted(added.items()):
         content = _content(token)
         if tokenizer.token_to_id(content) is None:
             flags = {flag: token[flag] for flag in _FLAGS if flag in token}
             tokenizer.add_tokens([AddedToken(content, **flags)])
         if tokenizer.token_to_id(content) != index:
-            raise ValueError(
-                f"{file}: token {content!r} has id {tokenizer.token_to_id(content)}; "
-                f"allowed: {index}, as in tokenizer_config.json"
+            raise UserError(
+                file,
+                allowed=f"{index}, as in tokenizer_config.json",
+                problem=f"token {content!r} has id {tokenizer.token_to_id(content)}",
             )
     return tokenizer
 
@@ -297,9 +314,10 @@ def _folder_template(folder: Path, settings: Mapping[str, Any]) -> str:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}: no chat template; allowed: chat_template.jinja, or chat_template in "
-            "tokenizer_config.json"
+        raise UserError(
+            folder,
+            allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
+            problem="no chat template",
         )
     return template
 

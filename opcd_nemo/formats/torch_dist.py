@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.storage.archive import Files, read_whole
 
 INDEX, PLAIN = ".metadata", "common.pt"
@@ -107,8 +108,10 @@ class DistributedTensors:
         try:
             self._tensors = _entries(_IndexUnpickler(io.BytesIO(raw)).load())
         except Exception as error:  # a hostile pickle may raise anything
-            raise ValueError(
-                f"{self.where}{INDEX}: refused ({error}); allowed: the index of a checkpoint"
+            raise UserError(
+                f"{self.where}{INDEX}",
+                allowed="the index of a checkpoint",
+                problem=f"refused ({error})",
             ) from error
 
     def names(self) -> tuple[str, ...]:
@@ -150,9 +153,11 @@ class DistributedTensors:
         whole = sum(prod(piece.sizes) for piece in entry.pieces) == prod(entry.shape)
         apart = not any(one.meets(other) for one, other in combinations(entry.pieces, 2))
         if not (fits and whole and apart):
-            raise ValueError(
-                f"{self.where}{name}: its pieces are not the whole tensor, each value once, in "
-                "files that are there; allowed: a whole checkpoint"
+            raise UserError(
+                f"{self.where}{name}",
+                allowed="a whole checkpoint",
+                problem="its pieces are not the whole tensor, each value once, in files that "
+                "are there",
             )
 
     def _read(self, name: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
@@ -161,14 +166,17 @@ class DistributedTensors:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch and pickle raise many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ValueError(
-                f"{self.where}{name}: cannot be read ({first}); allowed: a whole checkpoint"
+            raise UserError(
+                f"{self.where}{name}",
+                allowed="a whole checkpoint",
+                problem=f"cannot be read ({first})",
             ) from error
         is_tensor = isinstance(tensor, Tensor)
         if not is_tensor or (tuple(tensor.shape), tensor.dtype) != (piece.sizes, dtype):
-            raise ValueError(
-                f"{self.where}{name}: a piece is not {piece.sizes} {dtype}; "
-                "allowed: what the index says"
+            raise UserError(
+                f"{self.where}{name}",
+                allowed="what the index says",
+                problem=f"a piece is not {piece.sizes} {dtype}",
             )
         assert isinstance(tensor, Tensor)
         return tensor
@@ -228,7 +236,7 @@ def read_plain(files: Files, folder: str = "") -> dict[str, Any]:
     try:
         plain: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{files.where}: {folder}{PLAIN} is refused; allowed: plain values and tensors"
+        raise UserError(
+            files.where, allowed="plain values and tensors", problem=f"{folder}{PLAIN} is refused"
         ) from error
     return plain

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
@@ -82,7 +83,9 @@ class SentencePieceVocabulary:
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model; allowed: one of those") from error
+            raise UserError(
+                path, allowed="one of those", problem="not a SentencePiece model"
+            ) from error
         self._later_parts = self._model
         if not prefix_every_part:
             proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -150,13 +153,16 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
     }
     if kind not in words:
         allowed = ", ".join(f"{model} and {pre}" for model, pre in words)
-        raise ValueError(
-            f"{file.path}: tokenizer.ggml.model and .pre are {kind[0]!r} and {kind[1]!r}; "
-            f"allowed: {allowed}, or a folder with a tokenizer.json"
+        raise UserError(
+            file.path,
+            allowed=f"{allowed}, or a folder with a tokenizer.json",
+            problem=f"tokenizer.ggml.model and .pre are {kind[0]!r} and {kind[1]!r}",
         )
     for key in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{key}" not in metadata:
-            raise ValueError(f"{file.path}: no tokenizer.ggml.{key}; allowed: a whole vocabulary")
+            raise UserError(
+                file.path, allowed="a whole vocabulary", problem=f"no tokenizer.ggml.{key}"
+            )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(

@@ -12,6 +12,7 @@ import yaml
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig, keep_layers, parse_config
 from opcd_nemo.plan.work import Layout, Tokens, Work
 from opcd_nemo.rollout.conversation import shared_start
@@ -70,9 +71,12 @@ def _shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
         file = file / "config.json"
     if not file.is_file():
         known = ", ".join(sorted(one.stem for one in SHAPES.glob("*.yaml")))
-        raise ValueError(
-            f"{side}.path={path}: not there; allowed: a model folder, "
-            f"plan.{side}_config=<config.json>, or a folder named as one of {known}"
+        raise UserError(
+            f"{side}.path",
+            path,
+            f"a model folder, plan.{side}_config=<config.json>, or a folder named as one of "
+            f"{known}",
+            problem="not there",
         )
     raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return parse_config(raw, str(file)), file.name
@@ -81,8 +85,11 @@ def _shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
 def _given(config: TrainConfig, settings: PlanConfig) -> Tokens:
     for key in ("prompt_tokens", "context_tokens"):
         if getattr(settings, key) is None:
-            raise ValueError(
-                f"plan.{key}=null: there is no tokenizer to count with; allowed: a mean number"
+            raise UserError(
+                f"plan.{key}",
+                None,
+                "a mean number",
+                problem="there is no tokenizer to count with",
             )
     assert settings.prompt_tokens is not None
     assert settings.context_tokens is not None

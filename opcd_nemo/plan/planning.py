@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.train import load_config
+from opcd_nemo.errors import UserError
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import PlanConfig, outline
 from opcd_nemo.plan.report import plan_report, sweep_report
@@ -30,7 +31,9 @@ def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
     for dtype in (work.student_dtype, work.teacher_dtype, *(["fp8"] if work.fp8 else [])):
         if dtype not in accelerator.tflops:
             known = ", ".join(accelerator.tflops)
-            raise ValueError(f"accelerator.tflops: no {dtype}; allowed: one of {known} as dtype")
+            raise UserError(
+                "accelerator.tflops", allowed=f"one of {known} as dtype", problem=f"no {dtype}"
+            )
     say(plan_report(work, accelerator, origin))
     if settings.sweep:
         say("")

@@ -167,7 +167,7 @@ def test_chat_answers_with_and_without_the_context(run: Path) -> None:
 
 MISTAKES = {
     "format=onnx from=a to=b": "format=onnx: allowed: hf, nemo, mcore",
-    "from=/nowhere to=b": "'/nowhere' is not there",
+    "from=/nowhere to=b": "/nowhere: the model is not there",
     "to=b": "from=None: allowed",
     "from=smollm2-135m-instruct to=recipes": "already there",
     "from=a to=b format=nemo": "ending in .nemo",

@@ -210,7 +210,7 @@ def test_a_pool_draws_a_context_a_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"path": None}, "context.path=None, context.items=None; allowed"),
+        ({"path": None}, "context.path=null: context.items=None; allowed"),
         ({"path": None, "items": []}, r"context.items=\[\]; allowed"),
         ({"path": None, "items": [" "]}, "context.items=.*; allowed"),
         ({"path": "x", "template": "no places"}, "context.template=.*; allowed"),

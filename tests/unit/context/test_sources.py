@@ -89,7 +89,7 @@ def test_the_hash_does_not_change_with_the_version() -> None:
         (" ", PAIRS, r"context\.system=' '; allowed"),
         (None, [{"question": "a", "answer": ""}], r"context\.demonstrations\[0\]\.answer=''"),
         (None, [*PAIRS, {"question": "\n", "answer": "b"}], r"demonstrations\[2\]\.question"),
-        (None, [{"question": "a"}], r"keys \['question'\]; allowed: question and answer"),
+        (None, [{"question": "a"}], r"\['question'\]; allowed: the keys question and answer"),
         (None, [{"question": "a", "answer": "b", "weight": "1"}], r"'weight'"),
     ],
 )

@@ -13,7 +13,7 @@ from opcd_nemo.config.train import load_config
 from opcd_nemo.doctor import environment, text
 from opcd_nemo.doctor.checks import Check, refusal, stop_if_failed, table
 from opcd_nemo.doctor.examination import DoctorConfig, _asked, _checkpoints_gib, without_weights
-from opcd_nemo.errors import CheckFailed
+from opcd_nemo.errors import CheckFailed, UserError
 from opcd_nemo.launch.ranks import compose
 from opcd_nemo.training.inputs import Inputs, open_inputs
 from opcd_nemo.types import Message
@@ -80,7 +80,7 @@ def test_environment_alone_opens_no_model(folder: Path) -> None:
 def test_missing_model_is_a_row_that_says_what_is_allowed(folder: Path) -> None:
     row = doctor(folder, "student.path=nowhere")["models"]
     assert row.status == "fail"
-    assert "'nowhere' is not there" in row.found
+    assert "nowhere: the model is not there" in row.found
     assert row.mend.startswith("use a Hugging Face folder")
 
 
@@ -264,7 +264,7 @@ def test_wrong_setting_is_refused_in_one_line(override: str, line: str, folder: 
 def test_table_counts_and_says_what_mends() -> None:
     rows = [
         Check(name="disk", status="pass", found="enough"),
-        refusal("inputs", ValueError("a=1: too small; allowed: 2 or 3")),
+        refusal("inputs", UserError("a", 1, "2 or 3", problem="too small")),
     ]
     lines = table(rows).splitlines()
     assert lines[0].startswith("PASS  disk")

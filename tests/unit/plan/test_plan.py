@@ -303,9 +303,15 @@ def test_shape_comes_from_the_file_that_is_given(tmp_path: Path) -> None:
     [
         ("student.path=models/unknown", "student.path=models/unknown: not there; allowed: a model"),
         ("plan.context_tokens=null", "task.train: no value is given; allowed: "),
-        ("parallel.num_ranks=6", "parallel.tensor_model_parallel_size=4 x parallel.pipeline_model"),
-        ("parallel.context_parallel_size=3", "parallel.context_parallel_size=3 does not divide "),
-        ("batching.micro_batch_size=64", "batching.global_batch_size=128: allowed: a multiple"),
+        (
+            "parallel.num_ranks=6",
+            "parallel.tensor_model_parallel_size=4: with ",
+        ),
+        (
+            "parallel.context_parallel_size=3",
+            "parallel.context_parallel_size=3; allowed: a divisor",
+        ),
+        ("batching.micro_batch_size=64", "batching.global_batch_size=128; allowed: a multiple"),
         ("~accelerator.tflops.bf16", "accelerator.tflops: no bf16; allowed: one of fp32, fp8"),
         (
             "parallel.fp8=hybrid accelerator=a100",
