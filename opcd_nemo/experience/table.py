@@ -23,6 +23,7 @@ from opcd_nemo.evaluation.statistics import (
 )
 from opcd_nemo.experience.workplace import CONTROLS, RANKED, SUMMARY, Workplace
 from opcd_nemo.formats.locate import read_json
+from opcd_nemo.tasks import Task
 
 ANSWERS = "answers.jsonl"  # of a training run
 _SHOWN = {
@@ -51,8 +52,9 @@ def summarise(place: Workplace) -> dict[str, Any]:
     """All of a round's numbers, from the files of its runs and controls."""
     rows = _rows(place)
     plan, seed = place.settings.experience.consolidation, int(place.settings.train.seed)
-    task = build_plug(place.plug("task"))
-    units = {"task": _unit(task), "retention": _unit(build_plug(place.plug("retention")))}
+    task: Task = build_plug(place.plug("task"))
+    retention: Task = build_plug(place.plug("retention"))
+    units = {"task": task.unit_of, "retention": retention.unit_of}
     scores = {name: _values(row, "task", _score, units["task"]) for name, row in rows.items()}
     shares = {
         method: internalised(scores["base"], scores["in_context"], scores[method], seed=seed)
@@ -173,11 +175,6 @@ def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
     return {key: Evaluation(answers=tuple(answers)) for key, answers in found.items()}
 
 
-def _unit(task: object) -> Unit:
-    of_game: Unit = getattr(task, "map_of", str)
-    return of_game
-
-
 def _values(row: Row, part: str, value: Value, unit: Unit) -> NDArray[np.float64]:
     """[S, Q]: the value of every question, the plays of a unit averaged."""
     values_SQ = []
@@ -239,12 +236,13 @@ def _numbers(row: Row, units: Mapping[str, Unit]) -> dict[str, Any]:
     }
 
 
-def _maps(task: Any, asked: Evaluation) -> dict[str, Any] | None:
+def _maps(task: Task, asked: Evaluation) -> dict[str, Any] | None:
     """Of a game: its maps, and what is asked of them."""
-    if not hasattr(task, "map_of"):
+    maps = task.report()
+    if not maps:
         return None
     plays = list(asked.by_question)
-    return {**task.report(), "asked": len({*map(task.map_of, plays)}), "plays": len(plays)}
+    return {**maps, "asked": len({*map(task.unit_of, plays)}), "plays": len(plays)}
 
 
 def _about_maps(maps: Mapping[str, Any]) -> str:

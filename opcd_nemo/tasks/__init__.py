@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from opcd_nemo.types import Message, Split, Turn
 
@@ -88,4 +88,16 @@ class Task(Protocol):
         Raises:
             ValueError: as in `episodes`.
         """
+        ...
+
+    def unit_of(self, uid: str) -> str:
+        """Return what an episode is a repetition of; most episodes repeat nothing but themselves.
+
+        Episodes with the same unit (games on the same map) are no independent observations:
+        intervals average over them first.
+        """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what is known of the units (how many, how many in two splits); may be empty."""
         ...

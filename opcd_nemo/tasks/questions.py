@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace
 from opcd_nemo.tasks.draws import draw, require_enough
@@ -107,6 +108,14 @@ class QuestionTask:
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` general prompts that the teacher, too, sees without context."""
         return anchors(self._seed, step, n)
+
+    def unit_of(self, uid: str) -> str:
+        """Return the uid: no question repeats another."""
+        return uid
+
+    def report(self) -> dict[str, Any]:
+        """Return nothing: the splits of questions have only their sizes."""
+        return {}
 
 
 def capitals() -> QuestionTask:

@@ -16,6 +16,8 @@ from opcd_nemo.tasks.questions import Question, QuestionEpisode
 from opcd_nemo.tasks.rows import read_rows
 from opcd_nemo.types import Split
 
+_TURN = "replay/"  # begins the uid of a logged turn
+
 
 class ReplayTask:
     """Trains on the turns that were logged while experience was written; each is one answer.
@@ -39,7 +41,7 @@ class ReplayTask:
         self._seed = seed
         self._turns = [
             Question(
-                uid=f"replay/{row.text('task.path', 'uid')}",
+                uid=f"{_TURN}{row.text('task.path', 'uid')}",
                 text=row.text("task.path", "text"),
                 judge=None,
             )
@@ -61,3 +63,11 @@ class ReplayTask:
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return the task's."""
         return self._task.anchors(step, n)
+
+    def unit_of(self, uid: str) -> str:
+        """Return the uid of a turn, and what the task says of its own episodes."""
+        return uid if uid.startswith(_TURN) else self._task.unit_of(uid)
+
+    def report(self) -> dict[str, Any]:
+        """Return the task's."""
+        return self._task.report()

@@ -151,7 +151,7 @@ class GameTask:
             episodes.append(self.play(f"{uid}{again}", board))
         return episodes
 
-    def map_of(self, uid: str) -> str:
+    def unit_of(self, uid: str) -> str:
         """Return the uid of the first game on the map that this game is played on."""
         return "/".join(uid.split("/")[:2])  # the split and the board's name
 

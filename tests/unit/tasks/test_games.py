@@ -276,7 +276,7 @@ def test_repeated_maps_come_equally_often_under_uids_of_their_own() -> None:
     held_out = task.episodes("test", 0, 12)
     assert uids(held_out)[5] == f"{held_out[0].uid}/1"
     assert uids(held_out)[10] == f"{held_out[0].uid}/2"
-    assert [task.map_of(uid) for uid in uids(held_out)[::5]] == [held_out[0].uid] * 3
+    assert [task.unit_of(uid) for uid in uids(held_out)[::5]] == [held_out[0].uid] * 3
     assert question(held_out[5]) == question(held_out[0])
 
 

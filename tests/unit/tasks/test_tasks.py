@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from opcd_nemo.context.sources import Context
+from opcd_nemo.launch.ranks import compose
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS, NOUNS, TEMPLATES
 from opcd_nemo.tasks.questions import capitals
+from opcd_nemo.tasks.replay import ReplayTask
 from opcd_nemo.tasks.system_prompt import StyleTask
 from opcd_nemo.tasks.verifiers import (
     VERIFIERS,
@@ -406,3 +409,16 @@ def test_a_capital_is_judged_by_what_is_said_not_by_what_is_thought(
     (episode,) = [one for one in episodes if one.uid == "retention/Italy"]
     episode.reply(reply)
     assert (episode.score(), episode.answered) == (score, answered)
+
+
+def test_a_replayed_turn_repeats_nothing_and_the_tasks_games_their_map(tmp_path: Path) -> None:
+    assert _task().unit_of("test/what/piano") == "test/what/piano"
+    assert _task().report() == {}
+    turns = tmp_path / "turns.jsonl"
+    turns.write_text('{"uid": "train/map/2/0", "text": "Move?"}\n')
+    settings: Any = OmegaConf.to_container(compose("train", ["task=frozen_lake"]), resolve=True)
+    replay = ReplayTask(path=str(turns), of=settings["task"], seed=0)
+    (turn,) = replay.episodes("train", 0, 1)
+    assert replay.unit_of(turn.uid) == turn.uid == "replay/train/map/2/0"
+    assert replay.unit_of("test/map/2") == "test/map"
+    assert replay.report()["maps_overlap"] == 0
