@@ -1,5 +1,8 @@
 """Intervals and tests for scores: over seeds, over questions, over both; no torch.
 
+What scipy.stats has is taken from it (Student's t, binomial test, sign flips). The crossed interval
+and the bootstrap of a ratio over seeds and questions are written here: scipy has neither.
+
 Shape letters: `S` seeds (runs), `Q` questions, `R` resamples.
 """
 
@@ -7,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 _Array = NDArray[np.float64]
 _NUM_RESAMPLES = 10_000
+_FLIPS_AT_ONCE = 500  # bounds the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,31 +85,14 @@ def crossed_interval(scores: ArrayLike, confidence: float = 0.95) -> Estimate:
     return _by_t(scores_SQ.mean(), math.sqrt(variance / (S * Q)), freedom, confidence)
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """The rate of independent trials; of none or all of them, too, the interval has a width.
-
-    Raises:
-        ValueError: not 0 <= successes <= trials, or no trial.
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"successes={successes} of trials={trials}; allowed: 0 to trials >= 1")
-    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    rate = successes / trials
-    middle = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = math.sqrt(z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
-    # at the ends the formula gives 0 and 1, but for rounding
-    low = 0.0 if successes == 0 else middle - half
-    high = 1.0 if successes == trials else middle + half
-    return Estimate(value=rate, low=low, high=high)
-
-
 def compare(
     first: ArrayLike, second: ArrayLike, *, seed: int, confidence: float = 0.95
 ) -> Comparison:
     """Two runs on the same questions; `crossed_interval` of their differences is for many runs.
 
-    The p-value flips the signs of the differences. It is exact where all that are not zero have one
-    size (right or wrong: McNemar's exact test), else from resamples.
+    The p-value flips the signs of the differences that are not zero. It is exact where all of these
+    have the same size (right or wrong: McNemar's exact test) and where they are few (13), else from
+    resamples.
 
     Args:
         first: [Q], the scores of one method.
@@ -204,48 +191,25 @@ def _share(base: float, in_context: float, student: float) -> float:
 def _sign_flip_p(difference_D: _Array, seed: int) -> float:
     if not len(difference_D):
         return 1.0
-    sizes_D = np.abs(difference_D)
-    if np.allclose(sizes_D, sizes_D[0], rtol=1e-9, atol=0):
-        count = len(difference_D)
-        fewer = min(int((difference_D > 0).sum()), int((difference_D < 0).sum()))
-        return min(1.0, sum(math.comb(count, n) for n in range(fewer + 1)) / (1 << (count - 1)))
-    observed = abs(difference_D.sum()) * (1 - 1e-9)  # a tie may round below
-    draws = np.random.default_rng(seed)
-    as_large = 0
-    for _ in range(_NUM_RESAMPLES):
-        signs_D = draws.integers(2, size=len(sizes_D)) * 2 - 1
-        as_large += abs(float((signs_D * sizes_D).sum())) >= observed
-    return (as_large + 1) / (_NUM_RESAMPLES + 1)  # the observed signs are one of the flips
+    if np.allclose(np.abs(difference_D), abs(difference_D[0]), rtol=1e-9, atol=0):
+        num_positive = int((difference_D > 0).sum())
+        return float(stats.binomtest(num_positive, len(difference_D), 0.5).pvalue)
+    flips = stats.permutation_test(
+        (difference_D,),
+        lambda difference, axis: np.abs(difference.sum(axis)),
+        permutation_type="samples",  # of one sample: its signs
+        alternative="greater",  # of the size of the sum: two-sided in the sum
+        vectorized=True,
+        n_resamples=_NUM_RESAMPLES,
+        batch=_FLIPS_AT_ONCE,
+        rng=np.random.default_rng(seed),
+    )
+    return float(flips.pvalue)
 
 
 def _by_t(mean: float, error: float, freedom: int, confidence: float) -> Estimate:
-    half = _t_quantile(confidence, freedom) * float(error)
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * float(error)
     return Estimate(value=float(mean), low=float(mean) - half, high=float(mean) + half)
-
-
-def _t_quantile(confidence: float, freedom: int) -> float:
-    """The t within which Student's distribution has this share, by bisection over the angle."""
-    low, high = 0.0, math.pi / 2
-    while (middle := (low + high) / 2) not in (low, high):
-        inside = _t_share(middle, freedom) < confidence
-        low, high = (middle, high) if inside else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _t_share(angle: float, freedom: int) -> float:
-    """P(|t| <= tan(angle) sqrt(freedom)), a finite sum for whole degrees of freedom.
-
-    Source: Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
-    cos2, odd = math.cos(angle) ** 2, freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for n in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= cos2 * (n - 1) / n
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
 
 
 def _array(values: ArrayLike, name: str, *smallest: int) -> _Array:

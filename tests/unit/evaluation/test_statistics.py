@@ -7,6 +7,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from opcd_nemo.evaluation.statistics import (
     Estimate,
@@ -15,7 +16,6 @@ from opcd_nemo.evaluation.statistics import (
     internalised,
     mean_interval,
     pass_at_k,
-    wilson_interval,
 )
 
 
@@ -111,24 +111,6 @@ def test_one_seed_or_question_is_no_cross() -> None:
             crossed_interval(np.ones(shape))
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (81, 263), (1, 1)])
-def test_wilson_solves_the_score_equation(successes: int, trials: int) -> None:
-    found = wilson_interval(successes, trials)
-    assert found.value == successes / trials
-    for end in ends(found):  # |rate - p| = z sqrt(p (1 - p) / n)
-        error = 1.959964 * math.sqrt(end * (1 - end) / trials)
-        assert abs(found.value - end) == pytest.approx(error, rel=1e-5)
-    low, high = ends(found)
-    assert 0 <= low < high <= 1
-    assert (low == 0, high == 1) == (successes == 0, successes == trials)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 4), (5, 4)])
-def test_what_is_no_rate_is_refused(successes: int, trials: int) -> None:
-    with pytest.raises(ValueError, match=r"allowed: 0 to trials >= 1"):
-        wilson_interval(successes, trials)
-
-
 @pytest.mark.parametrize(("only_first", "only_second"), [(9, 1), (5, 5), (6, 0), (0, 1), (13, 4)])
 def test_right_or_wrong_gives_mcnemars_exact_p(only_first: int, only_second: int) -> None:
     both = [1.0] * 7 + [0.0] * 4
@@ -141,15 +123,31 @@ def test_right_or_wrong_gives_mcnemars_exact_p(only_first: int, only_second: int
     assert found.difference == mean_interval(np.subtract(first, second))
 
 
-def test_resampled_p_is_that_of_all_flips() -> None:
-    first = np.array([0.9, 0.4, 0.7, 0.8, 0.35, 0.5, 0.95, 0.2])
-    second = np.array([0.4, 0.5, 0.2, 0.3, 0.25, 0.5, 0.25, 0.4])
-    size = np.abs(first - second)
-    sums = [abs(np.dot(signs, size)) for signs in product((-1, 1), repeat=8)]
-    exact = np.mean([total >= abs((first - second).sum()) - 1e-9 for total in sums])
+FIRST = np.array([0.9, 0.4, 0.7, 0.8, 0.35, 0.5, 0.95, 0.2])
+SECOND = np.array([0.4, 0.5, 0.2, 0.3, 0.25, 0.5, 0.25, 0.4])
+
+
+def p_of_all_flips(difference: NDArray[np.float64]) -> float:
+    signs = np.array(list(product((-1, 1), repeat=len(difference))))
+    sums = np.abs(signs @ np.abs(difference))
+    return float(np.mean(sums >= abs(difference.sum()) - 1e-9))
+
+
+def test_the_p_of_few_questions_is_that_of_all_flips() -> None:
+    exact = pytest.approx(p_of_all_flips(FIRST - SECOND))
+    assert compare(FIRST, SECOND, seed=3).p_value == exact
+    assert compare(SECOND, FIRST, seed=4).p_value == exact
+
+
+def test_the_p_of_many_questions_is_resampled() -> None:
+    first, second = np.append(FIRST, FIRST + 0.01), np.append(SECOND, SECOND - 0.1)
+    exact = p_of_all_flips(first - second)
     found = compare(first, second, seed=3).p_value
     assert found == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000))
-    assert found == compare(second, first, seed=3).p_value == compare(first, second, seed=3).p_value
+    assert found != exact
+    assert found == compare(first, second, seed=3).p_value
+    opposite = compare(second, first, seed=3).p_value
+    assert opposite == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000))
 
 
 def test_equal_methods_have_p_one() -> None:
