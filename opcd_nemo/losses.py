@@ -8,7 +8,7 @@ Shape letters: `N` response tokens, `H` hidden, `V` vocabulary of this rank.
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 
@@ -20,11 +20,17 @@ from opcd_kernels import (
     linear_topk_divergence,
 )
 from opcd_kernels.checks import check_top_k
+from opcd_nemo.config.doc import Doc
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+Share = Annotated[float, Doc(words="the student's share of the mixture in jsd", above=0, below=1)]
+Temperature = Annotated[
+    float, Doc(words="divides both models' logits; independent of the rollout's", above=0)
+]
+ChunkTokens = Annotated[int, Doc(words="answer tokens whose logits exist at once", minimum=1)]
 BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
 CAPTURED_MASS = "loss/captured_mass"
@@ -56,7 +62,9 @@ class DivergenceLoss:
 
     needs_teacher = True
 
-    def __init__(self, kind: Kind, beta: float, temperature: float, chunk_tokens: int) -> None:
+    def __init__(
+        self, kind: Kind, beta: Share, temperature: Temperature, chunk_tokens: ChunkTokens
+    ) -> None:
         """Keep the divergence and its temperature (independent of the rollout's)."""
         self._kind, self._beta = kind, beta
         self._temperature, self._chunk_tokens = temperature, chunk_tokens
@@ -102,8 +110,8 @@ class TopKLoss:
         kind: Literal["reverse_kl", "forward_kl"],
         k: int,
         tail: Tail,
-        temperature: float,
-        chunk_tokens: int,
+        temperature: Temperature,
+        chunk_tokens: ChunkTokens,
     ) -> None:
         """Keep the divergence and its temperature (independent of the rollout's).
 
@@ -155,7 +163,7 @@ class HardLabelLoss:
 
     needs_teacher = False
 
-    def __init__(self, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, temperature: Temperature, chunk_tokens: ChunkTokens) -> None:
         """Keep the temperature of the student's distribution."""
         self._temperature, self._chunk_tokens = temperature, chunk_tokens
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from opcd_nemo.errors import UserError
+
 RESULT_KEYS = (
     "seed student teacher task retention context engine loss rollout warmup batching optim "
     "context_hash"
@@ -31,16 +33,18 @@ def check_unchanged(
         allowed: dotted keys, or groups of them, that may differ.
 
     Raises:
-        ValueError: one line with every other difference.
+        UserError: one line with every other difference.
     """
     groups = list(RESULT_KEYS)
     if saved["optim"]["schedule"] != "constant":
         groups.append("trainer.max_steps")  # the end of the schedule
     changed = differences(saved, now, groups, allowed)
     if changed:
-        raise ValueError(
-            f"exp_manager.resume_if_exists=True: {'; '.join(changed.values())}; allowed: the "
-            f"checkpoint's values, or resume.allow_changes=[{','.join(changed)}]"
+        raise UserError(
+            "exp_manager.resume_if_exists",
+            True,
+            f"the checkpoint's values, or resume.allow_changes=[{','.join(changed)}]",
+            problem="; ".join(changed.values()),
         )
 
 

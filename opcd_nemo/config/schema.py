@@ -1,49 +1,105 @@
-"""Reading a configuration into a dataclass that names all its keys; every error is one line."""
+"""Reading a configuration into a dataclass that names all its keys; every error is one line.
+
+The dataclasses are the one description of the keys: `doc(...)` at a field holds its meaning, range
+and choices, from which come the checks here, the commands' help and docs/configuration.md.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from opcd_nemo.config.doc import TYPE_WORDS, allowed_words, check_value, doc_of
+from opcd_nemo.config.plugs import missing_argument
+from opcd_nemo.config.spelling import unknown_name
+from opcd_nemo.errors import ABSENT, UserError
+
 Schema = TypeVar("Schema")
 
-TYPE_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    str | None: "a text, or null",
-    int | None: "a whole number, or null",
-    float | None: "a number, or null",
-    list[float]: "a list of numbers",
-    list[str]: "a list of texts",
-    list[int]: "a list of whole numbers",
-    list[int] | None: "a list of whole numbers, or null",
-    dict[str, Any]: "a mapping",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A key as help shows it; a group of keys comes before them.
+
+    Attributes:
+        key: dotted.
+        words: its meaning.
+        allowed: what it takes, in words: type, range, choices; empty for a group.
+        example: a value that works, where the key has none of its own.
+    """
+
+    key: str
+    words: str
+    allowed: str
+    example: str | None
+    is_group: bool
 
 
-def read_schema(schema: type[Schema], raw: DictConfig) -> Schema:
+def described(schema: type, prefix: str = "") -> Iterator[Described]:
+    """Every key of a schema in the order of its fields; `prefix` is `group.` or nothing."""
+    for name, kind in get_type_hints(schema).items():
+        key = f"{prefix}{key_of(name)}"
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield _group(key, _first_line(kind))
+            yield from described(kind, f"{key}.")
+            continue
+        found = doc_of(schema, name)
+        if found.keys is not None:
+            yield _group(key, found.words)
+            yield from described(found.keys, f"{key}.")
+            continue
+        allowed = "a mapping with a _target_" if found.plug else allowed_words(kind, found)
+        yield Described(
+            key=key, words=found.words, allowed=allowed, example=found.example, is_group=False
+        )
+
+
+def _group(key: str, words: str) -> Described:
+    return Described(key=key, words=words, allowed="", example=None, is_group=True)
+
+
+def _first_line(schema: Any) -> str:
+    return str(schema.__doc__).splitlines()[0]
+
+
+def key_of(name: str) -> str:
+    """The key of a field: `from` cannot name a field, `from_` can."""
+    return name.removesuffix("_")
+
+
+def read_schema(schema: type[Schema], raw: DictConfig, prefix: str = "") -> Schema:
     """Return the values of a configuration as a dataclass that names them all.
 
+    Args:
+        schema: a dataclass with `doc(...)` at its fields.
+        raw: the values.
+        prefix: stands before every key in errors: `doctor.`.
+
     Raises:
-        ValueError: a key is misspelt, missing or wrongly typed.
+        UserError: a key is misspelt, missing, wrongly typed, out of its range or not among its
+            choices.
     """
+    names = {key_of(name): name for name in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    if any(key != name for key, name in names.items()):
+        raw = raw.copy()
+        for key, name in names.items():
+            if key != name and key in raw:
+                raw[name] = raw.pop(key)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), raw)
         for key in _keys_without_value(merged):
-            allowed = _allowed_type(schema, key)
-            raise ValueError(f"{key}: no value is given; allowed: {allowed}")
+            raise _missing(schema, key, prefix, merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(schema, error, raw)) from error
+        raise _user_error(schema, error, raw, prefix) from error
     assert isinstance(config, schema)
-    _check_switches(schema, raw)
+    _check_switches(schema, raw, prefix)
+    _check_values(schema, config, prefix)
     return config
 
 
@@ -55,35 +111,104 @@ def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys_without_value(node[name], f"{prefix}{name}.")
 
 
-def _one_line(schema: type, error: OmegaConfBaseException, raw: DictConfig) -> str:
+def _missing(schema: type, key: str, prefix: str, config: DictConfig) -> UserError:
+    """The error for a key without a value: it says what the key is, and shows a value."""
+    group, _, name = key.rpartition(".")
+    node: Any = OmegaConf.select(config, group) if group else config
+    if isinstance(node, DictConfig) and "_target_" in node and not _is_field(schema, key):
+        return missing_argument(f"{prefix}{group}", node, name)
+    shown = f"{prefix}{key_of(key)}"
+    owner, kind = _owner(schema, group), _kind(schema, key)
+    if owner is None or is_dataclass(kind):
+        return UserError(shown, ABSENT, allowed_words(kind, None), problem="no value is given")
+    found = doc_of(owner, name)
+    allowed = allowed_words(kind, found)
+    if found.example is not None:
+        allowed += f", e.g. {shown}={found.example}"
+    return UserError(shown, ABSENT, allowed, problem=f"no value is given: {found.words}")
+
+
+def _user_error(
+    schema: type, error: OmegaConfBaseException, raw: DictConfig, prefix: str
+) -> UserError:
     key = re.sub(r"\[\d+\]$", "", str(error.full_key))
+    shown = f"{prefix}{key_of(key)}"
     try:
-        shown = f"{key}={OmegaConf.select(raw, key)}"
+        value: object = OmegaConf.select(raw, key)
     except OmegaConfBaseException:  # the value is the interpolation that fails
-        shown = key
+        value = ABSENT
     if isinstance(error, ValidationError):
-        return f"{shown}: allowed: {_allowed_type(schema, key)}"
+        return UserError(shown, value, _allowed(schema, key))
     fields = getattr(error.object_type, "__dataclass_fields__", None)
     if isinstance(error, ConfigKeyError) and fields:
-        return f"{shown}: no such key; allowed: {', '.join(fields)}"
-    return f"{shown}: {str(error.msg or error).splitlines()[0]}; allowed: a key that exists"
+        return unknown_name(
+            shown,
+            map(key_of, fields),
+            value=value,
+            elsewhere=[
+                each.key
+                for each in described(schema, prefix)
+                if each.key.endswith(f".{key.rpartition('.')[2]}")
+            ],
+        )
+    problem = str(error.msg or error).splitlines()[0]
+    return UserError(shown, value, "a key that exists", problem=problem)
 
 
-def _allowed_type(schema: type, key: str) -> str:
-    """What the schema takes under a dotted key, in words."""
+def _owner(schema: Any, group: str) -> Any:
+    """The dataclass of a dotted group, None within groups of any kind."""
+    owner = schema if not group else _kind(schema, group)
+    return owner if is_dataclass(owner) else None
+
+
+def _kind(schema: Any, key: str) -> Any:
     kind: Any = schema
     for name in key.split("."):
         kind = get_type_hints(kind).get(name, Any) if is_dataclass(kind) else Any
-    if is_dataclass(kind):
-        return f"a group with the keys {', '.join(kind.__dataclass_fields__)}"
-    return TYPE_WORDS.get(kind, "a value in conf/, or key=value")
+    return kind
 
 
-def _check_switches(schema: type, raw: DictConfig, prefix: str = "") -> None:
+def _is_field(schema: Any, key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    owner = _owner(schema, group)
+    return owner is not None and name in owner.__dataclass_fields__
+
+
+def _allowed(schema: type, key: str) -> str:
+    """What the schema takes under a dotted key, in words."""
+    group, _, name = key.rpartition(".")
+    known = _is_field(schema, key) and not is_dataclass(_kind(schema, key))
+    return allowed_words(_kind(schema, key), doc_of(_owner(schema, group), name) if known else None)
+
+
+def _check_switches(schema: type, raw: DictConfig, prefix: str, group: str = "") -> None:
     """Refuse numbers and words where the schema has a switch: OmegaConf takes 3 for true."""
     for name, hint in get_type_hints(schema).items():
-        key = f"{prefix}{name}"
+        key = f"{group}{name}"
         if isinstance(hint, type) and is_dataclass(hint):
-            _check_switches(hint, raw, f"{key}.")
-        elif hint is bool and type(value := OmegaConf.select(raw, key)) is not bool:
-            raise ValueError(f"{key}={value}: allowed: {TYPE_WORDS[bool]}")
+            _check_switches(hint, raw, prefix, f"{key}.")
+        elif hint is bool:
+            value = OmegaConf.select(raw, key, default=ABSENT)
+            if value is not ABSENT and type(value) is not bool:
+                raise UserError(f"{prefix}{key}", value, TYPE_WORDS[bool])
+
+
+def _check_values(schema: type, config: Any, prefix: str) -> None:
+    for name, kind in get_type_hints(schema).items():
+        key, value = f"{prefix}{key_of(name)}", getattr(config, name)
+        if is_dataclass(kind):
+            _check_values(kind, value, f"{key}.")  # type: ignore[arg-type]
+            continue
+        found = doc_of(schema, name)
+        check_value(key, value, kind, found)
+        if found.keys is not None:
+            _check_keys(key, value, found.keys)
+
+
+def _check_keys(key: str, group: Any, schema: type) -> None:
+    """Check the keys of a group that are read here; others define it and check the rest."""
+    if not isinstance(group, Mapping):
+        raise UserError(key, group, "a mapping")
+    names = schema.__dataclass_fields__  # type: ignore[attr-defined]
+    known = {name: group[name] for name in names if name in group}
+    read_schema(schema, OmegaConf.create(known), prefix=f"{key}.")

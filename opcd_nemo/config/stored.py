@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from opcd_nemo.config.renamed import present_config
+from opcd_nemo.errors import ABSENT, UserError
 
 _MAX_BYTES = 1 << 20
 _MODEL = "opcd_nemo.trainer.model.OPCDModel"
@@ -20,7 +21,7 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
     """Read YAML that was written here.
 
     Raises:
-        ValueError: another kind of file, or one that `check_stored` refuses.
+        UserError: another kind of file, or one that `check_stored` refuses.
     """
     try:
         if len(text) > _MAX_BYTES or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
@@ -28,9 +29,9 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"{where}: {first}; allowed: a configuration in YAML") from error
+        raise UserError(where, ABSENT, "a configuration in YAML", problem=first) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: is no mapping; allowed: a configuration in YAML")
+        raise UserError(where, ABSENT, "a configuration in YAML", problem="is no mapping")
     present: dict[str, Any] = present_config(config)
     check_stored(present, where)
     return present
@@ -40,17 +41,20 @@ def check_stored(config: Mapping[str, Any], where: str) -> None:
     """Refuse what could run or read something when the configuration is used.
 
     Raises:
-        ValueError: an interpolation (files are written resolved), or a class of another package.
+        UserError: an interpolation (files are written resolved), or a class of another package.
     """
     for key, value in _leaves(config):
         if isinstance(value, str) and _INTERPOLATION.search(value):
-            raise ValueError(f"{where}: {key} has an interpolation; allowed: plain values")
+            raise UserError(key, value, "plain values", problem="has an interpolation", where=where)
         if key.split(".")[-1] in ("_target_", "target", "cls") and not (
             value == _MODEL or _PLUGS.fullmatch(str(value))
         ):
-            raise ValueError(
-                f"{where}: {key}={value}; allowed: a task, context, engine or loss of opcd_nemo "
-                "(one of your own: pass it with override_config_path)"
+            raise UserError(
+                key,
+                value,
+                "a task, context, engine or loss of opcd_nemo (one of your own: pass it with "
+                "override_config_path)",
+                where=where,
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.programs import DoctorConfig
 from opcd_nemo.config.train import ParallelConfig, TrainConfig, load_config
 from opcd_nemo.distributed.groups import environment_world, init_parallel
 from opcd_nemo.doctor import text
@@ -24,20 +24,6 @@ from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.training.inputs import Inputs, open_inputs
 
 Say = Callable[[str], None]
-
-
-@dataclass(kw_only=True)
-class DoctorConfig:
-    """`doctor:` in `conf/doctor.yaml`."""
-
-    environment_only: bool
-    num_prompts: int
-    num_lengths: int
-    max_new_tokens: int
-    min_free_disk_gib: float
-    max_divergence: float
-    max_gradient_error: float
-    max_logprob_gap: dict[str, float]
 
 
 def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:

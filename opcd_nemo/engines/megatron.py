@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from typing import Annotated
 
 import torch
 
+from opcd_nemo.config.doc import Doc
 from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
 from opcd_nemo.model.language_model import LanguageModel, Stream
 from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
@@ -19,6 +21,7 @@ from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms, sample_toke
 from opcd_nemo.storage.attempt import beat
 from opcd_nemo.types import Prompt, Sample
 
+BatchSize = Annotated[int, Doc(words="sequences decoded together", minimum=1)]
 _TOKENS_PER_BEAT = 256  # seconds: whatever generates shows that it goes on
 
 
@@ -41,7 +44,7 @@ class MegatronEngine:
     """The engine of `conf/engine/megatron.yaml`."""
 
     def __init__(
-        self, model: LanguageModel, eos_ids: Sequence[int], *, max_batch_size: int, pack: bool
+        self, model: LanguageModel, eos_ids: Sequence[int], *, max_batch_size: BatchSize, pack: bool
     ) -> None:
         """Generate with `model`.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from opcd_nemo.config.doc import doc
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.train import MODEL
 from opcd_nemo.errors import UserError
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
@@ -23,19 +23,27 @@ _PLACES = re.compile(r"\{(trace|outcome|experience)\}")
 class ExtractionConfig:
     """Who writes how much experience, of what."""
 
-    model: str | None
-    keep: str
-    prompt: str
-    with_previous: bool
-    num_chains: int
-    num_steps: int
-    shared_problems: bool
-    cap_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    problem_max_new_tokens: int
+    model: str | None = doc(
+        "the model that meets the problems and writes; null: the teacher, or without "
+        "teacher.path the student",
+        takes=MODEL,
+    )
+    keep: str = doc(
+        "what a step adds: items, or (as an ablation) the raw trace", choices=("items", "trace")
+    )
+    prompt: str = doc("what asks the model to write", takes="a text with {trace}")
+    with_previous: bool = doc("the prompt shows the chain's items up to now")
+    num_chains: int = doc("candidates that are extracted at once", minimum=1)
+    num_steps: int = doc("steps of a chain, which follow each other", minimum=1)
+    shared_problems: bool = doc("all chains meet the same problems, as in the paper's code")
+    cap_tokens: int = doc("the newest whole items within so many tokens are kept", minimum=1)
+    temperature: float = doc("0 is greedy", minimum=0)
+    top_p: float = doc(
+        "draw from the likeliest tokens of this mass; 1: from all", above=0, maximum=1
+    )
+    top_k: int = doc("draw from so many likeliest tokens; 0: from all", minimum=0)
+    max_new_tokens: int = doc("the longest text about a trace, in tokens", minimum=1)
+    problem_max_new_tokens: int = doc("the longest answer to a problem, in tokens", minimum=1)
 
     @property
     def prompt_version(self) -> str:
@@ -57,48 +65,69 @@ class ExtractionConfig:
 class ScoringConfig:
     """Successive halving on the validation split."""
 
-    num_questions: int
-    first_questions: int
-    keep: float
+    num_questions: int = doc("questions of the last rung", minimum=1)
+    first_questions: int = doc(
+        "questions of the first rung; every further rung has twice as many", minimum=1
+    )
+    keep: float = doc("share of the candidates that a rung keeps", above=0, maximum=1)
 
 
 @dataclass(kw_only=True)
 class SelectionConfig:
     """Which candidates are distilled."""
 
-    rule: str
-    min_steps: int
-    count: int
+    rule: str = doc(
+        "best: the best on validation; random: drawn among those of min_steps steps or more",
+        choices=("best", "random"),
+    )
+    min_steps: int = doc("with rule=random: the fewest steps of a candidate", minimum=1)
+    count: int = doc("candidates taken; more than one are a pool to draw from", minimum=1)
 
 
 @dataclass(kw_only=True)
 class ConsolidationConfig:
     """Which runs make the table."""
 
-    methods: list[str]
-    losses: Any
-    seeds: list[int]
+    methods: list[str] = doc(
+        "opcd: the configured sampler and loss; the others learn from the teacher's samples",
+        choices=METHODS,
+    )
+    losses: Any = doc("the losses of the methods offpolicy and sft", takes="a mapping of plugs")
+    seeds: list[int] = doc("seeds of the runs of every method", minimum=0)
 
 
 @dataclass(kw_only=True)
 class ExperienceConfig:
-    """`conf/experience/`."""
+    """The stages before and after training."""
 
-    rounds: int
-    replay: bool
-    next_round_retention: float | None
+    rounds: int = doc(
+        "rounds of all stages; each starts from the student of the round before", minimum=1
+    )
+    replay: bool = doc("training asks the turns that extraction has logged; nothing is played")
+    next_round_retention: float | None = doc(
+        "with several rounds: the share of the base's retention that a student must keep for "
+        "another round",
+        minimum=0,
+        maximum=1,
+        example="0.5",
+    )
     extraction: ExtractionConfig
     scoring: ScoringConfig
     selection: SelectionConfig
     consolidation: ConsolidationConfig
-    controls: list[str]
+    controls: list[str] = doc(
+        "contexts that should not help: the worst candidate, words out of place",
+        choices=("wrong", "shuffled"),
+    )
 
 
 @dataclass(kw_only=True)
-class _Keys:
-    stage: str
-    round: int
-    run: str | None
+class PipelineKeys:
+    """What the pipeline has beside the keys of a training run."""
+
+    stage: str = doc("the stage to run; finished work is never repeated", choices=("all", *STAGES))
+    round: int = doc("the round of a stage other than all", minimum=1)
+    run: str | None = doc("with stage=consolidate: one of its runs; null: all", example="opcd-1")
     experience: ExperienceConfig
 
 
@@ -124,23 +153,6 @@ class Settings:
         return [f"{method}-{seed}" for seed in plan.seeds for method in plan.methods]
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("all", *STAGES),
-    "experience.extraction.keep": ("items", "trace"),
-    "experience.selection.rule": ("best", "random"),
-}
-_LISTS: dict[str, tuple[str, ...]] = {
-    "experience.consolidation.methods": METHODS,
-    "experience.controls": ("wrong", "shuffled"),
-}
-_AT_LEAST_ONE = (
-    "rounds extraction.num_chains extraction.num_steps extraction.cap_tokens "
-    "extraction.max_new_tokens extraction.problem_max_new_tokens scoring.num_questions "
-    "scoring.first_questions selection.min_steps selection.count"
-).split()
-_SHARES = ("experience.scoring.keep", "experience.extraction.top_p")
-
-
 def load_experience(raw: DictConfig) -> Settings:
     """Check a composed pipeline's own keys; those of its runs are checked as a run's.
 
@@ -150,12 +162,11 @@ def load_experience(raw: DictConfig) -> Settings:
     own = [key for key in ("stage", "round", "run", "experience") if key in raw]
     resolved = raw.copy()
     OmegaConf.resolve(resolved)
-    keys = read_schema(_Keys, OmegaConf.masked_copy(resolved, own))
+    keys = read_schema(PipelineKeys, OmegaConf.masked_copy(resolved, own))
     train = raw.copy()
     with open_dict(train):
         for key in own:
             train.pop(key)
-    _check_values(keys)
     settings = Settings(
         stage=keys.stage, round=keys.round, run=keys.run, experience=keys.experience, train=train
     )
@@ -163,41 +174,11 @@ def load_experience(raw: DictConfig) -> Settings:
     return settings
 
 
-def _check_values(keys: _Keys) -> None:
-    node: Any = OmegaConf.structured(keys)
-    _check_words(node)
-    for name in _AT_LEAST_ONE:
-        _check(node, f"experience.{name}", lambda value: value >= 1, "a whole number >= 1")
-    for key in _SHARES:
-        _check(node, key, lambda value: 0 < value <= 1, "a number > 0 and <= 1")
-    for name in ("temperature", "top_k"):
-        key = f"experience.extraction.{name}"
-        _check(node, key, lambda value: value >= 0, "a number >= 0")
-    last = keys.experience.rounds
-    _check(node, "round", lambda value: 1 <= value <= last, f"1 to {last}")
-
-
-def _check(node: Any, key: str, is_right: Callable[[Any], bool], allowed: str) -> None:
-    value = OmegaConf.select(node, key)
-    if not is_right(value):
-        raise UserError(key, value, allowed)
-
-
-def _check_words(node: Any) -> None:
-    for key, choices in _CHOICES.items():
-        _check(node, key, choices.__contains__, ", ".join(choices))
-    for key, choices in _LISTS.items():
-        words = f"a list of {', '.join(choices)}, each at most once"
-        _check(node, key, partial(_are_of, choices), words)
-
-
-def _are_of(choices: Sequence[str], values: Sequence[str]) -> bool:
-    return len(set(values)) == len(values) and set(values) <= set(choices)
-
-
 def _check_runs(settings: Settings) -> None:
     experience, run = settings.experience, settings.run
     plan, rounds = experience.consolidation, experience.rounds
+    if settings.round > rounds:
+        raise UserError("round", settings.round, f"1 to {rounds}")
     _check_stop(experience)
     for name, values in (("methods", plan.methods), ("seeds", plan.seeds)):
         if not values or len(set(values)) != len(values):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.programs import PlanConfig
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
@@ -20,20 +21,6 @@ from opcd_nemo.training.inputs import Inputs, open_inputs
 
 SHAPES = Path(__file__).parents[2] / "conf" / "shapes"
 _PROBED = 32  # prompts whose lengths are averaged
-
-
-@dataclass(kw_only=True)
-class PlanConfig:
-    """`plan:` in `conf/plan.yaml`."""
-
-    sweep: bool
-    show: int
-    student_config: str | None
-    teacher_config: str | None
-    prompt_tokens: int | None
-    context_tokens: int | None
-    response_tokens: int | None
-    turns: float
 
 
 def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:

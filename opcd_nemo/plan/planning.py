@@ -8,10 +8,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.programs import PlanConfig
 from opcd_nemo.config.train import load_config
 from opcd_nemo.errors import UserError
 from opcd_nemo.plan.accelerator import Accelerator
-from opcd_nemo.plan.outline import PlanConfig, outline
+from opcd_nemo.plan.outline import outline
 from opcd_nemo.plan.report import plan_report, sweep_report
 
 _NOT_NEEDED = "not-needed-for-a-plan"

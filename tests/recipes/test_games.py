@@ -38,7 +38,7 @@ def test_the_report_of_a_setting() -> None:
     [
         (["task=brevity"], "no game; allowed: task=frozen_lake, task=sokoban"),
         (["task=sokoban", "task.rounds=2"], "task.min_moves=3; allowed: 1 to task.rounds=2"),
-        (["task=sokoban", "task.size=a"], "task.size=a: allowed: a whole number"),
+        (["task=sokoban", "task.size=a"], "task.size=a; allowed: a whole number"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(settings: list[str], message: str) -> None:

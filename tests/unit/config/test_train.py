@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.config.train import TrainConfig, load_config
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.ranks import CONF, compose
 
 
@@ -21,222 +22,139 @@ def composed() -> DictConfig:
     return compose("train", [])
 
 
+def refused(*overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_config(compose("train", list(overrides)))
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "line"),
     [
-        pytest.param(
+        (
             "+optim.lrr=1",
-            "optim.lrr=1: no such key; allowed: lr, min_lr, schedule, warmup_steps, betas, eps, "
+            "optim.lrr=1: no such key; did you mean lr?; allowed: lr, min_lr, schedule, "
+            "warmup_steps, betas, eps, weight_decay, clip_grad, use_distributed_optimizer, "
+            "overlap_grad_reduce",
+        ),
+        (
+            "+optim.temperature=1",
+            "optim.temperature=1: no such key; did you mean rollout.temperature or "
+            "evaluation.temperature?; allowed: lr, min_lr, schedule, warmup_steps, betas, eps, "
             "weight_decay, clip_grad, use_distributed_optimizer, overlap_grad_reduce",
-            id="misspelt",
         ),
-        pytest.param(
+        (
             "+loss.temperatur=1",
-            "loss.temperatur=1: no such argument of opcd_nemo.losses.DivergenceLoss; "
-            "allowed: kind, beta, temperature, chunk_tokens",
-            id="misspelt-in-plug",
+            "loss.temperatur=1: no such argument; did you mean temperature?; allowed: "
+            "temperature, kind, beta, chunk_tokens",
         ),
-        pytest.param(
-            "~optim.lr", "optim.lr: no value is given; allowed: a number", id="missing-number"
+        (
+            "~student.path",
+            "student.path: no value is given: the model that learns; allowed: a Hugging Face "
+            "folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, e.g. "
+            "student.path=models/Qwen3-0.6B",
         ),
-        pytest.param(
-            "~student.path", "student.path: no value is given; allowed: a text", id="missing-text"
+        (
+            "~loss.temperature",
+            "loss.temperature: no value is given: divides both models' logits; independent of the "
+            "rollout's; allowed: a number > 0",
         ),
-        pytest.param(
-            "seed=???", "seed: no value is given; allowed: a whole number", id="question-marks"
-        ),
-        pytest.param(
-            "~loss.kind",
-            "loss.kind: no value is given to opcd_nemo.losses.DivergenceLoss; "
-            "allowed: kind, beta, temperature, chunk_tokens",
-            id="missing-in-plug",
-        ),
-        pytest.param("optim.lr=abc", "optim.lr=abc: allowed: a number", id="text-for-number"),
-        pytest.param("optim.lr=true", "optim.lr=True: allowed: a number", id="bool-for-number"),
-        pytest.param("seed=1.5", "seed=1.5: allowed: a whole number", id="fraction"),
-        pytest.param(
-            "parallel.sequence_parallel=3",
-            "parallel.sequence_parallel=3: allowed: true or false",
-            id="number-for-switch",
-        ),
-        pytest.param(
-            "parallel.context_parallel_size=0",
-            "parallel.context_parallel_size=0: allowed: a number > 0",
-            id="context-parallel",
-        ),
-        pytest.param(
-            "parallel.recompute_modules=[core_attn]",
-            "parallel.recompute_modules=['core_attn']: allowed: [] or [mlp]",
-            id="recomputation",
-        ),
-        pytest.param(
-            "parallel.layer_spec=apex",
-            "parallel.layer_spec=apex: allowed: auto, local, te",
-            id="layer-spec",
-        ),
-        pytest.param(
-            "parallel.fp8=e5m2", "parallel.fp8=e5m2: allowed: null, hybrid, e4m3", id="fp8"
-        ),
-        pytest.param(
-            "parallel.fp8=hybrid",
-            "parallel.fp8=hybrid: allowed: null with parallel.layer_spec=auto; te has it",
-            id="fp8-without-te",
-        ),
-        pytest.param(
-            "student.chat_template_arguments=3",
-            "student.chat_template_arguments=3: allowed: a mapping",
-            id="template-arguments",
-        ),
-        pytest.param(
-            "parallel.sequence_parallel=true",
-            "parallel.sequence_parallel=True: allowed: with tensor_model_parallel_size > 1",
-            id="sequence-parallel-alone",
-        ),
-        pytest.param(
-            "loss.beta=1", "loss.beta=1: allowed: a number between 0 and 1", id="share-of-all"
-        ),
-        pytest.param(
-            "trainer.max_steps=1.5",
-            "trainer.max_steps=1.5: allowed: a whole number",
-            id="fraction-in-untyped-group",
-        ),
-        pytest.param(
-            "engine.max_batch_size=1.5",
-            "engine.max_batch_size=1.5: allowed: a whole number",
-            id="fraction-in-plug",
-        ),
-        pytest.param(
-            "optim.betas=0.9", "optim.betas=0.9: allowed: a list of numbers", id="not-a-list"
-        ),
-        pytest.param(
-            "student.keep_layers=[a]",
-            "student.keep_layers=['a']: allowed: a list of whole numbers, or null",
-            id="text-in-list",
-        ),
-        pytest.param("student.path=null", "student.path=None: allowed: a text", id="null"),
-        pytest.param(
-            "exp_manager.exp_dir=null", "exp_manager.exp_dir=None: allowed: a text", id="null-text"
-        ),
-        pytest.param("optim.lr=-1", "optim.lr=-1.0: allowed: a number > 0", id="negative"),
-        pytest.param(
-            "parallel.num_ranks=0", "parallel.num_ranks=0: allowed: a number > 0", id="zero"
-        ),
-        pytest.param(
-            "rollout.temperature=-0.1",
-            "rollout.temperature=-0.1: allowed: a number >= 0",
-            id="negative-temperature",
-        ),
-        pytest.param(
-            "loss.chunk_tokens=-1",
-            "loss.chunk_tokens=-1: allowed: a number > 0",
-            id="negative-in-plug",
-        ),
-        pytest.param("optim.lr=nan", "optim.lr=nan: allowed: a finite number", id="nan"),
-        pytest.param("optim.lr=inf", "optim.lr=inf: allowed: a finite number", id="infinite"),
-        pytest.param(
-            "loss.temperature=nan", "loss.temperature=nan: allowed: a finite number", id="plug-nan"
-        ),
-        pytest.param(
-            "optim.betas=[nan,0.9]",
-            "optim.betas=[nan, 0.9]: allowed: two numbers in [0, 1)",
-            id="nan-in-list",
-        ),
-        pytest.param(
-            "rollout.top_p=1.2", "rollout.top_p=1.2: allowed: at most 1.0", id="above-one"
-        ),
-        pytest.param(
-            "parallel.port=70000", "parallel.port=70000: allowed: at most 65535", id="no-such-port"
-        ),
-        pytest.param(
-            "optim.schedule=linear",
-            "optim.schedule=linear: allowed: constant, cosine",
-            id="no-such-choice",
-        ),
-        pytest.param(
-            "loss.kind=kl",
-            "loss.kind=kl: allowed: reverse_kl, forward_kl, jsd",
-            id="no-such-choice-in-plug",
-        ),
-        pytest.param(
-            "optim.min_lr=1", "optim.min_lr=1.0: allowed: at most optim.lr=5e-05", id="min-above-lr"
-        ),
-        pytest.param(
-            "batching.micro_batch_size=3",
-            "batching.micro_batch_size=3: allowed: a divisor of batching.global_batch_size=8",
-            id="micro-batches",
-        ),
-        pytest.param(
-            "evaluation.num_questions=0",
-            "evaluation.num_questions=0: allowed: a number > 0",
-            id="no-questions",
-        ),
-        pytest.param(
-            "teacher.life=slow",
-            "teacher.life=slow: allowed: frozen, hard_sync, ema, live",
-            id="no-such-life",
-        ),
-        pytest.param(
-            "teacher.ema_decay=0.9",
-            "teacher.ema_decay=0.9: allowed: null with teacher.life=frozen",
-            id="decay-of-a-frozen-teacher",
-        ),
-        pytest.param(
-            "teacher.life=ema",
-            "teacher.ema_decay=None: allowed: a number between 0 and 1 with teacher.life=ema",
-            id="ema-without-decay",
-        ),
-        pytest.param(
-            "teacher.sync_every_n_steps=1.5",
-            "teacher.sync_every_n_steps=1.5: allowed: a whole number, or null",
-            id="fraction-of-steps",
-        ),
-        pytest.param(
-            "task._target_=nope.Task",
-            "task._target_=nope.Task: allowed: an importable class (No module named 'nope')",
-            id="no-such-class",
-        ),
-        pytest.param("name=../x", "name=../x: allowed: the name of a folder", id="name"),
-        pytest.param(
+        (
             "rollout.max_new_tokens=${foo.bar}",
-            "rollout.max_new_tokens: Interpolation key 'foo.bar' not found; "
-            "allowed: a key that exists",
-            id="interpolation",
+            "rollout.max_new_tokens: Interpolation key 'foo.bar' not found; allowed: a key that "
+            "exists",
         ),
+        ("optim.lr=nan", "optim.lr=nan: is not finite; allowed: a number > 0"),
     ],
 )
-def test_refuses_in_one_line(override: str, expected: str) -> None:
-    with pytest.raises(ValueError, match="allowed") as caught:
-        load_config(compose("train", [override]))
-    assert str(caught.value) == expected
+def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
+    assert str(refused(override)) == line
 
 
 @pytest.mark.parametrize(
-    ("life", "override", "expected"),
+    ("override", "allowed"),
     [
-        ("ema", "teacher.ema_decay=1", "teacher.ema_decay=1.0: allowed: a number between 0 and 1"),
-        ("ema", "teacher.ema_decay=0", "teacher.ema_decay=0.0: allowed: a number between 0 and 1"),
-        ("ema", "teacher.ema_decay=nan", "teacher.ema_decay=nan: allowed: a number between 0 and"),
-        ("ema", "teacher.sync_every_n_steps=2", "teacher.sync_every_n_steps=2: allowed: null with"),
-        ("hard_sync", "teacher.ema_decay=0.0", "teacher.ema_decay=0.0: allowed: null with teacher"),
-        (
-            "hard_sync",
-            "teacher.sync_every_n_steps=0",
-            "teacher.sync_every_n_steps=0: allowed: a whole number > 0 with teacher.life=hard_sync",
-        ),
+        ("~optim.lr", "a number > 0"),
+        ("seed=???", "a whole number >= 0"),
+        ("~loss.kind", "reverse_kl, forward_kl, jsd"),
+        ("optim.lr=abc", "a number > 0"),
+        ("optim.lr=true", "a number > 0"),
+        ("seed=1.5", "a whole number >= 0"),
+        ("parallel.sequence_parallel=3", "true or false"),
+        ("parallel.context_parallel_size=0", "a whole number >= 1"),
+        ("parallel.recompute_modules=[core_attn]", "a list of mlp, each at most once"),
+        ("parallel.recompute_modules=[mlp,mlp]", "a list of mlp, each at most once"),
+        ("parallel.layer_spec=apex", "auto, local, te"),
+        ("parallel.fp8=e5m2", "null, hybrid, e4m3"),
+        ("parallel.fp8=hybrid", "null with parallel.layer_spec=auto; te has it"),
+        ("student.chat_template_arguments=3", "a mapping"),
+        ("parallel.sequence_parallel=true", "false with parallel.tensor_model_parallel_size=1"),
+        ("loss.beta=1", "a number > 0 and < 1"),
+        ("trainer.max_steps=1.5", "a whole number >= 1"),
+        ("trainer.max_steps=0", "a whole number >= 1"),
+        ("exp_manager.checkpoint_callback_params.async_save=1", "true or false"),
+        ("engine.max_batch_size=1.5", "a whole number >= 1"),
+        ("engine.max_batch_size=0", "a whole number >= 1"),
+        ("optim.betas=0.9", "two numbers >= 0 and < 1"),
+        ("optim.betas=[0.9]", "two numbers >= 0 and < 1"),
+        ("optim.betas=[nan,0.9]", "two numbers >= 0 and < 1"),
+        ("optim.betas=[1,0.9]", "two numbers >= 0 and < 1"),
+        ("student.keep_layers=[a]", "a list of whole numbers >= 0, or null"),
+        ("student.path=null", "a Hugging Face folder, a .gguf or .nemo file, an unpacked"),
+        ("exp_manager.exp_dir=null", "a text"),
+        ("optim.lr=-1", "a number > 0"),
+        ("parallel.num_ranks=0", "a whole number >= 1"),
+        ("rollout.temperature=-0.1", "a number >= 0"),
+        ("loss.chunk_tokens=-1", "a whole number >= 1"),
+        ("optim.lr=inf", "a number > 0"),
+        ("loss.temperature=nan", "a number > 0"),
+        ("rollout.top_p=1.2", "a number > 0 and <= 1"),
+        ("rollout.top_p=0", "a number > 0 and <= 1"),
+        ("parallel.port=70000", "a whole number >= 0 and <= 65535"),
+        ("optim.schedule=linear", "constant, cosine"),
+        ("loss.kind=kl", "reverse_kl, forward_kl, jsd"),
+        ("optim.min_lr=1", "at most optim.lr=5e-05"),
+        ("batching.micro_batch_size=3", "a divisor of batching.global_batch_size=8"),
+        ("evaluation.num_questions=0", "a whole number >= 1"),
+        ("evaluation.leakage_phrases=[]", "a list of one phrase or more, each with a word in it"),
+        ("evaluation.min_retention=0.5", "null with evaluation.every_n_steps=0"),
+        ("teacher.life=slow", "frozen, hard_sync, ema, live"),
+        ("teacher.ema_decay=0.9", "null with teacher.life=frozen"),
+        ("teacher.sync_every_n_steps=1.5", "a whole number >= 1, or null"),
+        ("task._target_=nope.Task", "an importable class"),
+        ("loss._target_=os.system", "a class or function of Python with annotated arguments"),
+        ("loss._target_=subprocess.run", "a class or function of Python with annotated arguments"),
+        ("name=../x", "the name of a folder"),
+    ],
+)
+def test_a_refusal_names_the_key_and_what_is_allowed(override: str, allowed: str) -> None:
+    error = refused(override)
+    assert error.key == override.lstrip("~+").partition("=")[0]
+    assert error.allowed.startswith(allowed)
+
+
+@pytest.mark.parametrize(
+    ("life", "override", "allowed"),
+    [
+        ("ema", "teacher.ema_decay=1", "a number > 0 and < 1, or null"),
+        ("ema", "teacher.ema_decay=0", "a number > 0 and < 1, or null"),
+        ("ema", "teacher.ema_decay=nan", "a number > 0 and < 1, or null"),
+        ("ema", "teacher.ema_decay=null", "a number > 0 and < 1 with teacher.life=ema"),
+        ("ema", "teacher.sync_every_n_steps=2", "null with teacher.life=ema"),
+        ("hard_sync", "teacher.ema_decay=0.5", "null with teacher.life=hard_sync"),
+        ("hard_sync", "teacher.sync_every_n_steps=0", "a whole number >= 1, or null"),
         (
             "hard_sync",
             "teacher.sync_every_n_steps=null",
-            "teacher.sync_every_n_steps=None: allowed: a whole number > 0",
+            "a whole number >= 1 with teacher.life=hard_sync",
         ),
-        ("live", "teacher.sync_every_n_steps=2", "teacher.sync_every_n_steps=2: allowed: null"),
+        ("live", "teacher.sync_every_n_steps=2", "null with teacher.life=live"),
     ],
 )
-def test_a_life_of_the_teacher_takes_its_own_keys(life: str, override: str, expected: str) -> None:
-    with pytest.raises(ValueError, match="allowed") as caught:
-        load_config(compose("train", [f"teacher={life}", override]))
-    message = str(caught.value)
-    assert message.startswith(expected)
-    assert message.endswith(f"with teacher.life={life}")
+def test_a_life_of_the_teacher_takes_its_own_keys(life: str, override: str, allowed: str) -> None:
+    error = refused(f"teacher={life}", override)
+    assert (error.key, error.allowed) == (override.partition("=")[0], allowed)
 
 
 @pytest.mark.parametrize("life", ["hard_sync", "ema", "live"])
@@ -246,15 +164,13 @@ def test_a_teacher_that_moves_has_the_students_parameters(life: str) -> None:
         ("student.keep_layers=[0]", "null"),
         ("teacher.dtype=fp32", "student.dtype=bf16"),
     ):
-        with pytest.raises(ValueError, match="allowed") as caught:
-            load_config(compose("train", [f"teacher={life}", override]))
-        assert str(caught.value) == f"{override}: allowed: {value} with teacher.life={life}"
+        assert refused(f"teacher={life}", override).allowed == f"{value} with teacher.life={life}"
     assert load_config(compose("train", [f"teacher={life}"])).teacher.life == life
 
 
 def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:
-    with pytest.raises(ValueError, match=r"^warmup\.loss\.kind=kl: allowed: reverse_kl, "):
-        load_config(compose("train", ["warmup=off_policy", "warmup.loss.kind=kl"]))
+    assert refused("warmup=off_policy", "warmup.loss.kind=kl").key == "warmup.loss.kind"
+    assert refused("warmup=off_policy", "warmup.loss=null").key == "warmup.loss"
 
 
 def test_loads_typed(composed: DictConfig) -> None:
@@ -313,19 +229,17 @@ def test_every_word_of_a_group_loads_once_its_files_are_named(group: str, name: 
 def _missing(overrides: list[str]) -> str | None:
     try:
         load_config(compose("train", overrides))
-    except ValueError as error:
-        key, asks, _ = str(error).partition(": no value is given; allowed: ")
-        if not asks:
+    except UserError as error:
+        if not str(error.problem).startswith("no value is given"):
             raise
-        return key
+        return error.key
     return None
 
 
 def test_any_task_can_be_asked_for_retention() -> None:
     config = load_config(compose("train", ["~retention", "+task@retention=json"]))
     assert config.retention == {**config.task, "verifier": "json"}
-    with pytest.raises(ValueError, match=r"^retention\.verifier: no value is given to "):
-        load_config(compose("train", [f"retention._target_={config.task['_target_']}"]))
+    assert refused(f"retention._target_={config.task['_target_']}").key == "retention.verifier"
 
 
 class Plug:
@@ -337,7 +251,14 @@ def test_plug_is_built_of_yaml_and_runtime_arguments() -> None:
     plug = {"_target_": f"{__name__}.Plug", "size": 3, "share": 1, "rest": ["any"]}
     check_plug("plug", plug)
     assert build_plug(plug, model="tiny").values == ("tiny", 3, 1, ["any"])
-    with pytest.raises(ValueError, match=r"^plug\.size=True: allowed: a whole number$"):
+    with pytest.raises(UserError, match=r"^plug\.size=true; allowed: a whole number$"):
         check_plug("plug", plug | {"size": True})
-    with pytest.raises(ValueError, match=r"^plug=None: allowed: a mapping with a _target_$"):
+    with pytest.raises(UserError, match=r"^plug=null; allowed: a mapping with a _target_$"):
         check_plug("plug", None)
+
+
+@pytest.mark.parametrize("target", ["os.system", "builtins.exec", "os.popen", "shutil.rmtree"])
+def test_a_program_of_another_kind_is_no_plug(target: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_plug("plug", {"_target_": target})
+    assert refused.value.key == "plug._target_"

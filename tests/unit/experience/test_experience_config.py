@@ -284,7 +284,7 @@ def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["recipe=math_qwen3_8b_2n8g"], "task.train: no value is given"),
-        (["optim.lr=-1"], "optim.lr=-1.0: allowed"),
+        (["optim.lr=-1"], "optim.lr=-1.0; allowed"),
         (["context=pirate"], "context._target_=.*allowed: context=experience"),
         (["experience.consolidation.losses.sft=null"], "loss.*allowed"),
     ],
