@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from opcd_nemo.formats.nemo import open_package, read_checkpoint
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
+from opcd_nemo.storage.hub import SCHEME, at_commit, parse_address, upload_model
 from opcd_nemo.storage.run_folder import RunFolder
 
 # the user's own, perhaps; restoring refuses those
@@ -28,20 +30,34 @@ _PLUGS = ("task", "retention", "context", "engine", "loss")
 FORMATS = ("hf", "nemo", "mcore")
 
 
-def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> Path:
-    """Convert a model; the file or folder is there whole, or not at all.
+def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> str:
+    """Convert a model; the file, folder or repository is there whole, or not at all.
 
     Args:
         settings: `conf/export.yaml`.
         default_config: what a package of a model that was not trained here is configured as.
 
     Returns:
-        What was written.
+        What was written: a path, or the page of the hub's commit.
 
     Raises:
         ValueError: a key is wrong, the source is damaged, or the target is there already.
     """
-    source, target = str(settings["from"]), _target(settings)
+    address = parse_address(str(settings.to)) if str(settings.to).startswith(SCHEME) else None
+    if address is None:
+        return str(_export(settings, _target(settings), default_config))
+    if settings.format != "hf":
+        raise UserError("format", settings.format, f"hf with to={settings.to}")
+    if address.dataset or address.file is not None:
+        raise UserError("to", settings.to, "hf://owner/name[@revision]")
+    with tempfile.TemporaryDirectory() as folder:
+        to = OmegaConf.merge(settings, {"to": str(Path(folder) / "model")})
+        assert isinstance(to, DictConfig)
+        return upload_model(_export(to, _target(to), default_config), address)
+
+
+def _export(settings: DictConfig, target: Path, default_config: Callable[[], DictConfig]) -> Path:
+    source = at_commit(str(settings["from"]))
     checkpoint = open_checkpoint(source)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     ChatTokenizer.from_path(source)  # refuses now what could not be written later

