@@ -18,8 +18,9 @@ from game_model.trial import Trial
 from game_model.vocabulary import make_tokenizer, write_tokenizer
 from torch import Tensor
 
-from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.huggingface import write_hf_folder
 from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.tasks.games.boards import STEPS
 
 THREADS = 2
@@ -168,7 +169,7 @@ def main() -> None:
     sampler = Sampler(tokenizer, training_maps())
     weights = new_weights(config, tokenizer, args.seed)
     if args.start:
-        checkpoint = open_checkpoint(str(args.start))
+        checkpoint = open_model(str(args.start))
         for name, weight in weights.items():
             weight.data.copy_(checkpoint.tensor(name))
     train(config, weights, sampler, args)

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.huggingface import write_hf_folder
 from opcd_nemo.formats.locate import BUNDLED_MODEL
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.tasks.system_prompt import StyleTask
 
@@ -106,7 +107,7 @@ def _engine(model: str, dtype: torch.dtype, new_tokens: int, temperature: float)
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 
-    source = open_checkpoint(model)
+    source = open_model(model)
     language_model = LanguageModel(source.config, start("one"), dtype)
     language_model.load(source)
     engine = MegatronEngine(language_model, (), max_batch_size=max(BATCHES), pack=True)
@@ -126,7 +127,7 @@ def _transformers(model: str, dtype: torch.dtype, new_tokens: int, temperature: 
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    source = open_checkpoint(model)
+    source = open_model(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         tensors = {name: source.tensor(name) for name in source.names()}

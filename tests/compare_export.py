@@ -37,7 +37,7 @@ def engine_answers(source: str, count: int, tokens: int) -> tuple[list[list[int]
     import torch
 
     from opcd_nemo.engines.megatron import MegatronEngine
-    from opcd_nemo.formats.huggingface import open_checkpoint
+    from opcd_nemo.formats.stored_model import open_model
     from opcd_nemo.formats.tokenizer import ChatTokenizer
     from opcd_nemo.model.language_model import LanguageModel
     from opcd_nemo.model.packing import pack
@@ -45,7 +45,7 @@ def engine_answers(source: str, count: int, tokens: int) -> tuple[list[list[int]
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 
-    checkpoint, tokenizer = open_checkpoint(source), ChatTokenizer.from_path(source)
+    checkpoint, tokenizer = open_model(source), ChatTokenizer.from_path(source)
     model = LanguageModel(checkpoint.config, start("one"), torch.float32)
     model.load(checkpoint)
     engine = MegatronEngine(model, tokenizer.eos_ids, max_batch_size=8, pack=True)

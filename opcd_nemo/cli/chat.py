@@ -13,7 +13,7 @@ from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.context.sources import Context
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.export.provenance import as_context, read_provenance
-from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.model.language_model import LanguageModel, choose_dtype
 from opcd_nemo.rollout.engine import RolloutEngine
@@ -105,7 +105,7 @@ def open_chat(settings: DictConfig) -> Chat:
         raise ValueError(f"from={source}: allowed: a model")
     engine: Any = OmegaConf.to_container(settings.engine, resolve=True)
     check_plug("engine", engine)
-    checkpoint, tokenizer = open_checkpoint(source), ChatTokenizer.from_path(source)
+    checkpoint, tokenizer = open_model(source), ChatTokenizer.from_path(source)
     context = _context(source, settings.system)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     parallel = init_parallel(ParallelConfig(**settings.parallel), settings.seed)

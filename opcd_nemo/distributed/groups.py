@@ -16,12 +16,13 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed import _megatron_cpu
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import Fp8Format, LayerSpec
@@ -29,21 +30,6 @@ from opcd_nemo.types import Fp8Format, LayerSpec
 _log = logging.getLogger(__name__)
 
 LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
-
-
-class ParallelSettings(Protocol):
-    """The fields of `conf/parallel/*.yaml` that set-up reads."""
-
-    device: str
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    sequence_parallel: bool
-    layer_spec: str
-    context_parallel_size: int
-    recompute_modules: list[str]
-    fp8: Any
-    threads_per_rank: int
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +279,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def init_parallel(settings: ParallelSettings, seed: int) -> Parallel:
+def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     """Start the process group and Megatron's groups. Collective over the world.
 
     Raises:
@@ -341,7 +327,7 @@ def _start_process_group(
 
 
 def _create_groups(
-    settings: ParallelSettings, device: torch.device, reason: str, spec: LayerSpec, seed: int
+    settings: ParallelConfig, device: torch.device, reason: str, spec: LayerSpec, seed: int
 ) -> Parallel:
     from megatron.core import parallel_state, tensor_parallel
 
@@ -371,7 +357,7 @@ def _create_groups(
         cp_rank=parallel_state.get_context_parallel_rank(),
         sequence_parallel=settings.sequence_parallel,
         recompute_modules=tuple(settings.recompute_modules),
-        fp8=settings.fp8,
+        fp8=cast(Fp8Format | None, settings.fp8),  # its choices are checked with the schema
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),

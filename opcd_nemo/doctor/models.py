@@ -18,8 +18,8 @@ from opcd_nemo.config.train import TeacherConfig
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.doctor.checks import Check, judge
 from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
-from opcd_nemo.formats.huggingface import Checkpoint
 from opcd_nemo.formats.sharding import hf_names
+from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Loss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
@@ -157,7 +157,7 @@ def _wide(head: Head) -> Head:
     return replace(head, hidden_NH=head.hidden_NH.float(), weight_VH=head.weight_VH.float())
 
 
-def _whole_head(checkpoint: Checkpoint, shard: Head, num_rows: int) -> Head:
+def _whole_head(checkpoint: StoredModel, shard: Head, num_rows: int) -> Head:
     """The head as it is in the files, over the same hidden states, rounded as the shard is."""
     (name,) = hf_names(checkpoint.config, "output_layer.weight", layer=None, spec="local")
     weight = checkpoint.tensor(name)[:num_rows].to(shard.hidden_NH.device, shard.weight_VH.dtype)

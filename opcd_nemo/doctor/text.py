@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.sources import ContextSource
 from opcd_nemo.doctor.checks import Check, judge
-from opcd_nemo.formats.huggingface import ModelConfig, open_checkpoint, padded_vocab_size
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.sharding import padded_vocab_size
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.tasks import Episode
 from opcd_nemo.training.inputs import Inputs
@@ -43,7 +45,7 @@ def open_sides(config: TrainConfig) -> tuple[Side, Side]:
 
 def open_side(path: str) -> Side:
     """A model by its path."""
-    return Side(model=open_checkpoint(path).config, tokenizer=ChatTokenizer.from_path(path))
+    return Side(model=open_model(path).config, tokenizer=ChatTokenizer.from_path(path))
 
 
 def vocabularies(student: Side, teacher: Side, tp: int) -> Check:

@@ -31,8 +31,8 @@ from opcd_nemo.experience.workplace import (
     TURNS,
     Workplace,
 )
-from opcd_nemo.formats.huggingface import Checkpoint, open_checkpoint
 from opcd_nemo.formats.locate import read_json
+from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.attempt import beat
@@ -78,7 +78,7 @@ class _Bench:
     def settings(self) -> Settings:
         return self.place.settings
 
-    def engine(self, checkpoint: Checkpoint, dtype: str) -> RolloutEngine:
+    def engine(self, checkpoint: StoredModel, dtype: str) -> RolloutEngine:
         """An engine of any model with the inputs' vocabulary."""
         return build_engine(self.config, self.inputs, checkpoint, self.parallel, dtype)
 
@@ -265,7 +265,7 @@ def _evaluate(place: Workplace, say: Say) -> None:
             continue
         if engine is None or held != (job.path, job.dtype):
             engine = None  # one model in memory
-            engine, held = bench.engine(open_checkpoint(job.path), job.dtype), (job.path, job.dtype)
+            engine, held = bench.engine(open_model(job.path), job.dtype), (job.path, job.dtype)
         inputs = _with_experience(bench, job.items)
         evaluator = build_evaluator(replace(bench.config, seed=job.seed), inputs, bench.parallel)
         asked = bool(job.items)

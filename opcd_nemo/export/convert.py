@@ -16,9 +16,10 @@ from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import read_provenance
-from opcd_nemo.formats.huggingface import open_checkpoint, write_hf_folder
+from opcd_nemo.formats.huggingface import write_hf_folder
 from opcd_nemo.formats.locate import NEMO_CONFIG, model_kind, resolve_model_path, write_json
 from opcd_nemo.formats.nemo import open_package, read_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
@@ -58,7 +59,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
 
 def _export(settings: DictConfig, target: Path, default_config: Callable[[], DictConfig]) -> Path:
     source = at_commit(str(settings["from"]))
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     ChatTokenizer.from_path(source)  # refuses now what could not be written later
     provenance = read_provenance(source)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 
-from opcd_nemo.formats.huggingface import ModelConfig
+from opcd_nemo.formats.shape import ModelConfig
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 

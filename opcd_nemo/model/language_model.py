@@ -20,14 +20,14 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.formats.huggingface import (
-    Checkpoint,
-    ModelConfig,
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.sharding import (
     megatron_shard,
     padded_ffn_size,
     padded_query_groups,
     padded_vocab_size,
 )
+from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.attention import (
     AttentionState,
@@ -160,7 +160,7 @@ class LanguageModel:
         self._rotary = Rotary(config, parallel.device)
 
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint, layers: Sequence[int] | None = None) -> None:
+    def load(self, checkpoint: StoredModel, layers: Sequence[int] | None = None) -> None:
         """Fill every parameter of this shard; `layers` are the checkpoint's layers to keep."""
         kept = range(self.config.num_layers) if layers is None else layers
         for name, parameter in self.module.named_parameters():

@@ -11,7 +11,7 @@ from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.recorded import RecordedEngine
 from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
-from opcd_nemo.formats.huggingface import Checkpoint
+from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.model.language_model import DTYPES, LanguageModel
 from opcd_nemo.rollout.collect import SamplerName
 from opcd_nemo.rollout.engine import RolloutEngine
@@ -91,7 +91,7 @@ def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> 
 
 
 def build_engine(
-    config: TrainConfig, inputs: Inputs, checkpoint: Checkpoint, parallel: Parallel, dtype: str
+    config: TrainConfig, inputs: Inputs, checkpoint: StoredModel, parallel: Parallel, dtype: str
 ) -> RolloutEngine:
     """An engine that holds a model's weights, for stages that train nothing. Collective."""
     model = LanguageModel(checkpoint.config, parallel, DTYPES[dtype])

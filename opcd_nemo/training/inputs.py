@@ -14,7 +14,8 @@ from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.sources import ContextSource, NoContext, content_hash
 from opcd_nemo.distributed.groups import check_batch, check_layout
-from opcd_nemo.formats.huggingface import Checkpoint, ModelConfig, keep_layers, open_checkpoint
+from opcd_nemo.formats.shape import ModelConfig, keep_layers
+from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.losses import TopKLoss
 from opcd_nemo.rollout.conversation import Conversation, shared_start
@@ -25,9 +26,9 @@ from opcd_nemo.tasks import Episode, Task
 class Inputs:
     """Opened files, and what was made of them without loading a weight."""
 
-    student: Checkpoint
+    student: StoredModel
     student_config: ModelConfig
-    teacher: Checkpoint
+    teacher: StoredModel
     teacher_config: ModelConfig
     task: Task
     retention: Task
@@ -54,11 +55,11 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     _check_world(config, world_size)
     _check_writable(Path(config.exp_manager["exp_dir"]))
     with _about("student.path", config.student.path):
-        student = open_checkpoint(config.student.path)
+        student = open_model(config.student.path)
     teacher = student
     if config.teacher.path is not None:
         with _about("teacher.path", config.teacher.path):
-            teacher = open_checkpoint(config.teacher.path)
+            teacher = open_model(config.teacher.path)
     student_config = student.config
     if config.student.keep_layers is not None:
         with _about("student.keep_layers", config.student.keep_layers):

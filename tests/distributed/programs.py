@@ -12,7 +12,7 @@ import torch.distributed as dist
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import Provenance
-from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.model.packing import pack
 from opcd_nemo.storage.run_folder import RunFolder
@@ -87,7 +87,7 @@ def move_package(models: Path, results: Path, name: str, source: str, target: st
     other layout with both. In bf16 where the source is tensor-parallel, in fp32 elsewhere.
     """
     dtype = torch.bfloat16 if "tp" in source else torch.float32
-    origin = open_checkpoint(str(models / name))
+    origin = open_model(str(models / name))
     student = LanguageModel(origin.config, start(source), dtype)
     student.load(origin)
     path = results / f"{name}-{source}-{target}.nemo"
@@ -99,7 +99,7 @@ def move_package(models: Path, results: Path, name: str, source: str, target: st
         provenance=Provenance(context=None, evaluation=None, licence={}),
         run_folder=RunFolder(results),
     )
-    package = open_checkpoint(str(path))
+    package = open_model(str(path))
     other = LanguageModel(package.config, start(target), dtype)
     other.load(package)
     full, _ = full_tensors(other, lambda p: p.data)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from opcd_nemo.distributed.groups import Parallel, init_parallel
-from opcd_nemo.formats.huggingface import hf_tensors, keep_layers, megatron_shard, open_checkpoint
-from opcd_nemo.formats.shape import tensor_shapes
+from opcd_nemo.formats.shape import keep_layers, tensor_shapes
+from opcd_nemo.formats.sharding import hf_tensors, megatron_shard
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.training.optim import StudentOptimizer
 from tests.distributed.cases import LAYOUTS
@@ -44,7 +45,7 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """A model of a folder."""
-    source = open_checkpoint(str(path))
+    source = open_model(str(path))
     config = source.config if layers is None else keep_layers(source.config, layers)
     model = LanguageModel(config, parallel, dtype)
     model.load(source, layers)

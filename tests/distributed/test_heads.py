@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from tests.bars import check, relative_error
 from tests.distributed import reference
 from tests.distributed.cases import HEAD_LOSSES, HEAD_MODELS
@@ -30,7 +30,7 @@ def test_gradients_equal_the_float64_closed_form(
 ) -> None:
     found = results(layout)["head"][model, kind, temperature]
     student, teacher = (
-        open_checkpoint(str(folder / f"{model}-{who}")).tensor("lm_head.weight").double()
+        open_model(str(folder / f"{model}-{who}")).tensor("lm_head.weight").double()
         for who in ("student", "teacher")
     )
     student_hidden, teacher_hidden, targets, weight = found["inputs"]

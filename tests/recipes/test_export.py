@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from opcd_nemo.formats.huggingface import open_checkpoint
 from opcd_nemo.formats.locate import NEMO_CONFIG
 from opcd_nemo.formats.nemo import EVALUATION, open_package, read_record
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import read_whole, write_tar
 from tests.recipes.conftest import Train, run_python
@@ -100,7 +100,7 @@ def test_nemo_restores_it_on_another_layout_and_saves_it_again(
     program.write_text(RESTORE)
     done = run_python(str(program), str(run / "run.nemo"), str(tmp_path / "again.nemo"))
     assert f"teacher {tiny} done" in done.stdout, done.stderr
-    first, again = (open_checkpoint(str(p)) for p in (run / "run.nemo", tmp_path / "again.nemo"))
+    first, again = (open_model(str(p)) for p in (run / "run.nemo", tmp_path / "again.nemo"))
     assert first.config == again.config
     assert all(first.tensor(name).equal(again.tensor(name)) for name in first.names())
 
@@ -144,7 +144,7 @@ def test_a_flipped_bit_anywhere_is_noticed(run: Path, tmp_path: Path) -> None:
 
 
 def _read_everything(path: Path) -> None:
-    checkpoint = open_checkpoint(str(path))
+    checkpoint = open_model(str(path))
     for name in checkpoint.names():
         checkpoint.tensor(name)
     files = open_package(path)

