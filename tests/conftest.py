@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.bars import WORST
-from tests.warm import SOCKET_ENV
+from tests.error_limits import WORST
+from tests.fork_server import SOCKET_ENV
+from tests.tree import PYTHONPATH
+
+# for what tests start; after what is there, which mutations of kernels come by
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), PYTHONPATH)))
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """From here on `run_python` runs programs in forks of a process that has the imports done."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "socket"))
-        command = [sys.executable, "-m", "tests.warm", path]
+        command = [sys.executable, "-m", "tests.fork_server", path]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n"

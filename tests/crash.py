@@ -27,8 +27,9 @@ from typing import Any
 import psutil
 
 from opcd_nemo.metrics import read_metrics
-from tests.recipes.conftest import ROOT, SMOKE
+from tests.recipes.conftest import SMOKE
 from tests.tiny import write_chat_model
+from tests.tree import PYTHONPATH, ROOT
 
 STEPS, SAVED_EVERY, SAVE_S = 16, 4, 0.1
 SETTINGS = (
@@ -54,7 +55,7 @@ class Job:
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command; its output goes to the folder's log."""
         with self.log.open("ab") as log:
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
             return subprocess.Popen(
                 self._command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.recipes.conftest import ROOT, SMOKE
+from tests.recipes.conftest import SMOKE
 from tests.recipes.test_experience import PROMPT, SETTINGS
 from tests.tiny import write_chat_model
+from tests.tree import PYTHONPATH, ROOT
 
 
 def start(model: Path, folder: Path) -> subprocess.Popen[bytes]:
@@ -27,7 +28,7 @@ def start(model: Path, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "recipes/experience.py", *arguments, f"exp_manager.exp_dir={folder}"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

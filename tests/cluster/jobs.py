@@ -21,7 +21,7 @@ TRAINING = [
     *SMOKE,
     f"trainer.max_steps={STEPS}",
     "parallel.tensor_model_parallel_size=2",
-    "task._target_=tests.cluster.plugs.SlowTask",
+    "task._target_=tests.cluster.slow_task.SlowTask",
     "optim.lr=1e-3",
     "parallel.timeout_s=120",
     f"exp_manager.checkpoint_callback_params.every_n_train_steps={SAVED_EVERY}",

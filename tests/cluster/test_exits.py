@@ -8,7 +8,7 @@ import pytest
 
 from opcd_nemo.storage.durable import find_damage, read_manifest
 from tests.cluster.jobs import STEPS, Site
-from tests.cluster.plugs import PAUSE_ENV
+from tests.cluster.slow_task import PAUSE_ENV
 
 FAIL = {"OPCD_STAGE_COMMAND": "tests/cluster/stage.sh", "OPCD_TEST_FAIL": "train"}
 

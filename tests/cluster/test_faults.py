@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.jobs import PATIENCE_S, STEPS, Job, Site
-from tests.cluster.plugs import HANG_ENV, PAUSE_ENV
+from tests.cluster.slow_task import HANG_ENV, PAUSE_ENV
 
 Scenario = Callable[[Site], Job]
 
@@ -180,4 +180,4 @@ def test_a_preempted_run_saves_at_once(jobs: dict[str, Future[Job]]) -> None:
 def test_the_watchdog_shows_where_a_rank_hangs(jobs: dict[str, Future[Job]]) -> None:
     job = jobs["hang"].result()
     assert "watchdog: no heartbeat for" in job.log
-    assert re.search(r'File ".*plugs.py", line \d+ in episodes', job.ranks_log(0))
+    assert re.search(r'File ".*slow_task.py", line \d+ in episodes', job.ranks_log(0))

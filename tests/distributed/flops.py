@@ -23,8 +23,8 @@ from opcd_nemo.plan.work import (
     student_stream,
     teacher_stream,
 )
+from tests.sample_work import layout, work
 from tests.tiny import model_config
-from tests.works import layout, work
 
 ROWS, RESPONSE = 3, 9
 _WIDE = {"hidden_size": 64, "ffn_hidden_size": 160, "max_positions": 512}

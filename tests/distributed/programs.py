@@ -17,7 +17,7 @@ from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.model.packing import pack
 from opcd_nemo.storage.run_folder import RunFolder
 from tests.distributed import cases
-from tests.distributed.ailments import examine_all
+from tests.distributed.broken_runs import examine_all
 from tests.distributed.cases import LAYOUTS
 from tests.distributed.flops import count_all
 from tests.distributed.generation import generate_all

@@ -17,10 +17,10 @@ from opcd_nemo.training.batches import DistillBatch
 from opcd_nemo.training.step import Phase, Run, distill_step
 from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Sample
-from tests.bars import relative_error
 from tests.distributed import cases
 from tests.distributed.shards import full_tensors
 from tests.distributed.training import build_run, make_loss, teacher_state
+from tests.error_limits import relative_error
 
 FROZEN: Any = SimpleNamespace(life="frozen", sync_every_n_steps=None, ema_decay=None)
 

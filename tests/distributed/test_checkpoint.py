@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bars import check, check_tensors
 from tests.distributed.cases import CHECKPOINT_CASES, CHECKPOINTS, TEACHER_CASES
+from tests.error_limits import check, check_tensors
 
 Results = Callable[[str], Any]
 MOVES = [f"{source}-to-{target}" for moves in CHECKPOINTS.values() for source, target in moves]

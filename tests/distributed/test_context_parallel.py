@@ -10,8 +10,8 @@ import torch
 
 from opcd_nemo.model.context_parallel import StreamShare
 from opcd_nemo.model.packing import TokenBatch, pack, pad_stream
-from tests.bars import check
 from tests.distributed import cases
+from tests.error_limits import check
 
 Results = Callable[[str], Any]
 SPLIT = [name for name, layout in cases.LAYOUTS.items() if layout.cp > 1]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bars import check, relative_error
 from tests.distributed.cases import CONVERTED, KEPT_LAYERS, SEQUENCES, UNSPLIT
+from tests.error_limits import check, relative_error
 
 Results = Callable[[str], Any]
 BAR = "logits: transformers"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from opcd_nemo.types import Prompt, Sample
-from tests.bars import check
 from tests.distributed import reference
 from tests.distributed.cases import (
     GENERATORS,
@@ -23,6 +22,7 @@ from tests.distributed.cases import (
     UNSPLIT,
     generation_prompts,
 )
+from tests.error_limits import check
 
 Results = Callable[[str], Any]
 NARROW = [name for name in UNSPLIT if LAYOUTS[name].world <= 2]

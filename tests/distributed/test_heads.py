@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from opcd_nemo.formats.stored_model import open_model
-from tests.bars import check, relative_error
 from tests.distributed import reference
 from tests.distributed.cases import HEAD_LOSSES, HEAD_MODELS
+from tests.error_limits import check, relative_error
 
 Results = Callable[[str], Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bars import check, check_tensors
 from tests.distributed import reference
 from tests.distributed.cases import FAILING, MICRO_BATCHES, SHARDED, TRAIN_CASES, TRAINED
+from tests.error_limits import check, check_tensors
 
 Results = Callable[[str], Any]
 FIXED = [name for name, case in TRAIN_CASES.items() if not case.on_policy]

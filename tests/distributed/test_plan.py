@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.bars import check
 from tests.distributed.flops import LENGTHS, MODELS
+from tests.error_limits import check
 
 Results = Callable[[str], Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bars import check, check_tensors
 from tests.distributed.cases import CHECKPOINTS, DECAY, HARD_SYNC, TEACHER_LAYOUTS, TEACHER_STEPS
+from tests.error_limits import check, check_tensors
 
 Results = Callable[[str], Any]
 layouts = pytest.mark.parametrize("layout", TEACHER_LAYOUTS)

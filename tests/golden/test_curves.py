@@ -10,7 +10,7 @@ import pytest
 from tests.golden.curves import RECORD, RUNS, machine, train
 
 
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("name", RUNS)
 def test_curves_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
     record = json.loads(RECORD.read_text())

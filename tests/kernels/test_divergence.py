@@ -5,10 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BETA, KINDS, Case, assert_gradient, assert_loss, case_of, logits_pair
 
 from opcd_kernels import Kind, LogitMap, count_nonfinite, divergence
 from opcd_kernels.eager import EagerBackend
+from tests.kernels.kernel_cases import (
+    BETA,
+    KINDS,
+    Case,
+    assert_gradient,
+    assert_loss,
+    case_of,
+    logits_pair,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

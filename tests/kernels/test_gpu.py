@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import BETA, KINDS, PLAIN, assert_gradient, assert_loss, case_of, logits_pair
 
 from opcd_kernels import (
     Kind,
@@ -19,6 +18,15 @@ from opcd_kernels import (
     linear_divergence,
     token_logprob,
     topk_divergence,
+)
+from tests.kernels.kernel_cases import (
+    BETA,
+    KINDS,
+    PLAIN,
+    assert_gradient,
+    assert_loss,
+    case_of,
+    logits_pair,
 )
 
 pytestmark = [

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BETA, KINDS, PLAIN, assert_gradient, assert_loss, case_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_kernels import Kind, LogitMap, linear_divergence, linear_token_logprob
 from opcd_kernels.reference import log_softmax
+from tests.kernels.kernel_cases import BETA, KINDS, PLAIN, assert_gradient, assert_loss, case_of
 
 NUM_ROWS, NUM_COLUMNS, NUM_VALID, HIDDEN, TEACHER_HIDDEN = 11, 301, 295, 24, 40
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import logits_pair
 
 from opcd_kernels.eager import EagerBackend
 from opcd_kernels.options import Sharpening
 from opcd_kernels.reference import divergence_and_gradient, log_softmax
 from opcd_kernels.rows import kl_from_statistics, merge, merge_token, token_scores
+from tests.kernels.kernel_cases import logits_pair
 
 PLAIN = Sharpening()
 

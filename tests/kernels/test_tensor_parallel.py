@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import KINDS
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -28,6 +27,7 @@ from opcd_kernels import (
     token_logprob,
     topk_divergence,
 )
+from tests.kernels.kernel_cases import KINDS
 
 NUM_ROWS, HIDDEN, TEACHER_HIDDEN = 9, 16, 24
 NUM_COLUMNS = 1003

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from kernel_cases import PLAIN, assert_gradient, assert_loss, logits_pair
 from torch import Tensor
 
 from opcd_kernels import LogitMap, token_logprob
 from opcd_kernels.reference import log_softmax, logit_slope
+from tests.kernels.kernel_cases import PLAIN, assert_gradient, assert_loss, logits_pair
 
 
 def expected_scores(

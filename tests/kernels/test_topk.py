@@ -6,10 +6,10 @@ from typing import Literal
 
 import pytest
 import torch
-from kernel_cases import PLAIN, assert_gradient, assert_loss, logits_pair
 
 from opcd_kernels import LogitMap, Tail, divergence, linear_topk_divergence, topk_divergence
 from opcd_kernels.reference import log_softmax, logit_slope, topk_divergence_and_gradient
+from tests.kernels.kernel_cases import PLAIN, assert_gradient, assert_loss, logits_pair
 
 TopKKind = Literal["reverse_kl", "forward_kl"]
 TOPK_KINDS: tuple[TopKKind, ...] = ("reverse_kl", "forward_kl")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fork_server import FORKED_PYTHON, SOCKET_ENV
 from tests.tiny import write_chat_model
-from tests.warm import SOCKET_ENV, WARM_PYTHON
+from tests.tree import PYTHONPATH, ROOT
 
-ROOT = Path(__file__).parents[2]
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 SMOKE = (
@@ -24,7 +24,7 @@ SMOKE = (
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm(warm: None) -> None:
+def _forked(fork_server: None) -> None:
     """Every recipe here, but those that a test wants `fresh`."""
 
 
@@ -61,11 +61,11 @@ def run_python(
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python in the repository's root; `fresh`: with all imports of its own."""
-    python = sys.executable if fresh or SOCKET_ENV not in os.environ else str(WARM_PYTHON)
+    python = sys.executable if fresh or SOCKET_ENV not in os.environ else str(FORKED_PYTHON)
     return subprocess.run(
         [python, *arguments],
         cwd=ROOT,
-        env=_clean_environment() | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
+        env=_clean_environment() | {"PYTHONPATH": PYTHONPATH} | dict(environment or {}),
         capture_output=True,
         input=stdin,
         text=True,

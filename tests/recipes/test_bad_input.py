@@ -64,7 +64,7 @@ MISTAKES = {
         ["context._target_=", "max_new_tokens=4", "128 positions", "allowed: a shorter context"],
     ),
     "an empty prompt set": (
-        ["task._target_=tests.recipes.plugs.EmptyTask"],
+        ["task._target_=tests.recipes.faulty_parts.EmptyTask"],
         ["evaluation.num_questions=2", "the task has 0 prompts", "allowed: a task that is not"],
     ),
     "an output folder that cannot be written": (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.recipes.conftest import ROOT, run_python
+from tests.recipes.conftest import run_python
+from tests.tree import PYTHONPATH
 
 
 def test_tiny_run_passes_on_two_ranks(smoke: list[str]) -> None:
@@ -38,7 +39,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_a_row(tmp_path: Path) -
     done = run_python(
         "recipes/doctor.py",
         "doctor.environment_only=true",
-        environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        environment={"PYTHONPATH": f"{tmp_path}:{PYTHONPATH}"},
         fresh=True,
     )
     assert done.returncode == 1

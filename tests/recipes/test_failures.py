@@ -66,7 +66,7 @@ def _leaves(value: object) -> list[object]:
 def test_one_dying_rank_ends_all_and_has_the_last_word(
     train: Train, tmp_path: Path, plug: str, code: int, words: str
 ) -> None:
-    failure = fail(train, tmp_path, f"task._target_=tests.recipes.plugs.{plug}")
+    failure = fail(train, tmp_path, f"task._target_=tests.recipes.faulty_parts.{plug}")
     assert failure.last_line == f"error: rank 1 failed first: {words}"
     assert failure.process.returncode == code
     assert failure.seconds < 60 + 30  # 60 after the death, which comes after start and imports
@@ -76,7 +76,7 @@ def test_one_dying_rank_ends_all_and_has_the_last_word(
 def test_non_finite_loss_stops_all_ranks_and_leaves_the_last_checkpoint(
     train: Train, tmp_path: Path
 ) -> None:
-    failure = fail(train, tmp_path, "loss._target_=tests.recipes.plugs.NanLoss")
+    failure = fail(train, tmp_path, "loss._target_=tests.recipes.faulty_parts.NanLoss")
     errors = [line for line in failure.process.stderr.splitlines() if "rror" in line]
     assert len(errors) == 1, failure.process.stderr
     assert "loss/reverse_kl is nan: stopped before the optimizer step" in errors[0]

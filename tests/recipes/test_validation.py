@@ -16,7 +16,7 @@ from tests.recipes.conftest import Train
 MOVING = [
     *("exp_manager=resumable", "exp_manager.checkpoint_callback_params.every_n_train_steps=2"),
     *("exp_manager.checkpoint_callback_params.save_top_k=1", "optim.lr=1e-3", "name=run"),
-    *("task._target_=tests.recipes.plugs.PeakedTask", "parallel=dp2"),
+    *("task._target_=tests.recipes.faulty_parts.PeakedTask", "parallel=dp2"),
     *("teacher=ema", "teacher.ema_decay=0.5"),
 ]
 VALIDATED = "evaluation.every_n_steps=1"
@@ -100,8 +100,12 @@ def test_training_stops_where_retention_falls_and_stays_stopped(
 ) -> None:
     settings = [
         *("exp_manager=resumable", "exp_manager.checkpoint_callback_params.every_n_train_steps=2"),
-        *("task._target_=tests.recipes.plugs.PeakedTask", "~retention", "+task@retention=json"),
-        *("retention._target_=tests.recipes.plugs.FadingTask", "evaluation.num_retention=4"),
+        *(
+            "task._target_=tests.recipes.faulty_parts.PeakedTask",
+            "~retention",
+            "+task@retention=json",
+        ),
+        *("retention._target_=tests.recipes.faulty_parts.FadingTask", "evaluation.num_retention=4"),
         *(VALIDATED, "evaluation.min_retention=0.5", "parallel=single", "trainer.max_steps=6"),
         *("name=run", f"exp_manager.exp_dir={tmp_path}"),
     ]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from opcd_kernels.reference import topk_divergence_and_gradient
 from opcd_nemo.losses import CAPTURED_MASS, DivergenceLoss, HardLabelLoss, Loss, TopKLoss
 from opcd_nemo.model.head import Head
-from tests.bars import check, relative_error
+from tests.error_limits import check, relative_error
 
 TOKENS, STUDENT, TEACHER, VOCABULARY, PADDED = 40, 12, 20, 61, 64
 TOP_K = 9

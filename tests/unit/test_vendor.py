@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
-from tests.recipes.conftest import ROOT
+from tests.tree import ROOT
 
 SAVED = {"torch": ["2.12.0a0+nv26.04", "/usr"], "transformer-engine": ["2.16.0+x", "/usr"]}
 

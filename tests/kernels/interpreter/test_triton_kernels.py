@@ -11,16 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import (
-    BETA,
-    KINDS,
-    PLAIN,
-    Case,
-    assert_gradient,
-    assert_loss,
-    case_of,
-    logits_pair,
-)
 
 from opcd_kernels import (
     Kind,
@@ -36,6 +26,16 @@ from opcd_kernels.options import Sharpening, make_objective
 from opcd_kernels.reference import log_softmax, topk_divergence_and_gradient
 from opcd_kernels.rows import gradient_constants, kl_from_statistics, merge
 from opcd_kernels.triton_backend import TritonBackend, wide_unit
+from tests.kernels.kernel_cases import (
+    BETA,
+    KINDS,
+    PLAIN,
+    Case,
+    assert_gradient,
+    assert_loss,
+    case_of,
+    logits_pair,
+)
 
 CAPPED = LogitMap(scale=0.5, softcap=15.0)
 TRUNCATED = 2.0**-7

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.launch.ranks import compose
-from tests.recipes.conftest import ROOT
+from tests.tree import ROOT
 
 JOB = "exp_manager=job"
 IN_IMAGE = "exp_manager.exp_dir=/workspace/runs"

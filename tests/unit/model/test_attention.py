@@ -21,7 +21,7 @@ from opcd_nemo.model.attention import (
     shared_prefix_tokens,
 )
 from opcd_nemo.model.packing import pack
-from tests.bars import check, relative_error
+from tests.error_limits import check, relative_error
 from tests.tiny import LLAMA3_ROPE, model_config
 
 HEADS, GROUPS, SIZE = 6, 3, 8

@@ -11,7 +11,7 @@ import torch
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.model.attention import KeyValue, PackedAttention, Packing
 from opcd_nemo.model.context_parallel import SplitAttention, StreamShare
-from tests.bars import check, relative_error
+from tests.error_limits import check, relative_error
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from opcd_nemo.model import layers
 from opcd_nemo.model.layers import ColumnLinear, RMSNorm, RowLinear
-from tests.bars import check, relative_error
+from tests.error_limits import check, relative_error
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 EPS = 1e-5

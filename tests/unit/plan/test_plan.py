@@ -18,7 +18,7 @@ from opcd_nemo.plan.planning import plan
 from opcd_nemo.plan.report import layouts, plan_report, sweep_report
 from opcd_nemo.plan.work import Stream, backward_flops, forward_flops, head_flops, key_value_width
 from tests.model_shapes import SHAPES, num_parameters
-from tests.works import layout, work
+from tests.sample_work import layout, work
 
 ACCELERATORS = ("h100", "h200", "a100", "this_cpu")
 QWEN, LLAMA = SHAPES["Qwen/Qwen3-8B"], SHAPES["meta-llama/Llama-3.1-8B-Instruct"]

@@ -225,7 +225,7 @@ def test_more_new_tokens_than_positions(model: Path, tmp_path: Path) -> None:
 
 
 def test_empty_prompt_set(model: Path, tmp_path: Path) -> None:
-    message = refused(model, tmp_path, "task._target_=tests.recipes.plugs.EmptyTask")
+    message = refused(model, tmp_path, "task._target_=tests.recipes.faulty_parts.EmptyTask")
     assert message == (
         "evaluation.num_questions=2: the task has 0 prompts where 2 are asked for; allowed: a task "
         "that is not empty, and at most as many as it has"

@@ -1,4 +1,4 @@
-"""Plugs that misbehave in one way each, for `task._target_` and `loss._target_`."""
+"""Tasks and losses that misbehave in one way each, for `task._target_` and `loss._target_`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `warm_python.py` stands for behaves as the interpreter does."""
+"""What `forked_python.py` stands for behaves as the interpreter does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.warm import WARM_PYTHON
+from tests.fork_server import FORKED_PYTHON
 
 PROGRAMS = {
     "an exit code": "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)",
@@ -28,7 +28,7 @@ def test_output_and_exit_are_the_interpreter_s(program: str) -> None:
         subprocess.run(
             [python, "-u", "-c", program, "word"], input="given", capture_output=True, text=True
         )
-        for python in (sys.executable, str(WARM_PYTHON))
+        for python in (sys.executable, str(FORKED_PYTHON))
     )
     assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout)
     assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]
@@ -37,7 +37,7 @@ def test_output_and_exit_are_the_interpreter_s(program: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_reaches_the_program(number: int) -> None:
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    command = [str(WARM_PYTHON), "-c", program]
+    command = [str(FORKED_PYTHON), "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())

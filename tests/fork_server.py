@@ -1,7 +1,7 @@
 """Runs programs in forks of one process, which pays for the imports once.
 
-Nine tenths of a smoke run are imports, in the launcher and in every rank. `warm_python.py` stands
-for the interpreter and hands its arguments, environment and files to `python -m tests.warm
+Nine tenths of a smoke run are imports, in the launcher and in every rank. `forked_python.py` stands
+for the interpreter and hands its arguments, environment and files to `python -m tests.fork_server
 <socket>`; as the fork's `sys.executable` it also starts what that starts, ranks and stages.
 """
 
@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-WARM_PYTHON = Path(__file__).with_name("warm_python.py")
-SOCKET_ENV = "OPCD_WARM_SOCKET"
+FORKED_PYTHON = Path(__file__).with_name("forked_python.py")
+SOCKET_ENV = "OPCD_TEST_FORK_SOCKET"
 IMPORTED = ("opcd_nemo.trainer.run", "opcd_nemo.experience.stages", "opcd_nemo.experience.pipeline")
 
 
@@ -85,7 +85,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.executable = str(WARM_PYTHON)
+    sys.executable = str(FORKED_PYTHON)
     code = 1
     try:
         _run([word for word in request["arguments"] if word != "-u"])

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-    server.connect(os.environ["OPCD_WARM_SOCKET"])
+    server.connect(os.environ["OPCD_TEST_FORK_SOCKET"])
     request = {
         "arguments": sys.argv[1:],
         "environment": dict(os.environ),
