@@ -1,26 +1,8 @@
-"""Examine a run before it costs anything: `python recipes/doctor.py <as recipes/train.py>`."""
+"""`opcd doctor`, for scripts that name this file."""
 
-from collections.abc import Callable
+import sys
 
-from omegaconf import DictConfig
-
-from opcd_nemo.config.train import ParallelConfig
-from opcd_nemo.launch.ranks import Main, run_recipe
-
-
-def load_main() -> Main:
-    """Import the models' checks only in the ranks."""
-    from opcd_nemo.doctor.examination import examine
-
-    return examine
-
-
-def check(raw: DictConfig, say: Callable[[str], None]) -> ParallelConfig | None:
-    """What needs no weights; it is imported in a child of the launcher."""
-    from opcd_nemo.doctor.examination import before_launch
-
-    return before_launch(raw, say)
-
+from opcd_nemo.cli import main
 
 if __name__ == "__main__":
-    run_recipe(load_main, "doctor", check)
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,14 +1,8 @@
-"""What a run takes: `python recipes/plan.py <as recipes/train.py> accelerator=h100`."""
+"""`opcd plan`, for scripts that name this file."""
 
-from opcd_nemo.launch.ranks import Main, run_alone
+import sys
 
-
-def load_main() -> Main:
-    """Import the arithmetic."""
-    from opcd_nemo.plan.planning import plan
-
-    return plan
-
+from opcd_nemo.cli import main
 
 if __name__ == "__main__":
-    run_alone(load_main, "plan")
+    sys.exit(main(["plan", *sys.argv[1:]]))

@@ -1,14 +1,8 @@
-"""Distil a context into a model: `python recipes/train.py recipe=demo_brevity parallel=dp2`."""
+"""`opcd train`, for scripts that name this file."""
 
-from opcd_nemo.launch.ranks import Main, run_recipe
+import sys
 
-
-def load_main() -> Main:
-    """Import the training loop, which needs seconds, only in the ranks."""
-    from opcd_nemo.trainer.run import train
-
-    return train
-
+from opcd_nemo.cli import main
 
 if __name__ == "__main__":
-    run_recipe(load_main, "train")
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -7,19 +7,20 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.train import load_config
 from opcd_nemo.experience.workplace import configs_before_start
-from opcd_nemo.launch.ranks import compose, quoted, report_error
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.exits import report_error
 
 
 def main(config_name: str, overrides: list[str]) -> int:
     """Compose, check every training of it, and print; returns the exit code."""
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     try:
-        config = compose(config_name, [quoted(override) for override in overrides])
+        config = compose(config_name, overrides)
         for one in [config] if config_name == "train" else configs_before_start(config):
             load_config(one)
         print(OmegaConf.to_yaml(config, resolve=True), end="")
     except Exception as error:
-        return report_error(error, config_name)
+        return report_error(error)
     return 0
 
 

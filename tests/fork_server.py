@@ -88,7 +88,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     sys.executable = str(FORKED_PYTHON)
     code = 1
     try:
-        _run([word for word in request["arguments"] if word != "-u"])
+        _run([word for word in request["arguments"] if word not in ("-u", "-P")])
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -21,18 +21,30 @@ _MODULES = {
 """Old module -> new module; a name in a module moves with it."""
 
 
+_MODELS = {"recipes/game_model": "game-notes"}
+"""Old path of a model -> the word for it."""
+
+
+def present_model(path: str) -> str:
+    """The present name of a model that a file or a configuration names."""
+    return _MODELS.get(path, path)
+
+
 def present_name(dotted: str) -> str:
     """The present dotted name of a class or function that a file or a configuration names."""
     module, _, name = dotted.rpartition(".")
     return f"{_MODULES.get(module, module)}.{name}"
 
 
+_PRESENT = {"_target_": present_name, "target": present_name, "path": present_model}
+
+
 def present_config(node: Any) -> Any:
-    """A stored configuration in which every `_target_` and `target` has its present name."""
+    """A stored configuration in which classes and bundled models have their present names."""
     if isinstance(node, Mapping):
         return {
-            key: present_name(value)
-            if key in ("_target_", "target") and isinstance(value, str)
+            key: _PRESENT[key](value)
+            if key in _PRESENT and isinstance(value, str)
             else present_config(value)
             for key, value in node.items()
         }

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.context.items import as_text, content_hash
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.durable import write_whole
 
@@ -198,28 +199,30 @@ def describe(entry: Entry) -> Mapping[str, Any]:
     return {"content_hash": entry.hash, **asdict(entry)}
 
 
-def run_command(words: Sequence[str], say: Callable[[str], None]) -> int:
-    """Do a command of the registry; returns the exit code.
+def answer(words: Sequence[str]) -> str:
+    """Do a command of the registry; returns what it shows.
 
-    `registry=<folder>` names the registry; an entry by the start of its hash.
+    `registry=<folder>` names the registry; an entry is named by the start of its hash.
+
+    Raises:
+        UserError: there is no such command, registry or entry.
     """
     folders = [word.partition("=")[2] for word in words if word.startswith("registry=")]
-    command, *entries = [word for word in words if not word.startswith("registry=")]
-    try:
-        if len(folders) != 1 or not Path(folders[0]).is_dir():
-            raise UserError("registry", ", ".join(folders) or None, "a registry's folder")
-        registry = Registry(Path(folders[0]))
-        say(_answer(registry, command, entries))
-    except UserError as error:
-        say(f"error: {error}")
-        return 2
-    return 0
+    command, *entries = [word for word in words if not word.startswith("registry=")] or [""]
+    if command not in COMMANDS:
+        key = f"opcd registry {command}".rstrip()
+        raise unknown_name(key, COMMANDS, name=command, what="command")
+    if len(folders) != 1 or not Path(folders[0]).expanduser().is_dir():
+        given = ", ".join(folders) if folders else None
+        raise UserError("registry", given, "a folder of a registry, as runs/demo_games/registry")
+    return _answer(Registry(Path(folders[0]).expanduser()), command, entries)
 
 
 def _answer(registry: Registry, command: str, entries: Sequence[str]) -> str:
     counts = {"list": (0,), "show": (0, 1), "diff": (2,), "rollback": (0,)}
     if len(entries) not in counts[command]:
-        raise UserError(f"{command} {' '.join(entries)}", allowed=_USAGE)
+        count = f"{len(entries)} entries are given"
+        raise UserError(f"opcd registry {command}", ABSENT, _USAGE, problem=count)
     if command == "list":
         return table(registry)
     if command == "diff":

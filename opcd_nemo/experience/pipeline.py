@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,14 +24,14 @@ from opcd_nemo.experience.workplace import (
     checked_configs,
 )
 from opcd_nemo.formats.locate import read_json
-from opcd_nemo.launch.ranks import EXIT_BAD_INPUT
+from opcd_nemo.launch.exits import EXIT_BAD_INPUT
 from opcd_nemo.storage.attempt import is_first_node
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.storage.run_folder import RunFolder
 
 Say = Callable[[str], None]
 Launch = Callable[[Sequence[str]], int]
-"""Runs the recipe again with these overrides after its own; returns its exit code."""
+"""Runs ranks with these overrides after the command's; returns their exit code."""
 
 
 def run_pipeline(settings: Settings, launch: Launch, say: Say) -> int:
@@ -200,15 +196,3 @@ def _lineage(place: Workplace, candidate: Candidate) -> dict[str, object]:
         "problems": list(candidate.problems),
         "kept": extraction.keep,
     }
-
-
-def run_again(overrides: Sequence[str], mark: str) -> int:
-    """Start this program once more with further overrides; signals go on to it.
-
-    On a cluster every node does so: the launchers meet, and their ranks are one run.
-    """
-    child = subprocess.Popen([sys.executable, *sys.argv, *overrides], env={**os.environ, mark: "1"})
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda received, _: child.send_signal(received))
-    code = child.wait()
-    return code if code >= 0 else 128 - code

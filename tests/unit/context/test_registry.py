@@ -23,7 +23,7 @@ from opcd_nemo.context.sources import (
 )
 from opcd_nemo.export.convert import nemo_config
 from opcd_nemo.export.provenance import as_context, describe_context, freeze_context
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 
 WRAP = "{experience}\n\n{question}"
 GAME_WRAP = "{opening}\n\n{experience}\n\n{situation}"

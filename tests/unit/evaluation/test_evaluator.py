@@ -17,7 +17,7 @@ from opcd_nemo.evaluation.evaluator import (
     Evaluator,
     leakage_pattern,
 )
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms
 from opcd_nemo.tasks.questions import Question, QuestionTask, capitals
 from opcd_nemo.types import Prompt, Sample

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from opcd_nemo.context.items import content_hash
-from opcd_nemo.context.registry import COMMANDS, run_command
+from opcd_nemo.context.registry import COMMANDS, answer
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.pipeline import run_pipeline, select_experience
 from opcd_nemo.experience.workplace import Workplace
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.storage.lock import lock_folder
 
 
@@ -136,21 +137,20 @@ def test_a_wrong_command_of_the_registry_is_one_line(
 ) -> None:
     place = written(tmp_path)
     select_experience(place, lambda line: None)
-    lines: list[str] = []
     folder = [] if said.startswith("registry") else [f"registry={place.registry.folder}"]
-    assert run_command([*words, *folder], lines.append) == 2
-    assert said in lines[0]
+    with pytest.raises(UserError) as refused:
+        answer([*words, *folder])
+    assert said in str(refused.value)
 
 
 def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
     place = written(tmp_path)
     select_experience(place, lambda line: None)
-    folder, shown = f"registry={place.registry.folder}", []
+    folder = f"registry={place.registry.folder}"
     short = place.registry.selected().hash[:6]
     commands = {"list": [], "show": [short], "diff": [short, short]}
     assert set(commands) < set(COMMANDS)
-    for command, entries in commands.items():
-        assert run_command([command, *entries, folder], shown.append) == 0
+    shown = [answer([command, *entries, folder]) for command, entries in commands.items()]
     assert short in shown[0]
     assert json.loads(shown[1])["items"] == ["best"]
 

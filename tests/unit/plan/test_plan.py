@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.groups import split_settings
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan import duration, memory
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.planning import plan

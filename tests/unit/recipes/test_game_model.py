@@ -27,7 +27,7 @@ from recipes.game_model.vocabulary import GAMES, SYMBOLS, USER, drawn, make_toke
 from tests.unit.tasks.test_games import LETTERS, build
 
 ROOT = Path(__file__).parents[3]
-MODEL = ROOT / "recipes/game_model"
+MODEL = ROOT / "opcd_nemo/game_model"
 CHAT = ChatTokenizer.from_path(str(MODEL))
 ROOMS = {"num_maps": 60, "rounds": 6, "num_validation": 20, "num_test": 20}
 LAKES = {"size": 4, "num_holes": 4, "rounds": 8, "num_validation": 80, "num_test": 80}

@@ -14,7 +14,7 @@ import torch
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.sources import FixedContext
 from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.plugs import build_plug, check_plug
-from opcd_nemo.launch.ranks import CONF, compose
+from opcd_nemo.launch.compose import CONF, compose
 from opcd_nemo.tasks.choices import labelled_texts, multiple_choice
 from opcd_nemo.tasks.questions import QuestionEpisode, QuestionTask
 from tests.unit.tasks.test_maths import SPLITS, asked, by_split, everything, write

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.context.sources import Context
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks.games.boards import STEPS, Board, Direction, draw, images, solve
 from opcd_nemo.tasks.games.frozen_lake import FrozenLake, frozen_lake_maps
 from opcd_nemo.tasks.games.rules import Play, Rules, make_rules, random_win_rate

@@ -10,7 +10,7 @@ import pytest
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.sources import Context
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks.instruction_kinds import ALONE, KINDS, compatible, sentences, words
 from opcd_nemo.tasks.instructions import (
     QUESTIONS,

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from opcd_nemo.context.sources import NoContext
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks.games.boards import Direction
 from opcd_nemo.tasks.games.frozen_lake import FrozenLake, frozen_lake_maps
 from opcd_nemo.tasks.games.rules import Play

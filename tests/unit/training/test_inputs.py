@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opcd_nemo.config.train import load_config
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.training.inputs import Inputs, open_inputs
 from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
 

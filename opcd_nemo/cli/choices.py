@@ -1,0 +1,67 @@
+"""`opcd list`: the groups of `conf/` and the choices of a group, each with its first comment."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from opcd_nemo.config.spelling import unknown_name
+from opcd_nemo.errors import UserError
+from opcd_nemo.launch.compose import CONF, choices
+
+
+def show_choices(words: Sequence[str]) -> int:
+    """Print the groups, or the choices of the group that is named.
+
+    Raises:
+        UserError: there is no such group, or more than a group is named.
+    """
+    if len(words) > 1:
+        raise UserError("opcd list", " ".join(words), "a single group, as opcd list recipes")
+    if not words:
+        _print_table([(name, f"{len(choices(name))} choices") for name in groups()])
+        return 0
+    group = group_of(words[0])
+    _print_table([(name, about(CONF / group / f"{name}.yaml")) for name in choices(group)])
+    return 0
+
+
+def groups() -> list[str]:
+    """The groups of `conf/`."""
+    return sorted(path.name for path in CONF.iterdir() if choices(path.name))
+
+
+def group_of(word: str) -> str:
+    """The group that a word names, in the singular or the plural.
+
+    Raises:
+        UserError: there is no such group.
+    """
+    known: dict[str, str] = {}
+    for group in groups():
+        known |= {group: group, f"{group}s": group, f"{group}es": group}
+    if word not in known:
+        raise unknown_name(f"opcd list {word}", groups(), name=word, what="group")
+    return known[word]
+
+
+def about(file: Path) -> str:
+    """What a file of `conf/` says of itself: its leading comment, in one line."""
+    words = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("# "))
+    return " ".join(words)
+
+
+def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    columns = shutil.get_terminal_size((120, 24)).columns
+    for name, words in rows:
+        short = textwrap.shorten(words, max(columns - width - 2, 20), placeholder=" ...")
+        print(f"{name:{width}}  {short}".rstrip())  # noqa: T201

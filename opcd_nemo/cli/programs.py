@@ -1,0 +1,202 @@
+"""What each command does; torch and Hydra are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from opcd_nemo.config.spelling import unknown_name
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from opcd_nemo.config.train import ParallelConfig
+    from opcd_nemo.launch.ranks import Main
+
+    Say = Callable[[str], None]
+
+CONFIGS = ("train", "experience", "doctor", "plan", "export", "chat")
+STAGE_OPTION = "--stage"  # the pipeline starts its ranks with it
+
+
+def train(words: Sequence[str]) -> int:
+    """Distil a context into a model."""
+    from opcd_nemo.launch.ranks import run_in_ranks
+
+    def load() -> Main:
+        from opcd_nemo.trainer.run import train
+
+        return train
+
+    run_in_ranks(["train", *words], load, "train")
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Examine a run before it costs anything."""
+    from opcd_nemo.launch.ranks import run_in_ranks
+
+    def load() -> Main:
+        from opcd_nemo.doctor.examination import examine
+
+        return examine
+
+    def check(raw: DictConfig, say: Say) -> ParallelConfig | None:
+        from opcd_nemo.doctor.examination import before_launch
+
+        return before_launch(raw, say)
+
+    run_in_ranks(["doctor", *words], load, "doctor", check)
+
+
+def plan(words: Sequence[str]) -> int:
+    """Say what a run takes."""
+    from opcd_nemo.launch.ranks import run_alone
+
+    def load() -> Main:
+        from opcd_nemo.plan.planning import plan
+
+        return plan
+
+    run_alone(words, load, "plan")
+
+
+def export(words: Sequence[str]) -> int:
+    """Convert a model."""
+    from opcd_nemo.launch.compose import compose
+    from opcd_nemo.launch.ranks import run_alone
+
+    def load() -> Main:
+        from opcd_nemo.export.convert import export
+
+        def main(settings: DictConfig, say: Say) -> None:
+            say(f"written: {export(settings, lambda: compose('train', []))}")
+
+        return main
+
+    run_alone(words, load, "export")
+
+
+def chat(words: Sequence[str]) -> int:
+    """Talk to a model."""
+    from opcd_nemo.launch.ranks import run_alone
+
+    def load() -> Main:
+        from opcd_nemo.cli.chat import run_chat
+
+        def main(settings: DictConfig, say: Say) -> None:
+            run_chat(settings, _typed_lines(), say)
+
+        return main
+
+    run_alone(words, load, "chat")
+
+
+def _typed_lines() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def maps(words: Sequence[str]) -> int:
+    """Show a game's maps and a random player's wins."""
+    from opcd_nemo.launch.ranks import run_alone
+
+    def load() -> Main:
+        from opcd_nemo.config.plugs import build_plug
+        from opcd_nemo.config.train import load_config
+        from opcd_nemo.errors import UserError
+        from opcd_nemo.tasks.games.task import GameTask
+
+        def main(settings: DictConfig, say: Say) -> None:
+            task = build_plug(load_config(settings).task)
+            if not isinstance(task, GameTask):
+                games = "task=frozen_lake, task=sokoban"
+                raise UserError("task._target_", settings.task._target_, games, problem="no game")
+            say(json.dumps(task.report(), indent=1))
+
+        return main
+
+    run_alone(words, load, "train")
+
+
+def experience(words: Sequence[str]) -> int:
+    """Go through the experience pipeline; with `--stage`, be a rank of the stage `stage=`."""
+    from opcd_nemo.launch.ranks import run_alone, run_and_exit, run_rank
+
+    overrides = [word for word in words if word != STAGE_OPTION]
+
+    def load_stage() -> Main:
+        from opcd_nemo.experience.stages import run_stage
+
+        return run_stage
+
+    if len(overrides) < len(words):
+        run_and_exit(lambda: run_rank(overrides, load_stage, "experience"))
+
+    def load_pipeline() -> Main:
+        from opcd_nemo.experience.config import load_experience
+        from opcd_nemo.experience.pipeline import run_pipeline
+
+        def main(raw: DictConfig, say: Say) -> int:
+            def launch(more: Sequence[str]) -> int:
+                return _launch_stage([*overrides, *more], say)
+
+            return run_pipeline(load_experience(raw), launch, say)
+
+        return main
+
+    run_alone(overrides, load_pipeline, "experience")
+
+
+def _launch_stage(overrides: Sequence[str], say: Say) -> int:
+    """Check a stage as a training run is checked, and start its ranks."""
+    from opcd_nemo.experience.workplace import stage_to_check
+    from opcd_nemo.launch.compose import compose
+    from opcd_nemo.launch.ranks import check_run, launch_ranks
+
+    parallel = check_run(stage_to_check(compose("experience", overrides)), say)
+    assert parallel is not None
+    return launch_ranks(["experience", STAGE_OPTION, *overrides], parallel)
+
+
+def registry(words: Sequence[str]) -> int:
+    """Look at a pipeline's notes, or select earlier ones again."""
+    from opcd_nemo.context.registry import answer
+
+    sys.stdout.write(f"{answer(words)}\n")
+    return 0
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run a training as a NeMo-Run experiment."""
+    from opcd_nemo.cli.nemo_run import run_experiment
+
+    return run_experiment(words)
+
+
+def config(words: Sequence[str]) -> int:
+    """Print a composed configuration, and the file that each value is from."""
+    from opcd_nemo.cli.composed import show_config
+
+    program, rest = "train", list(words)
+    if "--program" in rest:
+        index = rest.index("--program")
+        program = rest[index + 1] if index + 1 < len(rest) else ""
+        del rest[index : index + 2]
+    if program not in CONFIGS:
+        raise unknown_name("--program", CONFIGS, value=program, name=program, what="configuration")
+    return show_config(program, rest)
+
+
+def choices(words: Sequence[str]) -> int:
+    """Print the choices of a group."""
+    from opcd_nemo.cli.choices import show_choices
+
+    return show_choices(words)

@@ -1,0 +1,53 @@
+"""How a program ends: its exit code, and what it says of an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from opcd_nemo.errors import (
+    CheckFailed,
+    NonFiniteError,
+    SaveError,
+    StoppedByFile,
+    StoppedBySignal,
+    UserError,
+)
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # by a signal, with a checkpoint: start the same command again
+EXIT_DO_NOT_RESTART = 93  # somebody wants the run to end
+STOPS: dict[type[Exception], int] = {
+    StoppedBySignal: EXIT_STOPPED,
+    StoppedByFile: EXIT_DO_NOT_RESTART,
+}
+
+
+def report_error(error: Exception) -> int:
+    """Print one line for what is no bug, a traceback for the rest; returns the exit code."""
+    if type(error) in STOPS:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{error}\n")
+        return STOPS[type(error)]
+    mistake = isinstance(error, UserError) or _not_yet_converted(error)
+    if not mistake and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
+        traceback.print_exception(error)
+        return EXIT_FAILURE
+    if os.environ.get("RANK", "0") == "0" and not _launcher_prints():
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return EXIT_BAD_INPUT if mistake else EXIT_FAILURE
+
+
+def _launcher_prints() -> bool:
+    """Whether this is a rank, whose launcher prints the line of the rank that failed first."""
+    if "RANK" not in os.environ:
+        return False
+    from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV
+
+    return LAUNCHER_PID_ENV in os.environ
+
+
+def _not_yet_converted(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "allowed" in str(error)
