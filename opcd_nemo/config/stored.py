@@ -1,9 +1,14 @@
-"""A configuration out of a file from anywhere: plain values, and classes of this package alone."""
+"""A configuration out of a file from anywhere: plain values, and classes of this package alone.
+
+Who wrote the file is not known: it comes with a model. What its YAML may hold is what JSON holds,
+without tags, aliases and interpolations; a class may be named where a run has a plug, and it is
+one of the lists below. Nothing of the file is imported or called here.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,9 +17,61 @@ from opcd_nemo.config.renamed import present_config
 from opcd_nemo.errors import ABSENT, UserError
 
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32  # a run's configuration has 6 levels; parsers are slow in thousands
 _MODEL = "opcd_nemo.trainer.model.OPCDModel"
 _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
-_PLUGS = re.compile(r"opcd_nemo\.(context|losses|(tasks|tasks\.games|engines)\.\w+)\.\w+")
+_TASKS = (
+    "opcd_nemo.tasks.choices.labelled_texts",
+    "opcd_nemo.tasks.choices.multiple_choice",
+    "opcd_nemo.tasks.games.task.frozen_lake",
+    "opcd_nemo.tasks.games.task.sokoban",
+    "opcd_nemo.tasks.games.textarena.textarena",
+    "opcd_nemo.tasks.instructions.instructions",
+    "opcd_nemo.tasks.maths.file_problems",
+    "opcd_nemo.tasks.maths.generated_problems",
+    "opcd_nemo.tasks.questions.capitals",
+    "opcd_nemo.tasks.replay.ReplayTask",
+    "opcd_nemo.tasks.system_prompt.StyleTask",
+)
+_CONTEXTS = tuple(
+    f"opcd_nemo.context.{name}"
+    for name in (
+        "ExperienceContext",
+        "ExperiencePool",
+        "FewShotContext",
+        "FixedContext",
+        "NoContext",
+    )
+)
+_LOSSES = tuple(
+    f"opcd_nemo.losses.{name}" for name in ("DivergenceLoss", "HardLabelLoss", "TopKLoss")
+)
+STORED_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "task": _TASKS,
+    "task.of": _TASKS,
+    "retention": _TASKS,
+    "context": _CONTEXTS,
+    "engine": ("opcd_nemo.engines.megatron.MegatronEngine",),
+    "loss": _LOSSES,
+    "warmup.loss": _LOSSES,
+}
+"""The classes that a stored configuration may name, by the key under which `_target_` stands."""
+_RESERVED = frozenset(("cls", "_args_", "_partial_", "_recursive_", "_convert_"))
+"""Keys by which Hydra and NeMo call something; no configuration of this project has them."""
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML's plain values: no dates, and no numbers to the base of 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"[-+]?(0|[1-9][0-9]*)\Z") if tag.endswith(":int") else pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":timestamp", ":merge", ":value"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_stored(text: bytes, where: str) -> dict[str, Any]:
@@ -24,9 +81,9 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
         UserError: another kind of file, or one that `check_stored` refuses.
     """
     try:
-        if len(text) > _MAX_BYTES or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
-            raise ValueError(f"more than {_MAX_BYTES} bytes, or aliases")
-        config = yaml.safe_load(text)
+        if problem := _not_plain(text):
+            raise ValueError(problem)
+        config = yaml.load(text, _Loader)  # a loader of plain values alone
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(where, ABSENT, "a configuration in YAML", problem=first) from error
@@ -37,25 +94,69 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
     return present
 
 
+def _not_plain(text: bytes) -> str | None:
+    """Why the text is not even looked at closer; events cost little and build nothing."""
+    if len(text) > _MAX_BYTES:
+        return f"more than {_MAX_BYTES} bytes"
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            return "aliases"
+        if getattr(event, "tag", None) is not None:
+            return f"the tag {event.tag}"
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            return f"more than {_MAX_DEPTH} levels"
+    return None
+
+
 def check_stored(config: Mapping[str, Any], where: str) -> None:
     """Refuse what could run or read something when the configuration is used.
 
     Raises:
-        UserError: an interpolation (files are written resolved), or a class of another package.
+        UserError: a value that JSON does not have, an interpolation (files are written resolved),
+            or a class that is not in `STORED_CLASSES`, or not at its key.
     """
-    for key, value in _leaves(config):
-        if isinstance(value, str) and _INTERPOLATION.search(value):
-            raise UserError(key, value, "plain values", problem="has an interpolation", where=where)
-        if key.split(".")[-1] in ("_target_", "target", "cls") and not (
-            value == _MODEL or _PLUGS.fullmatch(str(value))
-        ):
-            raise UserError(
-                key,
-                value,
-                "a task, context, engine or loss of opcd_nemo (one of your own: pass it with "
-                "override_config_path)",
-                where=where,
-            )
+    _check_node(dict(config), "", where)
+
+
+def _check_node(node: Any, key: str, where: str) -> None:
+    if type(node) is dict:
+        for name, value in node.items():
+            if type(name) not in (str, int):
+                raise UserError(f"{key}.{name}", ABSENT, "keys that are texts", where=where)
+            _check_name(str(name), value, key, where)
+            _check_node(value, f"{key}.{name}" if key else str(name), where)
+    elif type(node) is list:
+        for index, value in enumerate(node):
+            _check_node(value, f"{key}.{index}", where)
+    elif type(node) is str:
+        if _INTERPOLATION.search(node):
+            raise UserError(key, node, "plain values", problem="has an interpolation", where=where)
+    elif node is not None and type(node) not in (bool, int, float):
+        kind = type(node).__name__
+        raise UserError(key, ABSENT, "plain values", problem=f"is a {kind}", where=where)
+
+
+def _check_name(name: str, value: Any, key: str, where: str) -> None:
+    """Refuse a class that a run has no use for at this key, and other ways to name something."""
+    full = f"{key}.{name}" if key else name
+    if name in _RESERVED:
+        raise UserError(full, value, "keys of a run's configuration", where=where)
+    if name == "target" and key == "":
+        good, allowed = value == _MODEL, _MODEL
+    elif name in ("_target_", "target"):
+        known = STORED_CLASSES.get(key, ())
+        good = name == "_target_" and isinstance(value, str) and value in known
+        allowed = (
+            "a task, context, engine or loss of opcd_nemo, at its key (one of your own: pass it "
+            "with override_config_path)"
+        )
+    else:
+        return
+    if not good:
+        raise UserError(full, value, allowed, where=where)
 
 
 def escaped(node: Any) -> Any:
@@ -70,12 +171,3 @@ def escaped(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [escaped(value) for value in node]
     return node
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, Mapping | list):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

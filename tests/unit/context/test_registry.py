@@ -81,7 +81,7 @@ def test_escaped_text_is_plain_and_an_interpolation_stays_refused() -> None:
     assert OmegaConf.to_container(config, resolve=True) == {"a": texts}
     check_stored({"a": escaped(texts)}, "here")
     for text in ("${x}", r"\\${x}", r"\${x} ${x}", "$${x}"):
-        with pytest.raises(ValueError, match="a has an interpolation"):
+        with pytest.raises(ValueError, match="has an interpolation"):
             check_stored({"a": text}, "here")
 
 

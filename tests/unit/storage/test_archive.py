@@ -218,8 +218,3 @@ def test_a_tar_of_nested_headers_is_refused(tmp_path: Path) -> None:
 )
 def test_a_strangers_configuration_is_refused(text: str, word: str) -> None:
     assert word in refusal(lambda p: parse_stored(text.encode(), str(p)), "config")
-
-
-def test_a_configuration_of_this_package_is_read() -> None:
-    text = b"target: opcd_nemo.trainer.model.OPCDModel\ntask: {_target_: opcd_nemo.tasks.a.B}"
-    assert parse_stored(text, "x")["task"] == {"_target_": "opcd_nemo.tasks.a.B"}
