@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opcd_nemo.cli import programs
+from opcd_nemo.cli import composed, programs, usage
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.launch.exits import report_error
@@ -26,6 +26,7 @@ class Command:
     config: str | None = None
     """The file of `conf/` whose groups and keys are its words."""
     usage: str = "[group=choice ...] [key=value ...]"
+    options: tuple[str, ...] = ()
     examples: tuple[str, ...]
 
 
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Command] = {
         about="play, write notes, select them and learn them by heart: the whole pipeline",
         run=programs.experience,
         config="experience",
+        options=(programs.STAGE_OPTION,),
         examples=("recipe=demo_games", "recipe=demo_games stage=score"),
     ),
     "registry": Command(
@@ -108,6 +110,7 @@ COMMANDS: dict[str, Command] = {
     "config": Command(
         about="the composed configuration of a command, and the file that each value is from",
         run=programs.config,
+        options=("--program",),
         usage="[--program train|experience|doctor|plan|export|chat] [the command's words ...]",
         examples=("recipe=demo_brevity", "--program experience recipe=demo_games"),
     ),
@@ -137,16 +140,31 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        return 0
+        return usage.show_commands(COMMANDS)
     name, *rest = words
     if name == "--version":
-        return 0
+        return usage.show_version()
     if name not in COMMANDS:
         raise _unknown(name, words)
     command = COMMANDS[name]
     if {"-h", "--help"} & set(rest):
-        return 0
+        return usage.show_command(name, command)
+    if command.config is not None and "--cfg" in rest:
+        return _show_config(command.config, rest)
+    for word in rest:
+        if word.startswith("--") and word not in command.options:
+            options = ["--help", "--cfg", *command.options]
+            raise unknown_name(f"opcd {name} {word}", options, name=word, what="option")
     return command.run(rest)
+
+
+def _show_config(config_name: str, words: Sequence[str]) -> int:
+    """Print what `--cfg job` or `--cfg all` asks for, as Hydra's programs do."""
+    index = words.index("--cfg")
+    kind = words[index + 1] if index + 1 < len(words) else ""
+    if kind not in ("job", "all", "hydra"):
+        raise UserError("--cfg", kind, "job, all, hydra")
+    return composed.show_config(config_name, [*words[:index], *words[index + 2 :]], kind)
 
 
 def _unknown(name: str, words: Sequence[str]) -> UserError:

@@ -29,12 +29,22 @@ _Dumper.add_representer(
 )
 
 
-def show_config(config_name: str, words: Sequence[str]) -> int:
-    """Print the configuration as YAML; a comment at each value names its file."""
+def show_config(config_name: str, words: Sequence[str], kind: str = "job") -> int:
+    """Print the configuration as YAML; a comment at each value names its file.
+
+    Args:
+        config_name: a file of `conf/`, without its ending.
+        words: the command's words.
+        kind: as Hydra's `--cfg`: the `job`'s configuration, that of `hydra`, or `all`.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
     config = compose(config_name, words)
-    sources = value_sources(config_name, words)
-    for line in _lines(config, sources, ""):
-        print(line)  # noqa: T201
+    if kind != "hydra":
+        for line in _lines(config, value_sources(config_name, words), ""):
+            print(line)  # noqa: T201
+    if kind != "job":
+        print(OmegaConf.to_yaml({"hydra": HydraConfig.get()}), end="")  # noqa: T201
     return 0
 
 

@@ -42,7 +42,7 @@ def compose(config_name: str, words: Sequence[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         problem = str(error).splitlines()[0]
         key = str(error.full_key)
-        raise UserError(key, ABSENT, "a value that can be read", problem=problem) from error
+        raise UserError(key, ABSENT, "a key that exists", problem=problem) from error
     return config
 
 

@@ -1,0 +1,150 @@
+"""`opcd --help` and `opcd COMMAND --help`: from the files of `conf/` and the schema's words."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from opcd_nemo.config.schema import Described, described
+from opcd_nemo.launch.compose import CONF, choices
+
+if TYPE_CHECKING:
+    from opcd_nemo.cli.commands import Command
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TRAIN = ("opcd_nemo.config.train:TrainConfig", "")
+_SCHEMAS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "train": (_TRAIN,),
+    "experience": (("opcd_nemo.experience.config:PipelineKeys", ""), _TRAIN),
+    "doctor": (("opcd_nemo.config.programs:DoctorConfig", "doctor."), _TRAIN),
+    "plan": (
+        ("opcd_nemo.config.programs:PlanConfig", "plan."),
+        ("opcd_nemo.plan.accelerator:Accelerator", "accelerator."),
+        _TRAIN,
+    ),
+}
+"""By file of `conf/`: the dataclasses that describe its keys, and what stands before them."""
+
+
+def show_version() -> int:
+    """Print the version of this package."""
+    sys.stdout.write(f"opcd {version('opcd-nemo')}\n")
+    return 0
+
+
+def show_commands(commands: Mapping[str, Command]) -> int:
+    """Print what `opcd` can do."""
+    width = max(map(len, commands))
+    lines = ["usage: opcd COMMAND [word ...]", "", "commands:"]
+    lines += [f"  {name:{width}}  {command.about}" for name, command in commands.items()]
+    lines += ["", "examples:"]
+    lines += [f"  opcd {name} {commands[name].examples[0]}" for name in ("train", "list")]
+    lines += ["", "opcd COMMAND --help describes a command; opcd --version prints the version."]
+    return _print(lines)
+
+
+def show_command(name: str, command: Command) -> int:
+    """Print a command's usage, its groups and keys, and examples."""
+    lines = [
+        f"usage: opcd {name} {command.usage}",
+        "",
+        f"{command.about[0].upper()}{command.about[1:]}.",
+    ]
+    if command.config is not None:
+        lines += ["", *_groups(command.config), "", *_keys(command.config)]
+        lines += ["", "options:"]
+        lines += ["  --help, -h      print this"]
+        lines += ["  --cfg job|all   print the composed configuration; all: with Hydra's"]
+    lines += ["", "examples:"]
+    lines += [f"  opcd {name} {words}" for words in command.examples]
+    return _print(lines)
+
+
+def _print(lines: list[str]) -> int:
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def default_choices(config_name: str) -> dict[str, str]:
+    """The groups of a file of `conf/` and the choice of each, from its defaults list."""
+    found: dict[str, str] = {}
+    for entry in _load(config_name).get("defaults", []):
+        if isinstance(entry, str):
+            found |= default_choices(entry) if entry != "_self_" else {}
+            continue
+        ((key, choice),) = entry.items()
+        group = key.split()[-1].lstrip("/")
+        if choices(group):
+            found[group] = str(choice)
+    return found
+
+
+def _load(config_name: str) -> dict[str, Any]:
+    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.load(text, Loader=_LOADER)
+    return loaded
+
+
+def _groups(config_name: str) -> Iterator[str]:
+    yield "groups, each with its choices; * is the default; `opcd list GROUP` describes them:"
+    defaults = default_choices(config_name)
+    width = max(map(len, defaults))
+    for group, default in defaults.items():
+        names = (f"{name}*" if name == default else name for name in choices(group))
+        yield from _paragraph(f"  {group:{width}}  ", ", ".join(names))
+
+
+def _keys(config_name: str) -> Iterator[str]:
+    yield "keys:"
+    keys = list(_described(config_name))
+    alone = [key for key in keys if "." not in key.key and not key.is_group]
+    for key in alone + [key for key in keys if key not in alone]:
+        if key.is_group:
+            yield ""
+            yield f"  {key.key}: {key.words.rstrip('.')}"
+            continue
+        name = f"    {key.key}  "
+        example = f"; e.g. {key.key}={key.example}" if key.example is not None else ""
+        yield from _paragraph(f"{name:34}", f"{key.words} [{key.allowed}{example}]")
+
+
+def _described(config_name: str) -> Iterator[Described]:
+    if config_name not in _SCHEMAS:
+        yield from _commented(config_name)
+    for where, prefix in _SCHEMAS.get(config_name, ()):
+        module, _, name = where.partition(":")
+        schema = getattr(importlib.import_module(module), name)
+        if prefix:
+            words = str(schema.__doc__).splitlines()[0]
+            yield Described(
+                key=prefix.rstrip("."), words=words, allowed="", example=None, is_group=True
+            )
+        yield from described(schema, prefix)
+
+
+def _commented(config_name: str) -> Iterator[Described]:
+    """The keys of a small file of `conf/`, which its comments describe."""
+    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
+    for key, value, words in re.findall(r"^(\w+): (.+?)(?: # (.*))?$", text, re.M):
+        yield Described(
+            key=key, words=words or key, allowed=f"default {value}", example=None, is_group=False
+        )
+
+
+def _paragraph(start: str, text: str) -> list[str]:
+    columns = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    indent = " " * len(f"{'':34}") if len(start) >= 34 else " " * len(start)
+    if len(start) > 34:
+        return [
+            start.rstrip(),
+            *textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent),
+        ]
+    return textwrap.wrap(text, columns, initial_indent=start, subsequent_indent=indent)
