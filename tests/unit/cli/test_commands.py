@@ -1,0 +1,112 @@
+"""What a user reads before anything runs: help, choices, configurations and wrong names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from opcd_nemo.cli import main
+from opcd_nemo.cli.commands import COMMANDS
+from opcd_nemo.cli.composed import value_sources
+from opcd_nemo.config.schema import described
+from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.launch.compose import compose
+from tests.tree import ROOT
+
+CPU_SECONDS = 0.5  # 0.2 measured; a loaded machine costs more
+_MEASURED = """
+import json, resource, sys
+from opcd_nemo.cli import main
+code = main(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [name for name in ("torch", "hydra", "megatron", "nemo") if name in sys.modules]
+print(json.dumps([code, used.ru_utime + used.ru_stime, heavy]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "experience -h", "--version", "list"])
+def test_help_is_cheap(words: str) -> None:
+    command = [sys.executable, "-c", _MEASURED, *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    code, seconds, heavy = json.loads(done.stderr)
+    assert (code, heavy) == (0, [])
+    assert done.stdout
+    assert seconds < CPU_SECONDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_describes_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: opcd {command} ")
+    assert shown.count(f"\n  opcd {command} ") == 2  # examples
+
+
+def test_help_has_every_key_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-h"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for key in described(TrainConfig):
+        assert f"{key.key}: {key.words.rstrip('.')}" in shown or f"{key.key} {key.words}" in shown
+
+
+@pytest.mark.parametrize("word", ["recipe", "recipes"])
+def test_choices_stand_in_a_line_each(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", word]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list((ROOT / "conf/recipe").glob("*.yaml")))
+    assert any(line.startswith("demo_games ") and "notes of a game" in line for line in lines)
+
+
+def test_every_group_is_listed_in_the_plural(capsys: pytest.CaptureFixture[str]) -> None:
+    for group in ("tasks", "contexts", "losses", "students"):
+        assert main(["list", group]) == 0
+    assert "demo_" not in capsys.readouterr().out
+
+
+def test_a_configuration_is_printed_with_the_file_of_each_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["recipe=demo_games", "optim.min_lr=1e-5", "parallel=tp2"]
+    assert main(["config", *words]) == 0
+    shown = capsys.readouterr().out
+    printed = yaml.safe_load(shown)
+    composed = compose("train", words)
+    assert printed["optim"]["lr"] == composed.optim.lr
+    assert printed["context"]["template"] == composed.context.template
+    assert printed["name"] == composed.name == "demo_games-tp2"
+    sources = value_sources("train", words)
+    assert sources["optim.lr"] == "conf/recipe/demo_games.yaml"
+    assert sources["optim.min_lr"] == "command line"
+    assert sources["student.path"] == "conf/student/game_notes.yaml"
+    assert sources["parallel.tensor_model_parallel_size"] == "conf/parallel/tp2.yaml"
+    assert sources["seed"] == "conf/train.yaml"
+    (line,) = [line for line in shown.splitlines() if line.startswith("  lr: ")]
+    assert line.endswith("# conf/recipe/demo_games.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "no such command; did you mean train?"),
+        (["recipe=demo_json"], "did you mean opcd train recipe=demo_json?"),
+        (["train", "--hlp"], "no such option; did you mean --help?"),
+        (["list", "tsk"], "no such group; did you mean task?"),
+        (["list", "tasks", "recipes"], "a single group"),
+        (["config", "--program", "trian"], "did you mean train?"),
+        (["registry", "lst"], "no such command; did you mean list?"),
+        (["registry", "list"], "registry=null; allowed: a folder of a registry"),
+        (["train", "--cfg", "jb"], "--cfg=jb; allowed: job, all, hydra"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert line.count(",") < 15
