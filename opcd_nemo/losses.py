@@ -19,9 +19,10 @@ from opcd_kernels import (
     linear_token_logprob,
     linear_topk_divergence,
 )
-from opcd_kernels.checks import check_top_k
+from opcd_kernels.checks import MAX_TOP_K
 from opcd_nemo.config.doc import Doc
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 
@@ -116,12 +117,12 @@ class TopKLoss:
         """Keep the divergence and its temperature (independent of the rollout's).
 
         Raises:
-            ValueError: k is out of range, or the tail is none of this kind.
+            UserError: k is out of range, or the tail does not belong to the kind.
         """
-        try:
-            check_top_k(kind, tail, k, None)
-        except ValueError as error:
-            raise ValueError(f"loss.kind={kind}, loss.k={k}, loss.tail={tail}: {error}") from error
+        if not 1 <= k <= MAX_TOP_K:
+            raise UserError("loss.k", k, f"1 to {MAX_TOP_K}")
+        if kind == "forward_kl" and tail == "stop_gradient":
+            raise UserError("loss.tail", tail, "bucket, renorm or drop with loss.kind=forward_kl")
         self.k = k
         self._kind, self._tail = kind, tail
         self._temperature, self._chunk_tokens = temperature, chunk_tokens

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.durable import write_whole
@@ -73,7 +74,7 @@ class RecordedEngine:
         """What is on disk of a step.
 
         Raises:
-            ValueError: a file is damaged.
+            UserError: a file is damaged.
         """
         found: dict[str, Sample] = {}
         for file in self._files:
@@ -83,9 +84,11 @@ class RecordedEngine:
                 try:
                     key, sample = _parse(json.loads(text))
                 except (ValueError, LookupError, TypeError) as error:
-                    raise ValueError(
-                        f"rollout.teacher_data={self._folder}: {file.name}, line {number} cannot "
-                        f"be read ({error!r}); allowed: the file as it was written, or none"
+                    raise UserError(
+                        "rollout.teacher_data",
+                        self._folder,
+                        "the file as it was written, or no such file",
+                        problem=f"{file.name}, line {number} cannot be read ({error!r})",
                     ) from error
                 found[key] = sample
         return found

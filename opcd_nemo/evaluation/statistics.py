@@ -107,7 +107,7 @@ def compare(
     second_Q = _array(second, "second", 2)
     if first_Q.shape != second_Q.shape:
         raise ValueError(
-            f"first has {len(first_Q)} questions, second {len(second_Q)}; allowed: the same ones"
+            f"first has {len(first_Q)} questions, second {len(second_Q)}: they must be the same"
         )
     difference_Q = first_Q - second_Q
     return Comparison(
@@ -125,7 +125,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         ValueError: not 1 <= k <= num_samples.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"k={k}; allowed: 1 to num_samples={num_samples}")
+        raise ValueError(f"k={k} is not between 1 and num_samples={num_samples}")
     assert 0 <= num_correct <= num_samples, (num_correct, num_samples)
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
@@ -160,8 +160,8 @@ def internalised(
     num_questions = {a.shape[1] for a in arrays}
     if len(num_seeds) > 1 or len(num_questions) > 1:
         raise ValueError(
-            f"scores of shapes {[a.shape for a in arrays]}; allowed: the same seeds (or one) and "
-            "the same questions"
+            f"scores of shapes {[a.shape for a in arrays]}: the seeds (or a single seed) and the "
+            "questions must be the same"
         )
     value = _share(*(a.mean() for a in arrays))
     if math.isnan(value):
@@ -217,5 +217,5 @@ def _array(values: ArrayLike, name: str, *smallest: int) -> _Array:
     enough = array.ndim == len(smallest) and all(np.greater_equal(array.shape, smallest))
     if not enough or not np.isfinite(array).all():
         sizes = " x ".join(f"{n} or more" for n in smallest)
-        raise ValueError(f"{name} of shape {array.shape}; allowed: {sizes} finite numbers")
+        raise ValueError(f"{name} of shape {array.shape}: {sizes} finite numbers are needed")
     return array

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.sharding import (
     megatron_shard,
@@ -54,12 +55,12 @@ def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
     """What `bf16` or `fp32` stands for; None is the type that the weights are stored in.
 
     Raises:
-        ValueError: another word.
+        UserError: another word.
     """
     if word is None:
         return stored
     if word not in DTYPES:
-        raise ValueError(f"dtype={word}: allowed: {', '.join(DTYPES)}, or null for what is stored")
+        raise UserError("dtype", word, f"{', '.join(DTYPES)}, or null for what is stored")
     return DTYPES[word]
 
 

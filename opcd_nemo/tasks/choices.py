@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import tagged
 from opcd_nemo.tasks.questions import QuestionTask
 from opcd_nemo.tasks.rows import Row
@@ -48,30 +49,32 @@ def multiple_choice(
         seed: Of the order in which training questions come.
 
     Raises:
-        ValueError: one line with the key, the file, the line and what is allowed.
+        UserError: a wrong key, or a broken file (its problem names the line).
     """
     require_slots("task.question", question, ("question", "options"))
     if first_option not in (0, 1):
-        raise ValueError(f"task.first_option={first_option}; allowed: 0 or 1")
+        raise UserError("task.first_option", first_option, "0 or 1")
     if not isinstance(option_columns, Sequence) or not 2 <= len(option_columns) <= len(LETTERS):
-        raise ValueError(
-            f"task.option_columns={option_columns}; allowed: a list of 2 to {len(LETTERS)} columns"
+        raise UserError(
+            "task.option_columns", option_columns, f"a list of 2 to {len(LETTERS)} columns"
         )
 
     def problem(row: Row) -> Problem:
-        asked = row.text("task.question_column", question_column)
+        stem = row.text("task.question_column", question_column)
         options = tuple(row.text("task.option_columns", column) for column in option_columns)
         plain = [identity(option) for option in options]
         if len(set(plain)) != len(plain):
-            raise ValueError(f"{row.where}: two options are alike; allowed: different options")
+            raise row.refusal("two options are alike", "different options")
         number = _number(row, answer_column, first_option, len(options))
-        listed = "\n".join(f"{LETTERS[place]}. {text}" for place, text in enumerate(options))
+        listed = "\n".join(
+            f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)
+        )
         return Problem(
-            where=row.where,
+            row=row,
             source="choice",
-            identity=identity(asked, *sorted(plain)),
+            identity=identity(stem, *sorted(plain)),
             answer=plain[number],
-            question=fill(question, {"question": asked, "options": listed}),
+            question=fill(question, {"question": stem, "options": listed}),
             judge=partial(_judge_option, options, number),
         )
 
@@ -90,10 +93,10 @@ def labelled_texts(*, sources: Mapping[str, Mapping[str, Any]], seed: int) -> Qu
         seed: Of the order in which training texts come.
 
     Raises:
-        ValueError: one line with the key, the file, the line and what is allowed.
+        UserError: a wrong key, or a broken file (its problem names the line).
     """
     if not isinstance(sources, Mapping) or not sources:
-        raise ValueError(f"task.sources={sources}; allowed: one source or more, by name")
+        raise UserError("task.sources", sources, "one source or more, by name")
     read = []
     for name, source in sources.items():
         key = f"task.sources.{name}"
@@ -109,9 +112,9 @@ def _number(row: Row, column: str, first: int, count: int) -> int:
     written = row.text("task.answer_column", column)
     number = float(written) if re.fullmatch(r"-?\d+(\.0*)?", written) else None
     if number is None or not first <= number < first + count:
-        raise ValueError(
-            f"{row.where}: column {column!r} holds {written}; allowed: {first} to "
-            f"{first + count - 1}, as task.first_option={first}"
+        raise row.refusal(
+            f"column {column!r} holds {written}",
+            f"{first} to {first + count - 1}, as task.first_option={first}",
         )
     return int(number) - first
 
@@ -128,20 +131,20 @@ def _option(options: Sequence[str], span: str) -> int | None:
     if identity(span) in plain:
         return plain.index(identity(span))
     match = _LETTERED.fullmatch(span)
-    if match is None or (place := LETTERS.index(match[1].upper())) >= len(options):
+    if match is None or (number := LETTERS.index(match[1].upper())) >= len(options):
         return None
-    named = identity(match[2]) if match[2] else plain[place]
-    return None if named in plain and named != plain[place] else place
+    named = identity(match[2]) if match[2] else plain[number]
+    return None if named in plain and named != plain[number] else number
 
 
 def _check_source(key: str, source: object) -> None:
     if not isinstance(source, Mapping) or set(source) != set(_SOURCE_KEYS):
         shown = sorted(source) if isinstance(source, Mapping) else source
-        raise ValueError(f"{key} has {shown}; allowed: the keys {', '.join(_SOURCE_KEYS)}")
+        raise UserError(key, shown, f"the keys {', '.join(_SOURCE_KEYS)}")
     require_slots(f"{key}.question", source["question"], ("text",))
     for column in ("text_column", "label_column"):
         if not isinstance(source[column], str):
-            raise ValueError(f"{key}.{column}={source[column]}; allowed: a column's name")
+            raise UserError(f"{key}.{column}", source[column], "a column's name")
     labels = source["labels"]
     if isinstance(labels, int | float) and not isinstance(labels, bool):
         return
@@ -149,9 +152,11 @@ def _check_source(key: str, source: object) -> None:
     if not all(isinstance(answer, str) and identity(answer) for answer in answers) or (
         len(set(map(identity, map(str, answers)))) < 2
     ):
-        raise ValueError(
-            f"{key}.labels={labels}; allowed: a number, or a mapping of a label to its answer, "
-            'with two answers or more (quote "yes" and "no", which YAML takes for true and false)'
+        raise UserError(
+            f"{key}.labels",
+            labels,
+            "a number, or a mapping of a label to its answer, with two answers or more (quote "
+            '"yes" and "no", which YAML takes for true and false)',
         )
 
 
@@ -161,7 +166,7 @@ def _labelled(key: str, name: str, source: Mapping[str, Any], row: Row) -> Probl
     answers = _answers(source["labels"])
     answer = _answer(row, source, label)
     return Problem(
-        where=row.where,
+        row=row,
         source=name,
         identity=identity(text),
         answer=answer,
@@ -199,7 +204,7 @@ def _answer(row: Row, source: Mapping[str, Any], label: str) -> str:
         if math.isfinite(number):
             return "yes" if number >= labels else "no"
         allowed = "a number"
-    raise ValueError(f"{row.where}: column {column!r} holds {label!r}; allowed: {allowed}")
+    raise row.refusal(f"column {column!r} holds {label!r}", allowed)
 
 
 def _judge_label(answers: frozenset[str], right: str, reply: str) -> float | None:

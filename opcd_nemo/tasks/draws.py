@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from opcd_nemo.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -28,11 +30,11 @@ def draw(
     return shuffled(items, name, seed, epoch)[batch * n : (batch + 1) * n]
 
 
-def require_enough(name: str, n: int, num_prompts: int, remedy: str = "") -> None:
-    """Refuse a number of prompts that is not there.
+def require_enough(split: str, n: int, num_prompts: int, remedy: str = "") -> None:
+    """Refuse more prompts than a split has.
 
     Raises:
-        ValueError: `n` is below 1 or above `num_prompts`; `remedy` says what else is allowed.
+        UserError: `n` is below 1 or above `num_prompts`; `remedy` says what else is allowed.
     """
     if not 1 <= n <= num_prompts:
-        raise ValueError(f"{name}: n={n} prompts asked for; allowed: 1 to {num_prompts}{remedy}")
+        raise UserError("n", n, f"1 to {num_prompts}{remedy}", where=split)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.draws import digest, shuffled
 from opcd_nemo.tasks.instruction_kinds import KINDS, compatible
 from opcd_nemo.tasks.questions import Question, QuestionTask
@@ -178,12 +179,12 @@ def instructions(
         seed: of the order in which training prompts come.
 
     Raises:
-        ValueError: one line with the key, its value and what is allowed.
+        UserError: a split's size is out of range.
     """
     sizes: dict[Split, int] = {"train": num_train, "validation": num_validation, "test": num_test}
     for split, size in sizes.items():
         if not 1 <= size <= MAX_PROMPTS:
-            raise ValueError(f"task.num_{split}={size}; allowed: 1 to {MAX_PROMPTS}")
+            raise UserError(f"task.num_{split}", size, f"1 to {MAX_PROMPTS}")
     return QuestionTask(
         {
             split: [

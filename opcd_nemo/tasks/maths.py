@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import after_hashes, last_box, marked, plain
 from opcd_nemo.tasks.questions import Judge, Question, QuestionTask
 from opcd_nemo.tasks.rows import Row
@@ -59,7 +60,7 @@ def file_problems(
         seed: Of the order in which training problems come.
 
     Raises:
-        ValueError: one line with the key, the file, the line and what is allowed.
+        UserError: a wrong key, or a broken file (its problem names the line).
     """
     require_slots("task.question", question, ("problem",))
     equal = TimedVerifier("maths", limit_s=time_limit_s)
@@ -69,12 +70,13 @@ def file_problems(
         written = row.text("task.answer_column", answer_column)
         gold = _IN_FILE[answer_form](written)
         if gold is None:
-            raise ValueError(
-                f"{row.where}: column {answer_column!r} has no answer in the form of "
-                f"task.answer_form={answer_form}; allowed: {_MARKS[answer_form]}"
+            raise row.refusal(
+                f"column {answer_column!r} has no answer in the form of "
+                f"task.answer_form={answer_form}",
+                _MARKS[answer_form],
             )
         return Problem(
-            where=row.where,
+            row=row,
             source="maths",
             identity=identity(text),
             answer=gold,
@@ -113,13 +115,13 @@ def generated_problems(
         seed: Of the order in which training problems come.
 
     Raises:
-        ValueError: one line with the key, its value and what is allowed.
+        UserError: a wrong key, or a data set that cannot score.
     """
     require_slots("task.question", question, ("problem",))
     sizes: dict[Split, int] = {"test": test, "validation": validation, "train": train}
     for split, size in sizes.items():
         if not 1 <= size <= MAX_GENERATED:
-            raise ValueError(f"task.{split}={size}; allowed: 1 to {MAX_GENERATED}")
+            raise UserError(f"task.{split}", size, f"1 to {MAX_GENERATED}")
     verify = TimedVerifier("generated", limit_s=time_limit_s)
     taken: set[str] = set()
     generated: dict[Split, list[Question]] = {}
@@ -157,9 +159,8 @@ class _Generator:
             self._items = reasoning_gym.create_dataset(name, **given)
         except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"task.arguments={arguments}: {reason}; allowed: what reasoning-gym's {name} takes"
-            ) from error
+            allowed = f"what reasoning-gym's {name} takes"
+            raise UserError("task.arguments", arguments, allowed, problem=reason) from error
 
     def questions(self, template: str, taken: set[str]) -> Iterator[Question]:
         """Yield the split's questions, none of them in `taken`, and add them to it."""
@@ -179,30 +180,36 @@ class _Generator:
             found += 1
             if found == self._size:
                 return
-        raise ValueError(
-            f"task.{self._split}={self._size}: {self._name} makes {found} different problems that "
-            "no other split has; allowed: at most that, or wider task.arguments"
+        raise UserError(
+            f"task.{self._split}",
+            self._size,
+            "at most that, or wider task.arguments",
+            problem=f"{self._name} makes {found} different problems that no other split has",
         )
 
     def _check(self, index: int, item: dict[str, Any]) -> None:
         """Refuse a data set that cannot score: another process, as each rank is, must agree."""
         gold = item["answer"]
-        about = f"task.dataset={self._name}: item {index}"
         if not isinstance(gold, str) or not gold.strip():
-            raise ValueError(f"{about} has the answer {gold!r}; allowed: data sets with answers")
+            raise self._refusal(index, f"has the answer {gold!r}", "data sets with answers")
         verified = self._verify(self._name, self._pickled, index, gold)
         if verified is None or verified[0] != item["question"]:
-            raise ValueError(
-                f"{about} is not the same in every process, or its verifier fails; allowed: data "
-                "sets that depend on their seed alone"
+            raise self._refusal(
+                index,
+                "is not the same in every process, or its verifier fails",
+                "data sets that depend on their seed alone",
             )
         judge = self._judge(index)
         right, junk = (judge(f"<answer>{text}</answer>") for text in (gold, "?"))
         if (right, junk) != (1.0, 0.0):
-            raise ValueError(
-                f"{about}: its verifier gives {right} to the right answer and {junk} to '?'; "
-                "allowed: data sets with 1 for right answers alone"
+            raise self._refusal(
+                index,
+                f"has a verifier that gives {right} to the right answer and {junk} to '?'",
+                "data sets with 1 for right answers alone",
             )
+
+    def _refusal(self, index: int, problem: str, allowed: str) -> UserError:
+        return UserError("task.dataset", self._name, allowed, problem=f"item {index} {problem}")
 
     def _judge(self, index: int) -> Judge:
         name, pickled, verify = self._name, self._pickled, self._verify
@@ -225,13 +232,17 @@ def _check_arguments(name: str, arguments: object) -> None:
 
     if name not in DATASETS:
         nearest = ", ".join(difflib.get_close_matches(name, DATASETS, n=3, cutoff=0))
-        raise ValueError(
-            f"task.dataset={name!r}; allowed: one of reasoning-gym's {len(DATASETS)} data sets, "
-            f"such as {nearest}"
+        raise UserError(
+            "task.dataset",
+            name,
+            f"one of reasoning-gym's {len(DATASETS)} data sets, such as {nearest}",
         )
     fields = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
     unknown = sorted(set(arguments) - fields) if isinstance(arguments, dict) else [arguments]
     if unknown:
-        raise ValueError(
-            f"task.arguments: {name} takes no {unknown[0]!r}; allowed: {', '.join(sorted(fields))}"
+        raise UserError(
+            "task.arguments",
+            arguments,
+            ", ".join(sorted(fields)),
+            problem=f"{name} takes no {unknown[0]!r}",
         )

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.config.plugs import build_plug, check_plug
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.draws import draw, require_enough
 from opcd_nemo.tasks.questions import Question, QuestionEpisode
@@ -34,7 +35,7 @@ class ReplayTask:
             seed: shuffles the turns.
 
         Raises:
-            ValueError: a broken file (its line is named), a uid twice, or a plug that is none.
+            UserError: a broken file (its line is named), a uid twice, or a plug that is none.
         """
         check_plug("task.of", dict(of))
         self._task: Task = build_plug(dict(of))
@@ -50,7 +51,7 @@ class ReplayTask:
         uids = [turn.uid for turn in self._turns]
         if len(set(uids)) < len(uids):
             again = next(uid for uid in uids if uids.count(uid) > 1)
-            raise ValueError(f"task.path={path}: uid {again} comes twice; allowed: each once")
+            raise UserError("task.path", path, "each once", problem=f"uid {again} comes twice")
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         """Return turns for training, and the task's own episodes otherwise."""

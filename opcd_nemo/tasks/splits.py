@@ -6,7 +6,9 @@ import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.questions import Judge, Question
 from opcd_nemo.tasks.rows import Row, read_rows
@@ -24,7 +26,7 @@ class Problem:
     Two problems are the same when their `identity` is; `source` begins the uid.
     """
 
-    where: str
+    row: Row
     source: str
     identity: str
     answer: str
@@ -40,7 +42,7 @@ def identity(*texts: str) -> str:
 
 
 def fraction(problem_identity: str) -> float:
-    """Return the problem's place in [0, 1), a pure function of its text."""
+    """Return where in [0, 1) the problem lies, a pure function of its text."""
     return int.from_bytes(digest("split", problem_identity)[:8], "big") / 2**64
 
 
@@ -58,30 +60,35 @@ def read_splits(
     other share changes.
 
     Raises:
-        ValueError: one line with the key, the value and what is allowed.
+        UserError: a wrong key, a broken file, or a split that would be empty.
     """
     held_out: dict[Split, float | str] = {"validation": validation, "test": test}
     shares = {split: value for split, value in held_out.items() if not isinstance(value, str)}
     for split, share in shares.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(
-                f"{key}.{split}={share}; allowed: a file, or a share of {key}.train between 0 and 1"
-            )
+            allowed = f"a file, or a share of {key}.train between 0 and 1"
+            raise UserError(f"{key}.{split}", share, allowed)
     if sum(map(float, shares.values())) >= 1:
-        raise ValueError(f"{key}: the shares {shares} leave nothing to train; allowed: below 1")
+        words = " + ".join(f"{key}.{split}" for split in shares)
+        raise UserError(
+            words, sum(map(float, shares.values())), "below 1", problem="nothing is left to train"
+        )
     if not isinstance(train, str):
-        raise ValueError(f"{key}.train={train}; allowed: a file")
+        raise UserError(f"{key}.train", train, "a file")
     splits: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": []}
-    for one in _distinct(map(problem, read_rows(f"{key}.train", train))):
-        splits[_split_by_hash(fraction(one.identity), shares)].append(one)
+    for distinct in _distinct(map(problem, read_rows(f"{key}.train", train))):
+        splits[_split_by_hash(fraction(distinct.identity), shares)].append(distinct)
     for split, value in held_out.items():
         if isinstance(value, str):
             splits[split] = _distinct(map(problem, read_rows(f"{key}.{split}", value)))
     for split, problems in splits.items():
         if not problems:
-            raise ValueError(
-                f"{key}.{split}: none of the {sum(map(len, splits.values()))} problems of "
-                f"{train} falls to it; allowed: more rows, a larger share, or a file"
+            count = sum(map(len, splits.values()))
+            raise UserError(
+                f"{key}.{split}",
+                train if split == "train" else held_out[split],
+                "more rows, a larger share, or a file",
+                problem=f"none of the {count} problems of {train} falls to it",
             )
     return splits
 
@@ -92,9 +99,9 @@ def questions(
     """Merge sources; a split is in the order of its problems' hash, so its start is a fair sample.
 
     Raises:
-        ValueError: a problem is in two splits.
+        UserError: a problem is in two splits.
     """
-    merged = {split: [one for source in sources for one in source[split]] for split in SPLITS}
+    merged = {split: list(chain.from_iterable(s[split] for s in sources)) for split in SPLITS}
     _refuse_shared(key, merged)
     return {
         split: [
@@ -109,11 +116,11 @@ def questions(
     }
 
 
-def _split_by_hash(place: float, shares: Mapping[Split, float | str]) -> Split:
+def _split_by_hash(fraction: float, shares: Mapping[Split, float | str]) -> Split:
     """Test takes from the bottom, validation from the top, so that neither moves the other."""
-    if place < float(shares.get("test", 0)):
+    if fraction < float(shares.get("test", 0)):
         return "test"
-    return "validation" if place >= 1 - float(shares.get("validation", 0)) else "train"
+    return "validation" if fraction >= 1 - float(shares.get("validation", 0)) else "train"
 
 
 def _distinct(problems: Iterable[Problem]) -> list[Problem]:
@@ -124,11 +131,12 @@ def _distinct(problems: Iterable[Problem]) -> list[Problem]:
         if known is problem:
             continue
         if known.answer != problem.answer:
-            raise ValueError(
-                f"{problem.where}: the problem of {known.where.rpartition(', ')[2]} has another "
-                f"answer ({known.answer!r} and {problem.answer!r}); allowed: one answer a problem"
+            raise problem.row.refusal(
+                f"the problem of {known.row.place} has another answer ({known.answer!r} and "
+                f"{problem.answer!r})",
+                "one answer a problem",
             )
-        repeated.append(problem.where)
+        repeated.append(problem.row.where)
     if repeated:
         logger.warning(
             "%d rows that repeat an earlier problem are left out, the last of them %s; %d problems",
@@ -147,7 +155,9 @@ def _refuse_shared(key: str, splits: Mapping[Split, Sequence[Problem]]) -> None:
     ]
     if shared:
         problem, split, (other_split, other) = shared[0]
-        raise ValueError(
-            f"{key}: {len(shared)} problems are in two splits, first {split} ({problem.where}) and "
-            f"{other_split} ({other.where}); allowed: each problem in one"
+        raise UserError(
+            key,
+            allowed="each problem in one",
+            problem=f"{len(shared)} problems are in two splits, first {split} "
+            f"({problem.row.where}) and {other_split} ({other.row.where})",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.prompts import NOUNS, TEMPLATES
 from opcd_nemo.tasks.questions import Question, QuestionTask
@@ -18,9 +19,9 @@ class StyleTask(QuestionTask):
     """Questions about everyday things, an answer's style as the score; no noun is in two splits."""
 
     def __init__(self, *, verifier: str, seed: int) -> None:
-        """Raises: ValueError when `verifier` is not one of `VERIFIERS`."""
+        """Raises: UserError when `verifier` is not one of `VERIFIERS`."""
         if verifier not in VERIFIERS:
-            raise ValueError(f"task.verifier={verifier!r}; allowed: {', '.join(VERIFIERS)}")
+            raise UserError("task.verifier", verifier, ", ".join(VERIFIERS))
         judge = VERIFIERS[verifier]
         nouns = sorted(NOUNS, key=digest)
         num_held_out = NUM_TEST_NOUNS + NUM_VALIDATION_NOUNS

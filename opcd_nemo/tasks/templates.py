@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from opcd_nemo.errors import UserError
+
 
 def require_slots(key: str, template: str, names: Sequence[str]) -> None:
-    """Raises: ValueError unless each name stands in the template once, in braces."""
+    """Raises: UserError unless each name stands in the template once, in braces."""
     for name in names:
         if not isinstance(template, str) or template.count(f"{{{name}}}") != 1:
-            raise ValueError(f"{key}={template!r}; allowed: a text with {{{name}}} in it once")
+            raise UserError(key, template, f"a text with {{{name}}} in it once")
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ import weakref
 from pathlib import Path
 from typing import Any, Literal
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import verify_process
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ class TimedVerifier:
     """One verifying process, started at the first question and anew after each that it died of."""
 
     def __init__(self, kind: Kind, *, limit_s: float) -> None:
-        """Raises: ValueError when the limit is not above 0 or the verifier is not installed."""
+        """Raises: UserError when the limit is not above 0 or the verifier is not installed."""
         if not 0 < limit_s < math.inf:
-            raise ValueError(f"task.time_limit_s={limit_s}; allowed: a number of CPU-seconds > 0")
+            raise UserError("task.time_limit_s", limit_s, "a number of CPU-seconds > 0")
         module, package, install = _PACKAGES[kind]
         if importlib.util.find_spec(module) is None:
-            raise ValueError(
-                f"task: {package} is not installed; allowed: after pip install '{install}'"
+            raise UserError(
+                "task", allowed=f"after pip install '{install}'", problem=f"needs {package}"
             )
         self._kind, self._limit_s = kind, limit_s
         self._lock = threading.Lock()

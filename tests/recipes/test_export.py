@@ -172,7 +172,7 @@ MISTAKES = {
     "from=smollm2-135m-instruct to=recipes": "already there",
     "from=a to=b format=nemo": "ending in .nemo",
     "from=a to=b fromat=hf": "fromat=hf: no such key",
-    "from=a to=b dtype=int8": "dtype=int8: allowed: bf16, fp32",
+    "from=a to=b dtype=int8": "dtype=int8; allowed: bf16, fp32",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, count
 from math import comb
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.draws import shuffled
 from opcd_nemo.tasks.games.boards import (
     STEPS,
@@ -68,7 +69,7 @@ def frozen_lake_maps(
     """Every solvable lake, or `num_maps` of them; lakes of too many layouts are drawn.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a setting is out of range.
     """
     _check(size, num_holes, rounds)
     free = [
@@ -80,10 +81,11 @@ def frozen_lake_maps(
     num_layouts = comb(len(free), num_holes)
     few = num_layouts <= MAX_ENUMERATED
     if not few and num_maps is None:
-        raise ValueError(
-            f"task.num_maps=None: {num_layouts} layouts of task.size={size} and "
-            f"task.num_holes={num_holes}; allowed: a number of maps, or at most "
-            f"{MAX_ENUMERATED} layouts"
+        raise UserError(
+            "task.num_maps",
+            num_maps,
+            f"a number of maps, or at most {MAX_ENUMERATED} layouts",
+            problem=f"{num_layouts} layouts of task.size={size} and task.num_holes={num_holes}",
         )
     lakes = (
         FrozenLake(size=size, holes=holes)
@@ -105,11 +107,13 @@ def _drawn(free: list[Cell], num_holes: int, map_seed: int) -> Iterator[frozense
 
 def _check(size: int, num_holes: int, rounds: int) -> None:
     if size < 2:
-        raise ValueError(f"task.size={size}; allowed: 2 or more")
+        raise UserError("task.size", size, "2 or more")
     if not 0 <= num_holes <= size * size - 2:
-        raise ValueError(f"task.num_holes={num_holes}; allowed: 0 to {size * size - 2}")
+        raise UserError("task.num_holes", num_holes, f"0 to {size * size - 2}")
     if rounds < 2 * (size - 1):
-        raise ValueError(
-            f"task.rounds={rounds}: no lake of task.size={size} is solved in so few; "
-            f"allowed: {2 * (size - 1)} or more"
+        raise UserError(
+            "task.rounds",
+            rounds,
+            f"{2 * (size - 1)} or more",
+            problem=f"no lake of task.size={size} is solved in so few",
         )

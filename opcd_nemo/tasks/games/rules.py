@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.games.boards import STEPS, Board, Direction, Symbols
 
 Ending = Literal["won", "lost", "invalid", "rounds"]
@@ -100,7 +101,7 @@ def make_rules(
     """Build rules; `won` and `lost` say what happened on the board then.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a word or a symbol cannot be used.
     """
     return Rules(
         rounds=rounds,
@@ -122,15 +123,15 @@ def _actions(controls: Mapping[str, Sequence[str]]) -> dict[str, Direction]:
     for direction in STEPS:
         words = controls[direction]
         if not isinstance(words, list | tuple) or not words:
-            raise ValueError(
-                f"task.controls.{direction}={words!r}; allowed: a list of one word or more"
-            )
+            raise UserError(f"task.controls.{direction}", words, "a list with at least one word")
         for word in words:
             plain = isinstance(word, str) and word == word.strip().casefold() != ""
             if not plain or _BRACKETS.findall(f"[{word}]") != [word] or word in actions:
-                raise ValueError(
-                    f"task.controls.{direction}={list(words)}: {word!r}; allowed: words in lower "
-                    "case, without brackets, each used once"
+                raise UserError(
+                    f"task.controls.{direction}",
+                    list(words),
+                    "words in lower case, without brackets, each used once",
+                    problem=repr(word),
                 )
             actions[word] = direction
     return actions
@@ -140,19 +141,20 @@ def check_symbols(symbols: Symbols, letters: Symbols) -> None:
     """Refuse symbols other than one different character for each of the game's `letters`.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a word or a symbol cannot be used.
     """
     _require_keys("task.symbols", symbols, letters)
     for name, symbol in symbols.items():
         single = isinstance(symbol, str) and len(symbol) == 1 and symbol.isprintable()
         if not single or symbol in " []" or list(symbols.values()).count(symbol) > 1:
-            raise ValueError(
-                f"task.symbols.{name}={symbol!r}; allowed: one visible character that no other "
-                "symbol has, no bracket"
+            raise UserError(
+                f"task.symbols.{name}",
+                symbol,
+                "a visible character that no other symbol has, no bracket",
             )
 
 
 def _require_keys(key: str, given: object, wanted: Iterable[str]) -> None:
     keys = sorted(map(str, given)) if isinstance(given, Mapping) else None
     if keys != sorted(wanted):
-        raise ValueError(f"{key}={given}; allowed: a mapping with the keys {', '.join(wanted)}")
+        raise UserError(key, given, f"a mapping with the keys {', '.join(wanted)}")

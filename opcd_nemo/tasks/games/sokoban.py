@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.draws import digest, shuffled
 from opcd_nemo.tasks.games.boards import (
     STEPS,
@@ -104,20 +105,20 @@ def sokoban_maps(
         map_seed: of the draws.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a setting is out of range.
     """
     if size < 4:
-        raise ValueError(f"task.size={size}; allowed: 4 or more, with the wall around")
+        raise UserError("task.size", size, "4 or more, with the wall around")
     inside = (size - 2) ** 2
     if not 1 <= num_boxes <= (inside - 1) // 2:
-        raise ValueError(f"task.num_boxes={num_boxes}; allowed: 1 to {(inside - 1) // 2}")
+        raise UserError("task.num_boxes", num_boxes, f"1 to {(inside - 1) // 2}")
     most_walls = inside - 2 * num_boxes - 1
     if not 0 <= num_walls <= most_walls:
-        raise ValueError(f"task.num_walls={num_walls}; allowed: 0 to {most_walls}")
+        raise UserError("task.num_walls", num_walls, f"0 to {most_walls}")
     if rounds < 1:
-        raise ValueError(f"task.rounds={rounds}; allowed: 1 or more")
+        raise UserError("task.rounds", rounds, "1 or more")
     if not 1 <= min_moves <= rounds:
-        raise ValueError(f"task.min_moves={min_moves}; allowed: 1 to task.rounds={rounds}")
+        raise UserError("task.min_moves", min_moves, f"1 to task.rounds={rounds}")
     rooms = _drawn(size, num_boxes, num_walls, rounds, map_seed, num_maps * DRAWS_PER_MAP)
     return choose_maps(rooms, min_moves=min_moves, rounds=rounds, num_maps=num_maps, complete=False)
 

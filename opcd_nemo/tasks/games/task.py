@@ -6,12 +6,15 @@ answers; what the symbols mean and how a game ends has to be found out.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
+from opcd_nemo.config.doc import Doc
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Context, Episode, Trace, questions
 from opcd_nemo.tasks.draws import draw as draw_batch
 from opcd_nemo.tasks.draws import require_enough, shuffled
@@ -122,16 +125,18 @@ class GameTask:
         """Split the maps of the pool.
 
         Raises:
-            ValueError: a split would be empty.
+            UserError: a split would be empty.
         """
         self._pool, self._rules, self._repeat, self._seed = pool, rules, repeat_maps, seed
         for key, count in (("num_validation", num_validation), ("num_test", num_test)):
             if count < 1:
-                raise ValueError(f"task.{key}={count}; allowed: 1 or more")
+                raise UserError(f"task.{key}", count, "1 or more")
         if num_validation + num_test >= len(pool.maps):
-            raise ValueError(
-                f"task.num_validation={num_validation} + task.num_test={num_test}: the setting has "
-                f"{len(pool.maps)} maps; allowed: fewer than that, for the rest is for training"
+            raise UserError(
+                "task.num_validation + task.num_test",
+                num_validation + num_test,
+                "fewer than that, for the rest is for training",
+                problem=f"the setting has {len(pool.maps)} maps",
             )
         maps = shuffled(pool.maps, attrgetter("name"))
         self.maps: dict[Split, list[Board]] = {
@@ -198,11 +203,11 @@ class GameTask:
                 return draw_batch(maps, attrgetter("name"), seed=self._seed, step=step, n=n)
             return maps[:n]
         if split != "train":
-            return [maps[place % len(maps)] for place in range(n)]
+            return [maps[index % len(maps)] for index in range(n)]
         orders: dict[int, list[Board]] = {}
         chosen = []
-        for place in range(step * n, (step + 1) * n):
-            epoch, index = divmod(place, len(maps))
+        for drawn_before in range(step * n, (step + 1) * n):
+            epoch, index = divmod(drawn_before, len(maps))
             if epoch not in orders:
                 orders[epoch] = shuffled(maps, attrgetter("name"), self._seed, epoch)
             chosen.append(orders[epoch][index])
@@ -213,7 +218,7 @@ def lake_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence
     """Build the rules of Frozen Lake.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a setting is out of range.
     """
     check_symbols(symbols, LAKE_LETTERS)
     won = "{player} reached {goal}.".format(**symbols)
@@ -225,101 +230,122 @@ def room_rules(*, rounds: int, symbols: Symbols, controls: Mapping[str, Sequence
     """Build the rules of Sokoban.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a setting is out of range.
     """
     check_symbols(symbols, ROOM_LETTERS)
     won = "every {box} was pushed onto an {target}.".format(**symbols)
     return make_rules(rounds, symbols, controls, won, lost="")
 
 
-def frozen_lake(
-    *,
-    size: int,
-    num_holes: int,
-    rounds: int,
-    num_maps: int | None,
-    map_seed: int,
-    num_validation: int,
-    num_test: int,
-    repeat_maps: bool,
-    symbols: Mapping[str, str],
-    controls: Mapping[str, Sequence[str]],
-    hint: str | None,
-    seed: int,
-) -> GameTask:
-    """Build the task of `conf/task/frozen_lake.yaml`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GameSettings:
+    """The keys that `conf/task/frozen_lake.yaml` and `conf/task/sokoban.yaml` share."""
 
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    _check_num_maps(num_maps)
-    pool = frozen_lake_maps(
-        size=size, num_holes=num_holes, rounds=rounds, num_maps=num_maps, map_seed=map_seed
-    )
-    _check_found(pool, num_maps)
-    return GameTask(
-        pool=pool,
-        rules=replace(lake_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
-        num_validation=num_validation,
-        num_test=num_test,
-        repeat_maps=repeat_maps,
-        seed=seed,
-    )
+    size: Annotated[int, Doc(words="rows, and columns, of the board")]
+    rounds: Annotated[int, Doc(words="moves after which a game ends")]
+    num_maps: Annotated[int | None, Doc(words="maps of all splits; null: every map there is")]
+    map_seed: Annotated[int, Doc(words="which maps; the run's seed changes no map and no split")]
+    num_validation: Annotated[int, Doc(words="maps to choose by")]
+    num_test: Annotated[int, Doc(words="maps to report; those left over are for training")]
+    repeat_maps: Annotated[bool, Doc(words="more episodes than maps may be asked for")]
+    symbols: Annotated[Mapping[str, str], Doc(words="what is drawn for each thing on the board")]
+    controls: Annotated[
+        Mapping[str, Sequence[str]], Doc(words="the words in brackets that are moves")
+    ]
+    hint: Annotated[str | None, Doc(words="a text that every player reads after the opening")]
+    seed: Annotated[int, Doc(words="of the order in which training maps come")]
 
+    def __post_init__(self) -> None:
+        """Check the number of maps before any map is drawn."""
+        if self.num_maps is not None and (not isinstance(self.num_maps, int) or self.num_maps < 3):
+            raise UserError("task.num_maps", self.num_maps, "3 or more, at least a map a split")
 
-def sokoban(
-    *,
-    size: int,
-    num_boxes: int,
-    num_walls: int,
-    min_moves: int,
-    rounds: int,
-    num_maps: int,
-    map_seed: int,
-    num_validation: int,
-    num_test: int,
-    repeat_maps: bool,
-    symbols: Mapping[str, str],
-    controls: Mapping[str, Sequence[str]],
-    hint: str | None,
-    seed: int,
-) -> GameTask:
-    """Build the task of `conf/task/sokoban.yaml`.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    _check_num_maps(num_maps)
-    pool = sokoban_maps(
-        size=size,
-        num_boxes=num_boxes,
-        num_walls=num_walls,
-        min_moves=min_moves,
-        rounds=rounds,
-        num_maps=num_maps,
-        map_seed=map_seed,
-    )
-    _check_found(pool, num_maps)
-    return GameTask(
-        pool=pool,
-        rules=replace(room_rules(rounds=rounds, symbols=symbols, controls=controls), hint=hint),
-        num_validation=num_validation,
-        num_test=num_test,
-        repeat_maps=repeat_maps,
-        seed=seed,
-    )
+    def task_on(self, pool: MapPool, rules: Rules) -> GameTask:
+        """Build the task of these maps and rules."""
+        _check_found(pool, self.num_maps)
+        return GameTask(
+            pool=pool,
+            rules=replace(rules, hint=self.hint),
+            num_validation=self.num_validation,
+            num_test=self.num_test,
+            repeat_maps=self.repeat_maps,
+            seed=self.seed,
+        )
 
 
-def _check_num_maps(num_maps: object) -> None:
-    if num_maps is not None and (not isinstance(num_maps, int) or num_maps < 3):
-        raise ValueError(f"task.num_maps={num_maps}; allowed: 3 or more, one a split")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenLakeSettings(GameSettings):
+    """The keys of `conf/task/frozen_lake.yaml`."""
+
+    num_holes: Annotated[int, Doc(words="holes of a lake")]
+
+    def build(self) -> GameTask:
+        """Build the task.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        rules = lake_rules(rounds=self.rounds, symbols=self.symbols, controls=self.controls)
+        pool = frozen_lake_maps(
+            size=self.size,
+            num_holes=self.num_holes,
+            rounds=self.rounds,
+            num_maps=self.num_maps,
+            map_seed=self.map_seed,
+        )
+        return self.task_on(pool, rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SokobanSettings(GameSettings):
+    """The keys of `conf/task/sokoban.yaml`; its maps are drawn, so their number must be given."""
+
+    num_maps: Annotated[int, Doc(words="maps of all splits")]
+    num_boxes: Annotated[int, Doc(words="boxes, and as many targets")]
+    num_walls: Annotated[int, Doc(words="wall cells inside the room")]
+    min_moves: Annotated[int, Doc(words="of a shortest solution, at least")]
+
+    def build(self) -> GameTask:
+        """Build the task.
+
+        Raises:
+            UserError: a setting is out of range.
+        """
+        rules = room_rules(rounds=self.rounds, symbols=self.symbols, controls=self.controls)
+        pool = sokoban_maps(
+            size=self.size,
+            num_boxes=self.num_boxes,
+            num_walls=self.num_walls,
+            min_moves=self.min_moves,
+            rounds=self.rounds,
+            num_maps=self.num_maps,
+            map_seed=self.map_seed,
+        )
+        return self.task_on(pool, rules)
+
+
+def _plug(settings: type[FrozenLakeSettings] | type[SokobanSettings]) -> Callable[..., GameTask]:
+    """What `_target_` names: a function whose keywords are the fields of the settings."""
+
+    def build(**keys: Any) -> GameTask:
+        return settings(**keys).build()
+
+    # plugs are checked by their signature
+    build.__signature__ = inspect.signature(settings, eval_str=True)  # type: ignore[attr-defined]
+    return build
+
+
+frozen_lake = _plug(FrozenLakeSettings)
+sokoban = _plug(SokobanSettings)
 
 
 def _check_found(pool: MapPool, num_maps: int | None) -> None:
     found = len(pool.maps)
     if found < (num_maps or 3):
-        raise ValueError(
-            f"task.num_maps={num_maps}: {found} maps that can be won within task.rounds were found "
-            f"in {pool.num_layouts} different layouts; allowed: at most {found}, or a setting with "
-            "more maps (3 at least)"
+        raise UserError(
+            "task.num_maps",
+            num_maps,
+            f"at most {found}, or a setting with more maps (3 at least)",
+            problem=f"{found} maps that can be won within task.rounds were found in "
+            f"{pool.num_layouts} different layouts",
         )

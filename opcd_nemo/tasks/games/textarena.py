@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Context, Trace
 from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.games.boards import MapPool
@@ -45,16 +46,18 @@ class Environment:
         """A new game and its first (type, message)s; the caller's random state stays.
 
         Raises:
-            ValueError: no such game, arguments that it does not take, or rules not told apart.
+            UserError: no such game, arguments that it does not take, or rules not told apart.
         """
         try:
             import textarena
         except ImportError as error:
-            raise ValueError(
-                f"task.env_id={self.name}: TextArena cannot be imported ({error}); "
-                "allowed: after pip install 'opcd-nemo[textarena]'"
+            raise UserError(
+                "task.env_id",
+                self.name,
+                "after pip install 'opcd-nemo[textarena]'",
+                problem=f"TextArena cannot be imported ({error})",
             ) from error
-        where = f"task.env_id={self.name}, task.arguments={dict(self.arguments)}"
+        arguments = f"with task.arguments={dict(self.arguments)}"
         with _random_state():
             try:
                 env = textarena.make(self.name, **self.arguments)
@@ -62,7 +65,12 @@ class Environment:
                     env = env.env
                 env.reset(num_players=1, seed=seed)
             except (ValueError, TypeError, AssertionError) as error:
-                raise ValueError(f"{where}: {error}; allowed: a game for one player") from error
+                raise UserError(
+                    "task.env_id",
+                    self.name,
+                    "a game for a single player",
+                    problem=f"{arguments}: {error}",
+                ) from error
             messages = observed(env)
         rules = [text for kind, text in messages if kind == "PROMPT"]
         rest = [message for message in messages if message[0] != "PROMPT"]
@@ -70,9 +78,11 @@ class Environment:
         lines = [line.strip() for text in rules for line in text.splitlines()]
         repeated = [line for line in lines if len(line) > 20 and line in told]
         if len(rules) != 1 or not lines or [kind for kind, _ in rest] != ["GAME_BOARD"] or repeated:
-            raise ValueError(
-                f"{where}: its rules are not one text before one board; allowed: a game whose "
-                "first observations are a PROMPT and a GAME_BOARD"
+            raise UserError(
+                "task.env_id",
+                self.name,
+                "a game whose first observations are a PROMPT and a GAME_BOARD",
+                problem=f"{arguments}: its rules are not one text before one board",
             )
         return env, rest
 
@@ -192,13 +202,13 @@ def textarena(
     """Build the task of `conf/task/textarena.yaml`.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed.
+        UserError: a setting is out of range.
     """
     if rounds < 1:
-        raise ValueError(f"task.rounds={rounds}; allowed: 1 or more")
+        raise UserError("task.rounds", rounds, "1 or more")
     plain = [word for word in actions if isinstance(word, str) and word == word.strip().casefold()]
     if len(set(plain)) != len(actions) or not plain:
-        raise ValueError(f"task.actions={list(actions)}; allowed: words in lower case, each once")
+        raise UserError("task.actions", list(actions), "words in lower case, each once")
     environment = Environment(name=env_id, arguments=arguments)
     rules = Rules(
         rounds=rounds,
@@ -226,7 +236,9 @@ def _pool(environment: Environment, num_maps: int) -> MapPool:
         games.setdefault(name, Game(seed=seed, name=name))
         if len(games) == num_maps:
             return MapPool(maps=tuple(games.values()), num_layouts=num_maps, complete=False)
-    raise ValueError(
-        f"task.num_maps={num_maps}: {num_maps * SEEDS_PER_MAP} seeds gave {len(games)} different "
-        f"boards; allowed: at most {len(games)}"
+    raise UserError(
+        "task.num_maps",
+        num_maps,
+        f"at most {len(games)}",
+        problem=f"{num_maps * SEEDS_PER_MAP} seeds gave {len(games)} different boards",
     )

@@ -84,5 +84,5 @@ def test_only_one_rank_of_a_replica_writes(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "step=0003.index=0-0.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"step=0003.index=0-0.jsonl, line 1 cannot .*allowed"):
+    with pytest.raises(ValueError, match=r"step=0003.index=0-0.jsonl, line 1 cannot"):
         RecordedEngine(Counting(), tmp_path, ALONE).generate(prompts(0), SAMPLING, seed=1, step=3)

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.plugs import build_plug, check_plug
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import CONF, compose
 from opcd_nemo.tasks.choices import labelled_texts, multiple_choice
 from opcd_nemo.tasks.questions import QuestionEpisode, QuestionTask
@@ -83,12 +84,12 @@ def test_the_same_options_in_another_order_are_the_same_problem(tmp_path: Path) 
     moved = train[5] | {"opa": "vitamin c", "opb": "Aspirin", "cop": 0}
     paths = write(tmp_path / "a.jsonl", train), write(tmp_path / "b.jsonl", [*test, moved])
     wanted = r"^task: 1 problems are in two splits, first test \(.*b\.jsonl, line 11\) and valid"
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         medical(paths[0], test=paths[1])
     both = write(tmp_path / "c.jsonl", [*train, moved])
     assert sum(map(len, by_split(medical(both)).values())) == 20
     wrong = write(tmp_path / "d.jsonl", [*train, moved | {"cop": 1}])
-    with pytest.raises(ValueError, match="line 21: the problem of line 6 has another answer"):
+    with pytest.raises(UserError, match="line 21: the problem of line 6 has another answer"):
         medical(wrong)
 
 
@@ -134,7 +135,7 @@ def test_the_first_option_has_the_stated_number(tmp_path: Path, first: int) -> N
         everything(medical(path, first_option=first), "test")[0], "<answer>Z</answer>"
     ) == (0.0, False)
     with pytest.raises(
-        ValueError, match=r"line \d+: column 'cop' holds [04]; allowed: [01] to [34]"
+        UserError, match=r"line \d+: column 'cop' holds [04]; allowed: [01] to [34]"
     ):
         medical(path, first_option=1 - first)
 
@@ -142,24 +143,24 @@ def test_the_first_option_has_the_stated_number(tmp_path: Path, first: int) -> N
 @pytest.mark.parametrize(
     ("changed", "arguments", "message"),
     [
-        ({"cop": -1}, {}, r", line 1: column 'cop' holds -1; allowed: 0 to 3, as task\.first_op"),
-        ({"cop": "A"}, {}, r", line 1: column 'cop' holds A; allowed: 0 to 3"),
-        ({"cop": 1.5}, {}, r", line 1: column 'cop' holds 1\.5; allowed: 0 to 3"),
-        ({"cop": None}, {}, r", line 1: column 'cop' holds None; allowed: a text or a number"),
-        ({"opd": "aspirin "}, {}, r", line 1: two options are alike; allowed: different options"),
-        ({"opa": ""}, {}, r", line 1: column 'opa' holds ''; allowed: a text or a number"),
-        ({"question": "\n"}, {}, r", line 1: column 'question' holds "),
+        ({"cop": -1}, {}, r": line 1: column 'cop' holds -1; allowed: 0 to 3, as task\.first_op"),
+        ({"cop": "A"}, {}, r": line 1: column 'cop' holds A; allowed: 0 to 3"),
+        ({"cop": 1.5}, {}, r": line 1: column 'cop' holds 1\.5; allowed: 0 to 3"),
+        ({"cop": None}, {}, r": line 1: column 'cop' holds None; allowed: a text or a number"),
+        ({"opd": "aspirin "}, {}, r": line 1: two options are alike; allowed: different options"),
+        ({"opa": ""}, {}, r": line 1: column 'opa' holds ''; allowed: a text or a number"),
+        ({"question": "\n"}, {}, r": line 1: column 'question' holds "),
         (
             {},
             {"answer_column": "exp"},
-            r", line 1: no column 'exp'; allowed: task\.answer_column as",
+            r": line 1: no column 'exp'; allowed: task\.answer_column as",
         ),
         ({}, {"first_option": 2}, r"^task\.first_option=2; allowed: 0 or 1"),
         ({}, {"option_columns": ["opa"]}, r"^task\.option_columns=\['opa'\]; allowed: a list of 2"),
         (
             {},
             {"question": "{question}"},
-            r"^task\.question='{question}'; allowed: a text with {opt",
+            r"^task\.question={question}; allowed: a text with {opt",
         ),
     ],
 )
@@ -167,7 +168,7 @@ def test_bad_choices_are_refused_in_one_line(
     tmp_path: Path, changed: dict[str, Any], arguments: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", [rows(range(1))[0] | changed])
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         medical(path, **arguments)
     assert "\n" not in str(refused.value)
 
@@ -215,7 +216,7 @@ def test_sources_are_mixed_with_their_own_questions_and_share_no_text(tmp_path: 
     assert set(first) == {"one", "other"}
     assert {text[:5] for text in by_split(task)["train"]} == {"Offen", "Hate?"}
     overlapping = source(one["train"], test=write(tmp_path / "c.jsonl", tweets(range(61, 64))))
-    with pytest.raises(ValueError, match=r"^task\.sources: \d+ problems are in two splits, first "):
+    with pytest.raises(UserError, match=r"^task\.sources: \d+ problems are in two splits, first "):
         labelled_texts(sources={"other": other, "late": overlapping}, seed=1)
 
 
@@ -225,11 +226,11 @@ def test_sources_are_mixed_with_their_own_questions_and_share_no_text(tmp_path: 
         ({"labels": {"0": "no", "2": "yes"}}, r"line 2: column 'label' holds '1'; allowed: 0, 2$"),
         ({"labels": {"0": "no"}}, r"^task\.sources\.x\.labels=.*; allowed: a number, or a mapping"),
         ({"labels": {"0": False, "1": True}}, r"^task\.sources\.x\.labels=.*quote \"yes\""),
-        ({"labels": None}, r"^task\.sources\.x\.labels=None; allowed: a number, or a mapping"),
+        ({"labels": None}, r"^task\.sources\.x\.labels=null; allowed: a number, or a mapping"),
         ({"label_column": "gold"}, r"line 1: no column 'gold'; allowed: task\.sources\.x\.label_c"),
-        ({"text_column": None}, r"^task\.sources\.x\.text_column=None; allowed: a column's name"),
-        ({"question": "Bad?"}, r"^task\.sources\.x\.question='Bad\?'; allowed: a text with {text}"),
-        ({"extra": 1}, r"^task\.sources\.x has \[.*'extra'.*\]; allowed: the keys train, validat"),
+        ({"text_column": None}, r"^task\.sources\.x\.text_column=null; allowed: a column's name"),
+        ({"question": "Bad?"}, r"^task\.sources\.x\.question=Bad\?; allowed: a text with {text}"),
+        ({"extra": 1}, r"^task\.sources\.x=\[.*'extra'.*\]; allowed: the keys train, validat"),
         ({"validation": "no.jsonl"}, r"^task\.sources\.x\.validation=no\.jsonl: No such file or d"),
         ({"train": 3}, r"^task\.sources\.x\.train=3; allowed: a file"),
     ],
@@ -238,20 +239,20 @@ def test_bad_sources_are_refused_in_one_line(
     tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", tweets(range(20)))
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         labelled_texts(sources={"x": source(path) | changed}, seed=1)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("sources", [None, {}, [], {"x": 3}])
 def test_sources_are_a_mapping_of_mappings(sources: Any) -> None:
-    with pytest.raises(ValueError, match=r"^task\.sources.*; allowed: "):
+    with pytest.raises(UserError, match=r"^task\.sources.*; allowed: "):
         labelled_texts(sources=sources, seed=1)
 
 
 def test_an_unreadable_share_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": "t", "label": "some"}])
-    with pytest.raises(ValueError, match=r"line 1: column 'label' holds 'some'; allowed: a number"):
+    with pytest.raises(UserError, match=r"line 1: column 'label' holds 'some'; allowed: a number"):
         labelled_texts(sources={"x": source(path, labels=0.5)}, seed=1)
 
 

@@ -10,6 +10,7 @@ import pytest
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.sources import Context
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks.instruction_kinds import ALONE, KINDS, compatible, sentences, words
 from opcd_nemo.tasks.instructions import (
@@ -380,7 +381,7 @@ def test_the_run_seed_changes_the_order_of_training_alone() -> None:
 @pytest.mark.parametrize("key", ["num_train", "num_validation", "num_test"])
 @pytest.mark.parametrize("value", [0, 2001])
 def test_a_bad_number_of_prompts_is_one_line(key: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^task\.{key}={value}; allowed: 1 to 2000$"):
+    with pytest.raises(UserError, match=rf"^task\.{key}={value}; allowed: 1 to 2000$"):
         built(**{key: value})
 
 
@@ -389,7 +390,7 @@ def test_retention_can_ask_for_instructions() -> None:
     episodes = build_plug(config.retention).episodes("test", 0, 200)
     assert len(episodes) == 200
     assert config.evaluation.retention_max_new_tokens == 128  # the demo's 32 cut most answers
-    with pytest.raises(ValueError, match=r"^retention\.level=word: allowed: prompt, instruction$"):
+    with pytest.raises(UserError, match=r"^retention\.level=word; allowed: prompt, instruction$"):
         load_config(compose("train", ["retention=instructions", "retention.level=word"]))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.context.sources import Context
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Episode
 from opcd_nemo.tasks.answers import marked, plain, tagged
 from opcd_nemo.tasks.maths import file_problems, generated_problems
@@ -67,9 +68,9 @@ def generated(**changed: Any) -> QuestionTask:
 
 
 def everything(task: QuestionTask, split: Split) -> list[QuestionEpisode]:
-    with pytest.raises(ValueError, match=r"allowed: 1 to ") as refused:
+    with pytest.raises(UserError) as refused:
         task.episodes(split, 0, 1_000_000)
-    drawn = task.episodes(split, 0, int(str(refused.value).rpartition(" ")[2]))
+    drawn = task.episodes(split, 0, int(refused.value.allowed.rpartition(" ")[2]))
     assert all(isinstance(episode, QuestionEpisode) for episode in drawn)
     return drawn  # type: ignore[return-value]
 
@@ -130,7 +131,7 @@ def test_a_problem_in_two_files_is_refused_with_both_lines(tmp_path: Path) -> No
         rf"^task: 1 problems are in two splits, first test \(task\.test={test}, line 6\) and "
         rf"train \(task\.train={train}, line 8\); allowed: each problem in one$"
     )
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         task(train, validation=write(tmp_path / "c.jsonl", problems(range(30, 35))), test=test)
 
 
@@ -148,7 +149,7 @@ def test_a_repeated_row_counts_once_and_another_answer_is_refused(
     )
     path = write(tmp_path / "b.jsonl", [*rows, rows[4] | {"answer": "#### 9"}])
     wanted = r"line 51: the problem of line 5 has another answer \('8' and '9'\); allowed: one ans"
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         task(path)
 
 
@@ -252,32 +253,32 @@ def test_a_tag_is_the_last_closed_one_after_the_thinking() -> None:
         (
             [{"question": "q"}],
             {},
-            r"task\.train=.*, line 1: no column 'answer'; allowed: task\.ans",
+            r"task\.train=.*: line 1: no column 'answer'; allowed: task\.ans",
         ),
         ([{"question": " ", "answer": "#### 1"}], {}, r"line 1: column 'question' holds ' '; all"),
         ([{"question": "q", "answer": ""}], {}, r"line 1: column 'answer' holds ''; allowed: a t"),
         ([{"question": "q", "answer": "42"}], {}, r"line 1: column 'answer' has no answer in the"),
         ([{"question": "q", "answer": "####"}], {}, r"line 1: column 'answer' has no answer in"),
         (problems(range(9)), {"test": 0.0}, r"^task\.test=0\.0; allowed: a file, or a share of t"),
-        (problems(range(9)), {"test": True}, r"^task\.test=True; allowed: a file, or a share"),
-        (problems(range(9)), {"test": None}, r"^task\.test=None; allowed: a file, or a share"),
-        (problems(range(9)), {"test": 0.9}, r"^task: the shares .* leave nothing to train; allow"),
+        (problems(range(9)), {"test": True}, r"^task\.test=true; allowed: a file, or a share"),
+        (problems(range(9)), {"test": None}, r"^task\.test=null; allowed: a file, or a share"),
+        (problems(range(9)), {"test": 0.9}, r"^task\.validation \+ task\.test=1\.1: nothing"),
         (problems(range(1)), {}, r"none of the 1 problems of .* falls to it; allowed: more rows"),
-        (problems(range(9)), {"question": "?"}, r"^task\.question='\?'; allowed: a text with {pr"),
+        (problems(range(9)), {"question": "?"}, r"^task\.question=\?; allowed: a text with {pr"),
         (problems(range(9)), {"time_limit_s": 0}, r"^task\.time_limit_s=0; allowed: a number of"),
     ],
 )
 def test_bad_rows_and_values_are_refused_in_one_line(
     tmp_path: Path, rows: list[dict[str, Any]], changed: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         task(write(tmp_path / "a.jsonl", rows), **changed)
     assert "\n" not in str(refused.value)
 
 
 def test_a_slot_inside_a_text_is_only_text() -> None:
     assert fill(r"{a} {b} \boxed{}", {"a": "{b}", "b": "x"}) == r"{b} x \boxed{}"
-    with pytest.raises(ValueError, match=r"^k='{a} {a}'; allowed: a text with {a} in it once$"):
+    with pytest.raises(UserError, match=r"^k={a} {a}; allowed: a text with {a} in it once$"):
         require_slots("k", "{a} {a}", ["a"])
 
 
@@ -401,24 +402,24 @@ def test_every_generated_answer_is_accepted_and_another_problems_is_not(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dataset": "chain_sums"}, r"^task\.dataset='chain_sums'; allowed: one of reasoning-gym's "
+        ({"dataset": "chain_sums"}, r"^task\.dataset=chain_sums; allowed: one of reasoning-gym's "
          r"\d+ data sets, such as chain_sum, "),
-        ({"arguments": {"terms": 2}}, r"^task\.arguments: chain_sum takes no 'terms'; allowed: al"),
-        ({"arguments": {"seed": 2}}, r"^task\.arguments: chain_sum takes no 'seed'; allowed: all"),
-        ({"arguments": [1]}, r"^task\.arguments: chain_sum takes no \[1\]; allowed: allow_neg"),
+        ({"arguments": {"terms": 2}}, r"^task\.arguments=.*: chain_sum takes no 'terms'; allo"),
+        ({"arguments": {"seed": 2}}, r"^task\.arguments=.*: chain_sum takes no 'seed'; allowe"),
+        ({"arguments": [1]}, r"^task\.arguments=.*: chain_sum takes no \[1\]; allowed: allow_neg"),
         ({"arguments": {"min_terms": 0}}, r"^task\.arguments={'min_terms': 0}: min_terms must be"),
         ({"arguments": {"min_terms": "x"}}, r"^task\.arguments={'min_terms': 'x'}: .*; allowed: "),
         ({"train": 10_000}, r"^task\.train=10000: chain_sum makes \d+ different problems that no"),
         ({"test": 0}, r"^task\.test=0; allowed: 1 to "),
         ({"dataset": "rush_hour", "arguments": {}}, r"^task\.dataset=rush_hour: item 0 has the an"),
         ({"dataset": "graph_color", "arguments": {}}, r"^task\.dataset=graph_color: item 0"),
-        ({"dataset": "game_of_life_halting", "arguments": {}}, r"item \d+: its verifier gives 1\.0"
-         r" to the right answer and 1\.0 to '\?'; allowed: data sets with 1 for right answers"),
+        ({"dataset": "game_of_life_halting", "arguments": {}}, r"item \d+ has a verifier that "
+         r"gives 1\.0 to the right answer and 1\.0 to '\?'; allowed: data sets with 1"),
         ({"dataset": "composite", "arguments": {}}, r"^task\.arguments={}: Must specify at least"),
     ],
 )  # fmt: skip
 def test_a_bad_generator_is_refused_in_one_line(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         generated(**changed)
     assert "\n" not in str(refused.value)
 

@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.rows import Row, read_rows
 
 ROWS: list[dict[str, Any]] = [
@@ -63,19 +64,19 @@ def test_a_row_knows_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', r", line 2: not JSON \(.*allowed: one JSON object a li"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r", line 2: not JSON \(.*UTF-8"),
-        ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r", line 2: \[1, 2\]; allowed: one JSON object a line"),
-        ("a.jsonl", b"[" * 100_000, r", line 1: not JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r": line 2: not JSON \(.*allowed: one JSON object a li"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r": line 2: not JSON \(.*UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r": line 2: \[1, 2\]; allowed: one JSON object a line"),
+        ("a.jsonl", b"[" * 100_000, r": line 1: not JSON"),
         ("a.jsonl", b"", r": no row in the file; allowed: one row or more"),
         ("a.jsonl", b"\n \n", r": no row in the file"),
         ("a.csv", b"", r": no row in the file"),
         ("a.csv", b"a,b\n", r": no row in the file"),
-        ("a.csv", b"a,b\n1,2\n3\n", r", line 3: 1 cells under a header of 2; allowed: as many"),
-        ("a.csv", b'a,b\n1,2\n"3"x,4\n', r", line 3: .*; allowed: a table with a header"),
-        ("a.csv", b"a,b\n1,\xff\n", r", line \d: .*; allowed: a table with a header, in UTF-8"),
-        ("a.parquet", b"PAR1 no table", r", row 1: .*; allowed: a whole parquet file"),
-        ("a.parquet", b"", r", row 1: .*; allowed: a whole parquet file"),
+        ("a.csv", b"a,b\n1,2\n3\n", r": line 3: 1 cells under a header of 2; allowed: as many"),
+        ("a.csv", b'a,b\n1,2\n"3"x,4\n', r": line 3: .*; allowed: a table with a header"),
+        ("a.csv", b"a,b\n1,\xff\n", r": line \d: .*; allowed: a table with a header, in UTF-8"),
+        ("a.parquet", b"PAR1 no table", r": row 1: .*; allowed: a whole parquet file"),
+        ("a.parquet", b"", r": row 1: .*; allowed: a whole parquet file"),
         ("a.txt", b"a", r"; allowed: a file that ends in \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
         ("", None, r"; allowed: a file that ends in"),
         ("missing.jsonl", None, r": No such file or directory; allowed: a readable file"),
@@ -91,7 +92,7 @@ def test_a_broken_file_is_refused_in_one_line(
         path.write_bytes(content)
     elif name.startswith("folder"):
         path.mkdir()
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         list(read_rows("task.train", str(path)))
     assert str(refused.value).startswith(f"task.train={path}")
     assert "\n" not in str(refused.value)
@@ -100,21 +101,27 @@ def test_a_broken_file_is_refused_in_one_line(
 def test_a_table_cut_short_is_refused(tmp_path: Path) -> None:
     path = Path(_write(tmp_path / "a.parquet", ROWS))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="allowed: a whole parquet file"):
+    with pytest.raises(UserError, match="allowed: a whole parquet file"):
         list(read_rows("task.train", str(path)))
 
 
+def row_of(values: dict[str, Any]) -> Row:
+    return Row(key="task.train", path="w", place="line 3", values=values)
+
+
 def test_a_dotted_column_reaches_inside() -> None:
-    row = Row(where="w", values={"a": [{"b": "x"}], "c.d": "y", "n": 3, "c": {"d": "z"}})
+    row = row_of({"a": [{"b": "x"}], "c.d": "y", "n": 3, "c": {"d": "z"}})
     assert row.text("k", "a.0.b") == "x"
     assert row.text("k", "c.d") == "y"
     assert row.text("k", "n") == "3"
     for column in ("a.1.b", "a.0.c", "a.b", "a.-1.b", "e", "n.0", ""):
-        with pytest.raises(ValueError, match=r"^w: no column .*; allowed: k as one of a, c\.d, n"):
+        with pytest.raises(UserError, match=r": line 3: no column .*; allowed: k as "):
             row.text("k", column)
 
 
 @pytest.mark.parametrize("value", ["", " \n", None, True, [], {}, float("nan")])
 def test_an_empty_column_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^w: column 'a' holds .*; allowed: a text or a number"):
-        Row(where="w", values={"a": value}).text("k", "a")
+    with pytest.raises(
+        UserError, match=r"^task.train=w: line 3: column 'a' holds .*; allowed: a t"
+    ):
+        row_of({"a": value}).text("k", "a")

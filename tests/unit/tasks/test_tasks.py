@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from opcd_nemo.context.sources import Context
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS, NOUNS, TEMPLATES
@@ -182,13 +183,13 @@ def test_a_wrong_number_of_prompts_names_both_numbers(n: int) -> None:
     }
     for name, (draw, allowed) in draws.items():
         split = "test" if name == "retention" else name
-        with pytest.raises(ValueError, match=f"{split}: n={n} .* allowed: 1 to {allowed}"):
+        with pytest.raises(UserError, match=f"{split}: n={n}; allowed: 1 to {allowed}"):
             draw()
 
 
 def test_an_unknown_verifier_names_key_value_and_what_is_allowed() -> None:
-    wanted = r"task\.verifier='haiku'; allowed: brevity, bullets, json, pirate"
-    with pytest.raises(ValueError, match=wanted):
+    wanted = r"task\.verifier=haiku; allowed: brevity, bullets, json, pirate"
+    with pytest.raises(UserError, match=wanted):
         _task(verifier="haiku")
 
 

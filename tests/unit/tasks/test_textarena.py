@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from opcd_nemo.context.sources import NoContext
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.tasks.games.boards import Direction
 from opcd_nemo.tasks.games.frozen_lake import FrozenLake, frozen_lake_maps
@@ -158,7 +159,7 @@ def test_the_generators_of_the_process_are_left_alone() -> None:
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         textarena(**settings(**changes))
 
 
@@ -166,5 +167,5 @@ def test_a_game_whose_rules_are_not_told_apart_is_refused(monkeypatch: pytest.Mo
     from textarena.envs.FrozenLake.env import FrozenLakeEnv
 
     monkeypatch.setattr(FrozenLakeEnv, "_render_board", lambda self: self._prompt(0, {}))
-    with pytest.raises(ValueError, match=r"its rules are not one text before one board; allowed"):
+    with pytest.raises(UserError, match=r"its rules are not one text before one board; allowed"):
         textarena(**settings())

@@ -247,16 +247,16 @@ def test_retention_is_checked_like_the_task(model: Path, tmp_path: Path) -> None
     assert inputs.retention.episodes("test", 0, 1)[0].uid.startswith("test/")
     target = "retention._target_=opcd_nemo.tasks.system_prompt.StyleTask: "
     assert refused(model, tmp_path, *other, "retention.verifier=poem").startswith(
-        f"{target}task.verifier='poem'; allowed: brevity"
+        f"{target}task.verifier=poem; allowed: brevity"
     )
     assert refused(model, tmp_path, *other, "evaluation.num_retention=201") == (
-        "evaluation.num_retention=201: test: n=201 prompts asked for; allowed: 1 to 200"
+        "evaluation.num_retention=201: test: n=201; allowed: 1 to 200"
     )
 
 
 def test_unknown_verifier(model: Path, tmp_path: Path) -> None:
     assert refused(model, tmp_path, "task.verifier=poem").startswith(
-        "task.verifier='poem'; allowed: brevity"
+        "task.verifier=poem; allowed: brevity"
     )
 
 
@@ -273,5 +273,5 @@ def test_validation_needs_as_many_questions_as_the_test(model: Path, tmp_path: P
     questions = "evaluation.num_questions=100"  # the test split has 200, the validation split 64
     opened(model, tmp_path, questions)
     assert refused(model, tmp_path, questions, "evaluation.every_n_steps=1") == (
-        "evaluation.num_questions=100: validation: n=100 prompts asked for; allowed: 1 to 64"
+        "evaluation.num_questions=100: validation: n=100; allowed: 1 to 64"
     )
