@@ -49,3 +49,30 @@ def present_config(node: Any) -> Any:
             for key, value in node.items()
         }
     return [present_config(value) for value in node] if isinstance(node, list) else node
+
+
+_STYLES = ("brevity", "bullets", "json", "pirate")
+CHOICES: dict[str, str] = {
+    **{f"recipe=demo_{one}_offpolicy": f"recipe=demo_{one} method=off_policy" for one in _STYLES},
+    **{f"recipe=demo_{one}_sft": f"recipe=demo_{one} method=sft" for one in _STYLES},
+    "method=offpolicy": "method=off_policy",
+    "rollout=student": "method=opcd",
+    "rollout=teacher": "method=off_policy, method=sft, or rollout.sampler=teacher",
+    "warmup=none": "method=opcd",
+    "warmup=off_policy": "method=opcd_warmup",
+    "batching=laptop": "",
+    "engine=megatron": "",
+    "evaluation=demo": "",
+    "optim=adamw": "",
+    "trainer=default": "",
+}
+"""A choice that was a file of `conf/` -> the words that say it now; none: it is what stands in
+`conf/train.yaml`, and is left out."""
+
+_METHODS = {"offpolicy": "off_policy"}
+
+
+def present_method(name: str) -> str:
+    """The present name of a method of `experience.consolidation.methods`, or of a run of it."""
+    method, dash, seed = name.partition("-")
+    return f"{_METHODS.get(method, method)}{dash}{seed}"

@@ -7,15 +7,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from opcd_nemo.config.doc import doc
+from opcd_nemo.config.renamed import present_method
 from opcd_nemo.config.schema import read_schema
 from opcd_nemo.config.train import MODEL
 from opcd_nemo.errors import UserError
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
-METHODS = ("opcd", "offpolicy", "sft")
+METHODS = ("opcd", "off_policy", "sft")
 _PLACES = re.compile(r"\{(trace|outcome|experience)\}")
 
 
@@ -89,10 +90,12 @@ class ConsolidationConfig:
     """Which runs make the table."""
 
     methods: list[str] = doc(
-        "opcd: the configured sampler and loss; the others learn from the teacher's samples",
+        "opcd: the method of the run as it is; the others are files of conf/method",
         choices=METHODS,
     )
-    losses: Any = doc("the losses of the methods offpolicy and sft", takes="a mapping of plugs")
+    settings: Any = doc(
+        "what the methods off_policy and sft change: their files of conf/method", takes="a mapping"
+    )
     seeds: list[int] = doc("seeds of the runs of every method", minimum=0)
 
 
@@ -153,6 +156,15 @@ class Settings:
         return [f"{method}-{seed}" for seed in plan.seeds for method in plan.methods]
 
 
+def _rename_methods(given: DictConfig) -> None:
+    """Read old names of methods as the present ones."""
+    methods = OmegaConf.select(given, "experience.consolidation.methods")
+    if isinstance(methods, ListConfig):
+        given.experience.consolidation.methods = [present_method(str(one)) for one in methods]
+    if isinstance(given.get("run"), str):
+        given.run = present_method(given.run)
+
+
 def load_experience(raw: DictConfig) -> Settings:
     """Check a composed pipeline's own keys; those of its runs are checked as a run's.
 
@@ -162,7 +174,9 @@ def load_experience(raw: DictConfig) -> Settings:
     own = [key for key in ("stage", "round", "run", "experience") if key in raw]
     resolved = raw.copy()
     OmegaConf.resolve(resolved)
-    keys = read_schema(PipelineKeys, OmegaConf.masked_copy(resolved, own))
+    given = OmegaConf.masked_copy(resolved, own)
+    _rename_methods(given)
+    keys = read_schema(PipelineKeys, given)
     train = raw.copy()
     with open_dict(train):
         for key in own:

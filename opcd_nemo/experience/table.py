@@ -34,8 +34,8 @@ _SHOWN = {
     "shuffled": "shuffled experience, in context",
     "opcd": "OPCD",
     "opcd_in_context": "OPCD, in context",
-    "offpolicy": "off-policy CD",
-    "offpolicy_in_context": "off-policy CD, in context",
+    "off_policy": "off-policy CD",
+    "off_policy_in_context": "off-policy CD, in context",
     "sft": "SFT",
     "sft_in_context": "SFT, in context",
 }

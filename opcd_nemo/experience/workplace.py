@@ -132,10 +132,11 @@ class Workplace:
             self._set_student(config)
             config.context = context
             if method != "opcd":
-                config.loss = experience.consolidation.losses[method]
-                config.rollout.sampler = "teacher"
+                changes = experience.consolidation.settings[method]
+                config.loss = changes["loss"]
+                config.rollout.merge_with(changes["rollout"])
+                config.warmup.merge_with(changes["warmup"])
                 config.rollout.teacher_data = str(self.folder / "teacher_data" / f"seed={seed}")
-                config.warmup.steps = 0
             if experience.replay:
                 config.task = {
                     "_target_": "opcd_nemo.tasks.replay.ReplayTask",

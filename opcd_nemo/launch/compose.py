@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 import opcd_nemo
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.launch.recipes import of_program
 
 CONF = Path(opcd_nemo.__file__).with_name("conf")
 
@@ -43,7 +44,7 @@ def compose(config_name: str, words: Sequence[str]) -> DictConfig:
         problem = str(error).splitlines()[0]
         key = str(error.full_key)
         raise UserError(key, ABSENT, "a key that exists", problem=problem) from error
-    return config
+    return of_program(config_name, config, words)
 
 
 def _resolve(config: DictConfig) -> None:

@@ -33,6 +33,7 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import CONF, as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open
+from opcd_nemo.launch.recipes import of_program
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.training.inputs import open_inputs
 
@@ -142,7 +143,7 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
 
     def task(config: DictConfig) -> None:
         try:
-            main(config, say)
+            main(of_program(config_name, config), say)
         except Exception as error:
             failures.append(error)
 

@@ -58,7 +58,7 @@ def notes_template() -> str:
 
 def extraction_prompt() -> str:
     """How notes are asked for: with the places {trace} and {outcome}."""
-    config: Any = OmegaConf.load(_CONF / "pipeline/demo_games.yaml")
+    config: Any = OmegaConf.load(_CONF / "recipe/demo_games.yaml")
     return str(config.experience.extraction.prompt)
 
 

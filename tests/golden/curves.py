@@ -21,7 +21,7 @@ RECORD = Path(__file__).with_name("curves.json")
 RUNS = {
     "opcd": "recipe=demo_brevity parallel=dp2 rollout.anchor_fraction=0.25",
     "opcd after a warm-up": "recipe=demo_json parallel=pp2 warmup.steps=3",
-    "sft": "recipe=demo_bullets_sft parallel=tp2",
+    "sft": "recipe=demo_bullets method=sft parallel=tp2",
 }
 # At this rate Adam's usual epsilon blows up the rounding of gradients near zero: curves of two
 # layouts then differ by 5e-4, with 1e-6 by 6e-6

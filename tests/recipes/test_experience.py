@@ -13,7 +13,7 @@ SETTINGS = (
     "task=frozen_lake context=experience_games evaluation.num_questions=4 parallel=single "
     "experience.extraction.keep=trace experience.extraction.num_chains=2 name=lake "
     "experience.extraction.num_steps=2 experience.extraction.max_new_tokens=4 "
-    "experience.scoring.first_questions=2 experience.consolidation.methods=[opcd,offpolicy] "
+    "experience.scoring.first_questions=2 experience.consolidation.methods=[opcd,off_policy] "
     "experience.consolidation.seeds=[1] experience.controls=[wrong]"
 ).split()
 PROMPT = "experience.extraction.prompt='{trace} {outcome}'"
@@ -33,13 +33,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path
     summary = json.loads((folder / "summary.json").read_text())
     assert {"base", "in_context", "student", "internalised"} <= summary.keys()
     assert (summary["seeds"], summary["maps_overlap"]) == ([1], 0)
-    students = ["opcd", "opcd_in_context", "offpolicy", "offpolicy_in_context"]
+    students = ["opcd", "opcd_in_context", "off_policy", "off_policy_in_context"]
     assert list(summary["rows"]) == ["base", "in_context", "wrong", *students]
 
     # as kills leave it: in extraction, in scoring, in a run, in the evaluation
     for name in ("candidates.json", "extraction/wave=0001.jsonl", "ranked.json", "selected.json"):
         (folder / name).unlink()
-    for name in ("offpolicy-1/summary.json", "controls.json", "summary.json", "table.md"):
+    for name in ("off_policy-1/summary.json", "controls.json", "summary.json", "table.md"):
         (folder / name).unlink()
     scores = (folder / "scoring.jsonl").read_text()
     (folder / "scoring.jsonl").write_text(scores[: len(scores) // 2])

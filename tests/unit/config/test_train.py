@@ -169,8 +169,8 @@ def test_a_teacher_that_moves_has_the_students_parameters(life: str) -> None:
 
 
 def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:
-    assert refused("warmup=off_policy", "warmup.loss.kind=kl").key == "warmup.loss.kind"
-    assert refused("warmup=off_policy", "warmup.loss=null").key == "warmup.loss"
+    assert refused("method=opcd_warmup", "warmup.loss.kind=kl").key == "warmup.loss.kind"
+    assert refused("method=opcd_warmup", "warmup.loss=null").key == "warmup.loss"
 
 
 def test_loads_typed(composed: DictConfig) -> None:
@@ -194,19 +194,35 @@ def test_defaults_follow_the_paper(composed: DictConfig) -> None:
 STYLES = ("demo_brevity", "demo_bullets", "demo_json", "demo_pirate")  # demo_games asks for a path
 DEMOS = [name for name in names("recipe") if name.startswith(STYLES)]
 LAYOUTS = [name for name in names("parallel") if not name.startswith("h100_")]
+METHODS = names("method")
 
 
-@pytest.mark.parametrize(("recipe", "parallel"), product(DEMOS, LAYOUTS))
-def test_every_demo_composes_with_every_layout(recipe: str, parallel: str) -> None:
-    config = load_config(compose("train", [f"recipe={recipe}", f"parallel={parallel}"]))
-    assert config.name == f"{recipe}-{parallel}"
+@pytest.mark.parametrize(("recipe", "method"), product(DEMOS, METHODS))
+def test_every_demo_composes_with_every_method(recipe: str, method: str) -> None:
+    config = load_config(compose("train", [f"recipe={recipe}", f"method={method}"]))
+    suffix = "" if method.startswith("opcd") else f"_{method}"
+    assert config.name == f"{recipe}{suffix}-dp2"
     assert recipe.split("_")[1] == config.task["verifier"]
-    assert config.rollout.sampler == (
-        "teacher" if recipe.endswith(("_offpolicy", "_sft")) else "student"
+    assert config.rollout.sampler == ("teacher" if suffix else "student")
+    assert bool(config.warmup.steps) == (config.warmup.loss is not None)
+    assert bool(config.warmup.steps) == (method == "opcd_warmup")
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_a_demo_composes_with_every_layout(parallel: str) -> None:
+    assert (
+        load_config(compose("train", [f"parallel={parallel}"])).name == f"demo_brevity-{parallel}"
     )
 
 
-NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "pipeline", "accelerator", "shapes")
+def test_only_a_method_says_who_samples_and_which_loss() -> None:
+    """`method=sft` replaces all of a recipe's method: no recipe chooses a loss beside it."""
+    for file in (CONF / "recipe").rglob("*.yaml"):
+        assert "override /loss" not in file.read_text(), file
+        assert "sampler:" not in file.read_text(), file
+
+
+NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "accelerator", "shapes")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.workplace import Workplace, configs_before_start, stage_to_check
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.launch.compose import CONF, compose
+from opcd_nemo.launch.recipes import is_for_pipeline
 
 CONTEXT = ["context=experience"]
 
@@ -43,7 +44,7 @@ def select(place: Workplace, *items: str) -> Entry:
     ("override", "key", "allowed"),
     [
         ("stage=train", "stage", "all, extract, "),
-        ("run=opcd-9", "run", "null, opcd-1, offpolicy-1, sft-1, opcd-2"),
+        ("run=opcd-9", "run", "null, opcd-1, off_policy-1, sft-1, opcd-2"),
         ("run=opcd-1", "run", "null with stage=all"),
         ("round=2", "round", "1 to 1"),
         ("experience.rounds=0", "experience.rounds", "a whole number >= 1"),
@@ -62,7 +63,7 @@ def select(place: Workplace, *items: str) -> Entry:
         (
             "experience.consolidation.methods=[grpo]",
             "experience.consolidation.methods",
-            "a list of opcd, offpolicy, sft, each",
+            "a list of opcd, off_policy, sft, each",
         ),
         (
             "experience.consolidation.seeds=[1,1]",
@@ -143,12 +144,23 @@ def test_keys_that_contradict_each_other(
     assert allowed in refused.value.allowed
 
 
-@pytest.mark.parametrize("recipe", [p.stem for p in sorted((CONF / "pipeline").glob("*.yaml"))])
+PIPELINES = [p.stem for p in sorted((CONF / "recipe").glob("*.yaml")) if is_for_pipeline(p)]
+
+
+@pytest.mark.parametrize("recipe", PIPELINES)
 def test_every_pipeline_of_a_recipe_composes(tmp_path: Path, recipe: str) -> None:
     settings = load_experience(raw(tmp_path, f"recipe={recipe}"))
     games = settings.train.task._target_.startswith("opcd_nemo.tasks.games.task.")
     assert ("{situation}" in settings.train.context.template) == games
     assert settings.experience.extraction.num_chains > 1
+
+
+def test_the_old_name_of_a_method_is_read(tmp_path: Path) -> None:
+    old = ("experience.consolidation.methods=[opcd,offpolicy]", "stage=consolidate")
+    settings = load_experience(raw(tmp_path, *old, "run=offpolicy-1"))
+    assert settings.experience.consolidation.methods == ["opcd", "off_policy"]
+    assert settings.run == "off_policy-1"
+    assert settings.run in settings.runs
 
 
 def test_the_paper_s_accumulation() -> None:
@@ -171,14 +183,14 @@ def test_the_methods_differ_by_sampler_and_loss_alone(tmp_path: Path) -> None:
     place = workplace(tmp_path, "loss.temperature=0.7")
     entry = select(place, "one", "two")
     runs: dict[str, Any] = {
-        name: load_config(place.run_config(f"{name}-2")) for name in ("opcd", "offpolicy", "sft")
+        name: load_config(place.run_config(f"{name}-2")) for name in ("opcd", "off_policy", "sft")
     }
     kinds = {name: run.loss.get("kind", "hard_labels") for name, run in runs.items()}
-    assert kinds == {"opcd": "reverse_kl", "offpolicy": "forward_kl", "sft": "hard_labels"}
-    assert runs["offpolicy"].loss["temperature"] == 0.7
+    assert kinds == {"opcd": "reverse_kl", "off_policy": "forward_kl", "sft": "hard_labels"}
+    assert runs["off_policy"].loss["temperature"] == 0.7
     samplers = {name: run.rollout.sampler for name, run in runs.items()}
-    assert samplers == {"opcd": "student", "offpolicy": "teacher", "sft": "teacher"}
-    assert runs["sft"].rollout.teacher_data == runs["offpolicy"].rollout.teacher_data
+    assert samplers == {"opcd": "student", "off_policy": "teacher", "sft": "teacher"}
+    assert runs["sft"].rollout.teacher_data == runs["off_policy"].rollout.teacher_data
     for name, run in runs.items():
         assert run.seed == run.task["seed"] == 2
         assert run.context["items"] == ["one", "two"]
@@ -286,7 +298,7 @@ def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
         (["recipe=math_qwen3_8b_2n8g"], "task.train: no value is given"),
         (["optim.lr=-1"], "optim.lr=-1.0; allowed"),
         (["context=pirate"], "context._target_=.*allowed: context=experience"),
-        (["experience.consolidation.losses.sft=null"], "loss.*allowed"),
+        (["experience.consolidation.settings.sft.loss=null"], "loss.*allowed"),
     ],
 )
 def test_a_run_that_must_fail_is_refused_before_the_first_stage(

@@ -54,13 +54,13 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
 
     def launch(extra: Sequence[str]) -> int:
         launched.append(tuple(extra))
-        return 75 if "run=offpolicy-1" in extra else 0
+        return 75 if "run=off_policy-1" in extra else 0
 
     place = written(tmp_path)
     assert run_pipeline(place.settings, launch, lambda line: None) == 75
     assert launched == [
         ("stage=consolidate", "round=1", "run=opcd-1"),
-        ("stage=consolidate", "round=1", "run=offpolicy-1"),
+        ("stage=consolidate", "round=1", "run=off_policy-1"),
     ]
 
 
@@ -113,7 +113,7 @@ def test_the_selection_has_its_lineage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("evaluate", "opcd-1, offpolicy-1, .* not finished; allowed: after stage=consolidate"),
+        ("evaluate", "opcd-1, off_policy-1, .* not finished; allowed: after stage=consolidate"),
         ("select", "no .*ranked.json; allowed: after stage=score"),
     ],
 )

@@ -115,7 +115,7 @@ def test_notes_and_their_asking_are_those_of_the_configuration() -> None:
     turn = setting.game(maps()["train"][0]).turn(context.context("", 0))
     asked = turn.teacher_messages[-1]["content"]
     assert all(f"\n- {note}\n" in asked for note in notes)
-    prompt = OmegaConf.load(ROOT / "conf/pipeline/demo_games.yaml").experience.extraction.prompt
+    prompt = OmegaConf.load(ROOT / "conf/recipe/demo_games.yaml").experience.extraction.prompt
     assert ExtractionConfig.filled(_Prompt(prompt), "T", "O", "") == prompt.format(
         trace="T", outcome="O"
     )

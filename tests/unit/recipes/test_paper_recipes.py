@@ -220,11 +220,11 @@ def test_the_exact_loss_and_the_baselines_are_a_word_away(name: str) -> None:
         1.0,
         1024,
     )
-    for loss, kind in (("loss=forward_kl", "forward_kl"), ("loss=hard_labels", None)):
-        off_policy = recipe(name, loss, "rollout=teacher")
+    for method, kind in (("method=off_policy", "forward_kl"), ("method=sft", None)):
+        off_policy = recipe(name, method)
         assert (off_policy.rollout.sampler, off_policy.loss.get("kind")) == ("teacher", kind)
         assert off_policy.rollout.max_new_tokens == 512
-    assert recipe(name, "loss.kind=forward_kl", "rollout=teacher").loss["k"] == 256
+    assert recipe(name, "loss.kind=forward_kl", "rollout.sampler=teacher").loss["k"] == 256
     assert recipe(name, "parallel=dp2").parallel.num_ranks == 2
 
 
