@@ -53,6 +53,15 @@ class UserError(ValueError):
         """What is wrong and what is allowed, in one line."""
         return f"{self.found}; allowed: {' '.join(self.allowed.split())}"
 
+    def said_of(self, key: str, value: object) -> UserError:
+        """The same mistake, said of the configuration key whose value led to it.
+
+        A reader of files knows the file that is wrong, not the key that named the file.
+        """
+        names_the_value = self.where is None and self.key == str(value)
+        problem = self.problem if names_the_value else self.found
+        return UserError(key, value, self.allowed, problem=problem)
+
     def __reduce__(self) -> tuple[object, ...]:
         """Copy all fields to another process."""
         return _rebuilt, (self.key, self.value, self.allowed, self.problem, self.where)

@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from opcd_nemo.checkpoint.optimizer_shards import whole_parameters
 from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan, write_index
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import SaveError
+from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.run_folder import RunFolder
@@ -230,7 +230,7 @@ def find_damage(path: Path, parallel: Parallel) -> str | None:
         entries = durable.read_manifest(path)
         names = sorted(entries)[parallel.rank :: parallel.world_size]
         damage = durable.find_damage(path, entries, names)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         damage = str(error)
     return next((found for found in parallel.gather_objects(damage) if found), None)
 
@@ -256,27 +256,32 @@ def load(
     """Fill student, optimizer and teacher from a checkpoint of any layout; returns its `common`.
 
     Raises:
-        ValueError: the checkpoint is of a model with another shape, or holds no optimizer, or not
+        UserError: the checkpoint is of a model with another shape, or holds no optimizer, or not
             the weights of a teacher of this life.
     """
     unsharded = dist_checkpointing.load_common_state_dict(str(path))
     saved, wanted = unsharded["model"], student.config
     for key, value in asdict(wanted).items():
         if saved[key] != value:
-            raise ValueError(f"{path}: {key} is {saved[key]}; allowed: the student's {value}")
+            raise UserError(
+                str(path), allowed=f"the student's {value}", problem=f"{key} is {saved[key]}"
+            )
     _prepare_loading(optimizer.optimizer)
     state = {"student": _weights(student)}
     if "optimizer_states" not in unsharded["common"]:
-        raise ValueError(
-            f"{path}: holds weights only; allowed: a checkpoint of "
-            "exp_manager.checkpoint_callback_params.save_weights_only=false"
+        raise UserError(
+            str(path),
+            allowed="a checkpoint with optimizer, of a checkpoint callback with "
+            "save_weights_only=false",
+            problem="holds weights only",
         )
     state |= _optimizer_to_load(state["student"], optimizer)
     state |= _teacher_state(teacher)
     if "teacher" in state and unsharded.get("teacher_life") != teacher.life:
-        raise ValueError(
-            f"{path}: holds no weights of a teacher with teacher.life={teacher.life}; "
-            f"allowed: the checkpoint's teacher.life={unsharded.get('teacher_life', 'frozen')}"
+        raise UserError(
+            str(path),
+            allowed=f"the checkpoint's teacher.life={unsharded.get('teacher_life', 'frozen')}",
+            problem=f"holds no weights of a teacher with teacher.life={teacher.life}",
         )
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)

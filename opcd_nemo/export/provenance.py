@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
 from opcd_nemo.config.plugs import build_plug
-from opcd_nemo.config.stored import escaped
 from opcd_nemo.context.sources import Context, ContextSource, content_hash
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
@@ -75,19 +72,6 @@ def read_provenance(path: str) -> Provenance:
             licence=base_licence(path),
         )
     return Provenance(context=None, evaluation=None, licence=base_licence(path))
-
-
-def freeze_context(config: DictConfig) -> DictConfig:
-    """The configuration with its experience written out: it means the same without a registry."""
-    plug: Any = OmegaConf.to_container(config.context, resolve=True)
-    source: ContextSource = build_plug(plug)
-    frozen = source.frozen()
-    if frozen is None:
-        return config
-    changed = config.copy()
-    with open_dict(changed):
-        changed.context = escaped(frozen)
-    return changed
 
 
 def describe_context(plug: Mapping[str, Any]) -> dict[str, Any]:

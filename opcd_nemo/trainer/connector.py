@@ -18,13 +18,13 @@ from opcd_nemo.config.renamed import present_name
 from opcd_nemo.config.stored import parse_stored
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.groups import Parallel, init_parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.export.convert import nemo_config
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import Provenance, base_licence, describe_context
 from opcd_nemo.formats.locate import NEMO_CONFIG, resolve_model_path
 from opcd_nemo.formats.nemo import EVALUATION, open_package, read_record
 from opcd_nemo.storage.archive import Files, read_whole
-from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
 
 OWN_TARGETS = "opcd_nemo."
@@ -42,12 +42,12 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
         """Write the model's student and what is known of it. Collective over the world.
 
         Raises:
-            ValueError: another ending than `.nemo`.
+            UserError: another ending than `.nemo`.
             SaveError: on every rank, when the file cannot be written.
         """
         config: Any = OmegaConf.to_container(model.cfg, resolve=True)
         if Path(save_path).suffix != ".nemo":
-            raise ValueError(f"save_path={save_path}: allowed: a name ending in .nemo")
+            raise UserError("save_path", save_path, "a name ending in .nemo")
         write_package(
             Path(save_path),
             model.run.student,
@@ -87,11 +87,11 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             validate_access_integrity: NeMo's; archives are always checked.
 
         Raises:
-            ValueError: a damaged or hostile package, or a setting that does not fit.
+            UserError: a damaged or hostile package, or a setting that does not fit.
             UnsafeTargetError: the configuration names a class outside NeMo's allow-list.
         """
         if not strict:
-            raise ValueError("strict=False: allowed: True")
+            raise UserError("strict", strict, "true")
         path = str(self.model_extracted_dir or restore_path)
         files = open_package(resolve_model_path(path))
         config = _stored_config(files)
@@ -102,12 +102,10 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
         load_config(run_config(config))  # says what is wrong with an override
         name = present_name(config.get("target", f"{OWN_TARGETS}trainer.model.OPCDModel"))
         if not issubclass(calling_cls, _get_allowed_target_class(name)):
-            raise ValueError(f"target={name}; allowed: {calling_cls.__name__} or a base of it")
+            raise UserError("target", name, f"{calling_cls.__name__} or a base of it")
         if trainer is not None and not isinstance(trainer.strategy, MegatronStrategy):
-            raise ValueError(
-                f"trainer with {type(trainer.strategy).__name__}; allowed: one with a "
-                "MegatronStrategy, or None"
-            )
+            given = type(trainer.strategy).__name__
+            raise UserError("trainer.strategy", given, "a MegatronStrategy, or no trainer")
         with open_dict(config):
             if config.teacher.path is None and config.teacher.life == "frozen":
                 config.teacher.path = config.student.path  # one that moves starts as the student
@@ -119,12 +117,12 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
         assert isinstance(strategy, MegatronStrategy)
         device = strategy.parallel.device
         if map_location is not None and torch.device(map_location).type != device.type:
-            raise ValueError(f"map_location={map_location}: allowed: the layout's, {device}")
+            raise UserError("map_location", map_location, f"the layout's device, {device}")
         with open_dict(config):
             config.parallel = {**config.parallel, **_layout(strategy.parallel)}
         model = calling_cls(config, trainer)
         if EVALUATION in files.sizes():
-            model.summary = read_record(files, EVALUATION)  # until a step changes the weights
+            model.describe_weights(read_record(files, EVALUATION))
         return model
 
 
@@ -147,9 +145,7 @@ def _stored_config(files: Files) -> DictConfig:
 
 def _default_trainer(config: DictConfig) -> pl.Trainer:
     parallel = init_parallel(ParallelConfig(**config.parallel), config.seed)
-    # a program that restores a model saves what it wants where it wants, and keeps no record
-    run_folder = RunFolder(Path(config.exp_manager.exp_dir) / config.name, writes=False)
-    settings = trainer_settings(MegatronStrategy(parallel, run_folder, async_save=False))
+    settings = trainer_settings(MegatronStrategy(parallel, async_save=False))
     trainer = pl.Trainer(**settings, max_steps=config.trainer.max_steps)
     trainer.strategy.setup_environment()
     return trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +14,75 @@ from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.checkpoint import save_load as checkpoints
-from opcd_nemo.config.changes import run_origin
 from opcd_nemo.config.stored import escaped
-from opcd_nemo.config.train import load_config
 from opcd_nemo.evaluation import report
 from opcd_nemo.evaluation.evaluator import Evaluation
-from opcd_nemo.export.provenance import describe_context, freeze_context
+from opcd_nemo.evaluation.validations import Validation, ValidationHistory
+from opcd_nemo.export.provenance import describe_context
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import METRICS, Stats, metric_line
 from opcd_nemo.trainer.connector import OPCDConnector, run_config
-from opcd_nemo.trainer.strategy import MegatronStrategy, StepCounter
+from opcd_nemo.trainer.strategy import LightningStepAdapter, MegatronStrategy
 from opcd_nemo.training.build import build_evaluator, build_run
-from opcd_nemo.training.inputs import open_inputs
+from opcd_nemo.training.prepared import PreparedRun, prepare_run
 from opcd_nemo.training.step import distill_step
 from opcd_nemo.types import Split
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """Scores on the validation split and of retention, and after how many steps they were."""
-
-    step: int
-    score: float
-    retention: float
-
-
 class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     """On-policy context distillation of a Megatron student from a Megatron teacher."""
 
-    def __init__(self, cfg: DictConfig, trainer: pl.Trainer) -> None:
-        """Open the inputs, then load both models into this rank's shards.
+    def __init__(
+        self, cfg: DictConfig, trainer: pl.Trainer, prepared: PreparedRun | None = None
+    ) -> None:
+        """Load both models into this rank's shards.
+
+        Args:
+            cfg: a run's configuration; NeMo may have added its keys.
+            trainer: one with a `MegatronStrategy`.
+            prepared: what `prepare_run` made of `cfg`; without it, as when NeMo restores a model,
+                the inputs are opened here.
 
         Raises:
-            ValueError: a key is wrong, before anything is loaded.
+            UserError: a key is wrong, before anything is loaded.
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
-        load_config(run_config(cfg))
-        cfg = freeze_context(cfg)  # what is stored with the weights needs no registry
-        config = load_config(run_config(cfg))
-        inputs = open_inputs(config, strategy.parallel.world_size)
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        if prepared is None:
+            prepared = prepare_run(run_config(cfg), strategy.parallel.world_size)
+        config, inputs = prepared.config, prepared.inputs
+        plain: Any = OmegaConf.to_container(prepared.raw, resolve=True)
         # NeMo resolves what it is given, and takes the result for a configuration
         super().__init__(cfg=OmegaConf.create(escaped(escaped(plain))), trainer=trainer)
         self._save_restore_connector = OPCDConnector()
         self.automatic_optimization = False
-        self.context_hash = inputs.context_hash
         self.run = build_run(config, inputs, strategy.parallel)
         self.evaluator = build_evaluator(config, inputs, strategy.parallel)
         self.student_module = self.run.student.module
         self.run_folder = strategy.run_folder
         self.context = describe_context(config.context)
-        self.summary: dict[str, Any] | None = None  # of these weights, once they are evaluated
+        self.validations = ValidationHistory(config.evaluation.min_retention)
+        self._origin = prepared.origin
+        self._summary: dict[str, Any] | None = None
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
-        self.validations: list[Validation] = []
         self._best_on_disk: Validation | None = None
-        self._min_retention = config.evaluation.min_retention
-        self.retention_before: float | None = None  # the base's score, whose share that is
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What is known of these weights' scores, on rank 0; None when they were not evaluated."""
+        return self._summary
+
+    def describe_weights(self, summary: dict[str, Any]) -> None:
+        """Keep the summary of an evaluation until a step changes the weights."""
+        self._summary = summary
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The counter that Lightning steps around Megatron's optimizer."""
-        return StepCounter(self.run.optimizer)
+        """What Lightning steps and counts, in place of Megatron's optimizer."""
+        return LightningStepAdapter(self.run.optimizer)
 
     def train_dataloader(self) -> Any:
         """Step numbers: episodes are a pure function of (seed, step)."""
@@ -87,9 +90,15 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         return torch.utils.data.DataLoader(steps, batch_size=None)
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        """One distillation step."""
+        """One distillation step: rollout, teacher, student and optimizer, in `distill_step`.
+
+        Lightning must count the step, or it would neither save a checkpoint nor stop. Under manual
+        optimization it counts the calls of `optimizer.step` and nothing else. Therefore the whole
+        step, in which Megatron's optimizer makes the update, is the closure of an optimizer that
+        only calls it: see `LightningStepAdapter`.
+        """
         started, cpu = time.perf_counter(), time.process_time()
-        self.summary = None
+        self._summary = None
         strategy = self.trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
         step = self.trainer.global_step  # the loader counts from 0 in a continued run
@@ -112,46 +121,25 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
-        origin = run_origin(run_config(self.cfg), self.context_hash)
         checkpoint["opcd"] = {
-            "config": origin,
+            "config": dict(self._origin),
             "versions": report.versions(),
-            "validations": list(map(asdict, self.validations)),
+            "validations": self.validations.records(),
             "context": self.context,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what `on_train_start` needs, and the scores until then."""
         self._callback_states = checkpoint["callbacks"]
-        found = checkpoint["opcd"].get("validations", ())
-        self.validations = [Validation(**one) for one in found]
-        self._best_on_disk = self.best
-
-    @property
-    def best(self) -> Validation | None:
-        """The first validation with the best score."""
-        return max(self.validations, key=lambda one: one.score, default=None)
-
-    @property
-    def stopped_by_retention(self) -> Validation | None:
-        """The first validation that found too little retention."""
-        if self._min_retention is None:
-            return None
-        if not self.retention_before:
-            raise ValueError(
-                f"evaluation.min_retention={self._min_retention}: the score before training is "
-                f"{self.retention_before}; allowed: null, or a score above 0 (recipes/train.py "
-                "takes it)"
-            )
-        least = self._min_retention * self.retention_before
-        return next((one for one in self.validations if one.retention < least), None)
+        self.validations.load(checkpoint["opcd"].get("validations", ()))
+        self._best_on_disk = self.validations.best
 
     def on_train_start(self) -> None:
         """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`.
 
         A run that retention has stopped stays stopped when it is continued.
         """
-        self.trainer.should_stop = self.stopped_by_retention is not None
+        self.trainer.should_stop = self.validations.stopped_by_retention is not None
         for callback in self.trainer.checkpoint_callbacks:
             state = self._callback_states.get(callback.state_key)
             if state is not None:
@@ -161,10 +149,10 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """The student's scores on the validation split, after so many steps. Collective."""
         started = time.perf_counter()
         task, retention = self.scores("student", with_context=False, split="validation")
-        self.validations.append(
+        self.validations.add(
             Validation(step=num_steps, score=task.score, retention=retention.score)
         )
-        if self.stopped_by_retention is not None:
+        if self.validations.stopped_by_retention is not None:
             self.trainer.should_stop = True
         shown = {"validation/score": task.score, "validation/retention": retention.score}
         self.log_dict(shown, prog_bar=True, batch_size=1)
@@ -180,7 +168,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         The callback, which ran just before, keeps the last ones: `MegatronStrategy` refuses to
         remove the best for it.
         """
-        best, before, callback = self.best, self._best_on_disk, self.trainer.checkpoint_callback
+        best, before = self.validations.best, self._best_on_disk
+        callback = self.trainer.checkpoint_callback
         if best is None or best == before or callback is None:
             return
         assert isinstance(callback, ModelCheckpoint)
@@ -217,6 +206,15 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         retention = self.evaluator.retention(engine, with_context=with_context)
         engine.release_weights()
         return task, retention
+
+    def scores_before_training(self) -> dict[str, tuple[Evaluation, Evaluation]]:
+        """The scores of `base`, the student as it is now, and of the teacher `in_context`.
+
+        Retention while training is compared with that of the base. Collective over the world.
+        """
+        base = self.scores("student", with_context=False)
+        self.validations.base_retention = base[1].score
+        return {"base": base, "in_context": self.scores("teacher", with_context=True)}
 
     def setup_training_data(self, train_data_config: Any) -> None:
         """Nothing: see `train_dataloader`."""

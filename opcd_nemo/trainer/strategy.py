@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,9 +18,11 @@ from nemo.utils.app_state import AppState
 
 from opcd_nemo.checkpoint import save_load as checkpoint
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.evaluation.validations import ValidationHistory
 from opcd_nemo.metrics import Stopwatch
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
+from opcd_nemo.training.step import Run
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +30,12 @@ _log = logging.getLogger(__name__)
 _NOT_PLAIN = ("hyper_parameters", "hparams_name", "hparams_type")
 
 
-class StepCounter(torch.optim.Optimizer):
-    """What Lightning steps: it runs the distillation step, whose update is Megatron's own.
+class LightningStepAdapter(torch.optim.Optimizer):
+    """An optimizer for Lightning's eyes: its `step` runs a whole distillation step.
 
-    Lightning counts global steps, and thereby checkpoints, by this optimizer.
+    Lightning counts global steps, and thereby checkpoints and the end of training, by the calls of
+    an optimizer's `step`. The update itself is Megatron's, inside the closure; the one parameter
+    here exists because torch refuses an optimizer without any.
     """
 
     def __init__(self, student_optimizer: StudentOptimizer) -> None:
@@ -45,26 +50,44 @@ class StepCounter(torch.optim.Optimizer):
         return closure() if closure is not None else None
 
 
+@runtime_checkable
+class HasRun(Protocol):
+    """What the strategy needs of the model that Lightning gives it: `OPCDModel` has it."""
+
+    run: Run
+    validations: ValidationHistory
+
+
 class MegatronStrategy(DDPStrategy):
     """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
 
-    def __init__(self, parallel: Parallel, run_folder: RunFolder, *, async_save: bool) -> None:
+    def __init__(
+        self, parallel: Parallel, run_folder: RunFolder | None = None, *, async_save: bool
+    ) -> None:
         """Take the groups; Lightning must neither start nor wrap anything.
 
         Args:
             parallel: the groups.
-            run_folder: where checkpoints are published.
+            run_folder: who must hold it for checkpoints to be published. None: a program that saves
+                what it wants where it wants, and keeps no record of steps.
             async_save: write checkpoints while training goes on.
         """
         super().__init__(
             accelerator=None,
             cluster_environment=TorchElasticEnvironment() if parallel.world_size > 1 else None,
         )
-        self.parallel, self.run_folder = parallel, run_folder
+        self.parallel = parallel
+        self.run_folder = run_folder or RunFolder(Path(), writes=False)
         self._async_save = async_save
         self._watch = Stopwatch()
         self._save: checkpoint.Save | None = None
         self._to_remove: list[Path] = []
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take the model, whose run is what checkpoints are made of."""
+        super().connect(model)
+        assert isinstance(model, HasRun), type(model)
+        self._trained: HasRun = model
 
     def setup_distributed(self) -> None:
         """Tell NeMo about the groups that exist."""
@@ -97,7 +120,7 @@ class MegatronStrategy(DDPStrategy):
         self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         """Write a folder named `filepath`, or begin to. Collective over the world."""
-        run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        run = self._trained.run
         plain = {key: value for key, value in checkpoint_.items() if key not in _NOT_PLAIN}
         if self.is_writing and self.parallel.rank == 0:
             _log.warning("a save waits for the one before; save less often, or to a faster disk")
@@ -151,7 +174,7 @@ class MegatronStrategy(DDPStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Fill the student, its optimizer and the teacher; returns Lightning's own part."""
-        run: Any = self.model.run  # type: ignore[union-attr]  # OPCDModel
+        run = self._trained.run
         return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer, run.teacher)
 
     def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:
@@ -165,7 +188,7 @@ class MegatronStrategy(DDPStrategy):
 
         The best on validation stays.
         """
-        best: Any = self.model.best  # type: ignore[union-attr]  # OPCDModel
+        best = self._trained.validations.best
         if best is not None and checkpoint.step_of(Path(filepath)) == best.step:
             return
         if self._save is None:

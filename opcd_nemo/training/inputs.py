@@ -14,6 +14,7 @@ from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.sources import ContextSource, NoContext, content_hash
 from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig, keep_layers
 from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
@@ -50,7 +51,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     """Open models, tokenizer, task and context, and check that they fit each other.
 
     Raises:
-        ValueError: one line with the key, its value and what is allowed.
+        UserError: a key, its value and what is allowed.
     """
     _check_world(config, world_size)
     _check_writable(Path(config.exp_manager["exp_dir"]))
@@ -118,9 +119,7 @@ def _check_losses(config: TrainConfig, vocab_size: int) -> None:
     for key, plug in plugs.items():
         loss = build_plug(plug)
         if isinstance(loss, TopKLoss) and loss.k > vocab_size:
-            raise ValueError(
-                f"{key}.k={loss.k}: allowed: at most the student's vocabulary of {vocab_size}"
-            )
+            raise UserError(f"{key}.k", loss.k, f"at most the student's vocabulary of {vocab_size}")
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:
@@ -138,8 +137,8 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
-            f"exp_manager.exp_dir={folder}: {error.strerror}; allowed: a writable folder"
+        raise UserError(
+            "exp_manager.exp_dir", folder, "a writable folder", problem=error.strerror
         ) from error
 
 
@@ -155,17 +154,21 @@ def _shared_tokenizer(
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
-    pair = f"teacher.path={config.teacher.path}"
     if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
-        raise ValueError(
-            f"{pair}: vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path}); allowed: the same tokens, and at least "
-            "as many rows"
+        raise UserError(
+            "teacher.path",
+            config.teacher.path,
+            "the same tokens, and at least as many rows",
+            problem=f"vocabulary of {teacher.vocab_size} differs from the student's "
+            f"{student.vocab_size} ({config.student.path})",
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
-        raise ValueError(
-            f"{pair}: end-of-sequence ids {other.eos_ids} differ from the student's "
-            f"{tokenizer.eos_ids} ({config.student.path}); allowed: the same ids"
+        raise UserError(
+            "teacher.path",
+            config.teacher.path,
+            "the same ids",
+            problem=f"end-of-sequence ids {other.eos_ids} differ from the student's "
+            f"{tokenizer.eos_ids} ({config.student.path})",
         )
     return tokenizer
 
@@ -174,9 +177,11 @@ def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
     stages = config.parallel.pipeline_model_parallel_size
     for side, model in models.items():
         if model.num_layers % stages:
-            raise ValueError(
-                f"parallel.pipeline_model_parallel_size={stages}: the {side} has "
-                f"{model.num_layers} layers; allowed: a divisor of that"
+            raise UserError(
+                "parallel.pipeline_model_parallel_size",
+                stages,
+                "a divisor of that",
+                problem=f"the {side} has {model.num_layers} layers",
             )
 
 
@@ -209,13 +214,16 @@ def _check_prompts(
     for key, count, draw in asked:
         if count == 0:
             continue
-        with _about(key, attrgetter(key)(config)):
+        value = attrgetter(key)(config)
+        with _about(key, value):
             episodes = draw(count)
-            if len(episodes) != count:
-                raise ValueError(
-                    f"the task has {len(episodes)} prompts where {count} are asked for; "
-                    "allowed: a task that is not empty, and at most as many as it has"
-                )
+        if len(episodes) != count:
+            raise UserError(
+                key,
+                value,
+                "a task that is not empty, and at most as many as it has",
+                problem=f"the task has {len(episodes)} prompts where {count} are asked for",
+            )
         for episode in episodes:
             student, teacher = conversation.longest_prompts(episode)
             plug = "retention" if key == "evaluation.num_retention" else "task"
@@ -230,5 +238,7 @@ def _about(key: str, value: object) -> Iterator[None]:
     """Put the key and its value before what a reader of files has to say."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
+        raise error.said_of(key, value) from error
+    except ValueError as error:  # of the rooms that have no UserError yet
         raise ValueError(f"{key}={value}: {error}") from error

@@ -59,12 +59,13 @@ def run_python(
     environment: Mapping[str, str] | None = None,
     stdin: str = "",
     fresh: bool = False,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python in the repository's root; `fresh`: with all imports of its own."""
+    """Run this Python; `fresh`: with all imports of its own."""
     python = sys.executable if fresh or SOCKET_ENV not in os.environ else str(FORKED_PYTHON)
     return subprocess.run(
         [python, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=_clean_environment() | {"PYTHONPATH": PYTHONPATH} | dict(environment or {}),
         capture_output=True,
         input=stdin,

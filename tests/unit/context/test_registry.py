@@ -22,8 +22,9 @@ from opcd_nemo.context.sources import (
     content_hash,
 )
 from opcd_nemo.export.convert import nemo_config
-from opcd_nemo.export.provenance import as_context, describe_context, freeze_context
+from opcd_nemo.export.provenance import as_context, describe_context
 from opcd_nemo.launch.compose import compose
+from opcd_nemo.training.prepared import freeze_context
 
 WRAP = "{experience}\n\n{question}"
 GAME_WRAP = "{opening}\n\n{experience}\n\n{situation}"
@@ -62,6 +63,8 @@ def test_items_may_hold_what_a_configuration_would_interpolate(tmp_path: Path) -
     frozen = freeze_context(raw)
     for config in (frozen, freeze_context(frozen)):  # once by the run, once by its model
         assert tuple(load_config(config).context["items"]) == LATEX
+        context = OmegaConf.to_container(config.context, resolve=True)
+        assert context == load_config(config).context  # so `prepare_run` need not check it again
     plain = OmegaConf.to_container(frozen, resolve=True)
     text = OmegaConf.to_yaml(OmegaConf.create(nemo_config(plain)))
     stored = parse_stored(text.encode(), "a package")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opcd_nemo.config.train import load_config
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.training.inputs import Inputs, open_inputs
 from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
@@ -32,11 +33,17 @@ def opened(model: Path, runs: Path, *overrides: str, world_size: int = 2) -> Inp
 
 
 def refused(model: Path, runs: Path, *overrides: str, world_size: int = 2) -> str:
-    with pytest.raises(ValueError, match="allowed") as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # its text is what the tests are about
         opened(model, runs, *overrides, world_size=world_size)
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def refusal(model: Path, runs: Path, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        opened(model, runs, *overrides)
+    return caught.value
 
 
 def copy(model: Path, folder: Path) -> Path:
@@ -58,9 +65,9 @@ def test_a_top_k_above_the_vocabulary(model: Path, tmp_path: Path) -> None:
     size = opened(model, tmp_path).student_config.vocab_size
     top_k = "loss=reverse_kl_top256"
     opened(model, tmp_path, top_k, f"loss.k={size}")
-    assert refused(model, tmp_path, top_k, f"loss.k={size + 1}") == (
-        f"loss.k={size + 1}: allowed: at most the student's vocabulary of {size}"
-    )
+    error = refusal(model, tmp_path, top_k, f"loss.k={size + 1}")
+    assert (error.key, error.value) == ("loss.k", size + 1)
+    assert error.allowed == f"at most the student's vocabulary of {size}"
     assert "loss.tail=stop_gradient" in refused(
         model, tmp_path, top_k, "loss.k=4", "loss.kind=forward_kl", "loss.tail=stop_gradient"
     )
@@ -107,11 +114,9 @@ def test_batch_and_data_parallel_ranks(model: Path, tmp_path: Path) -> None:
 def test_layers_and_stages(model: Path, tmp_path: Path, side: str) -> None:
     odd = write_chat_model(tmp_path / "odd", num_layers=3)
     student, teacher = (odd, model) if side == "student" else (model, odd)
-    message = refused(student, tmp_path / "runs", "parallel=pp2", f"teacher.path={teacher}")
-    assert message == (
-        f"parallel.pipeline_model_parallel_size=2: the {side} has 3 layers; "
-        "allowed: a divisor of that"
-    )
+    error = refusal(student, tmp_path / "runs", "parallel=pp2", f"teacher.path={teacher}")
+    assert (error.key, error.value) == ("parallel.pipeline_model_parallel_size", 2)
+    assert error.problem == f"the {side} has 3 layers"
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -192,16 +197,17 @@ def test_different_tokens_in_as_large_a_vocabulary(model: Path, tmp_path: Path) 
     vocabulary = contents["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     file.write_text(json.dumps(contents))
-    message = refused(model, tmp_path, f"teacher.path={other}")
-    assert message.startswith(f"teacher.path={other}: vocabulary of 320 differs from ")
+    error = refusal(model, tmp_path, f"teacher.path={other}")
+    assert (error.key, error.value) == ("teacher.path", str(other))
+    assert str(error.problem).startswith("vocabulary of 320 differs from ")
 
 
 def test_different_end_of_sequence(model: Path, tmp_path: Path) -> None:
     other = copy(model, tmp_path / "other")
     edit_json(other / "tokenizer_config.json", eos_token=END_OF_TEXT)
-    message = refused(model, tmp_path, f"teacher.path={other}")
-    assert message.startswith(f"teacher.path={other}: end-of-sequence ids (")
-    assert message.endswith(f"({model}); allowed: the same ids")
+    error = refusal(model, tmp_path, f"teacher.path={other}")
+    assert (error.key, error.value) == ("teacher.path", str(other))
+    assert str(error.problem).startswith("end-of-sequence ids (")
 
 
 def test_context_longer_than_positions(tmp_path: Path) -> None:
@@ -225,11 +231,9 @@ def test_more_new_tokens_than_positions(model: Path, tmp_path: Path) -> None:
 
 
 def test_empty_prompt_set(model: Path, tmp_path: Path) -> None:
-    message = refused(model, tmp_path, "task._target_=tests.recipes.faulty_parts.EmptyTask")
-    assert message == (
-        "evaluation.num_questions=2: the task has 0 prompts where 2 are asked for; allowed: a task "
-        "that is not empty, and at most as many as it has"
-    )
+    error = refusal(model, tmp_path, "task._target_=tests.recipes.faulty_parts.EmptyTask")
+    assert (error.key, error.value) == ("evaluation.num_questions", 2)
+    assert error.problem == "the task has 0 prompts where 2 are asked for"
 
 
 @pytest.mark.parametrize(
@@ -264,9 +268,9 @@ def test_output_folder_not_writable(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
     folder = file / "runs"
-    assert refused(model, folder) == (
-        f"exp_manager.exp_dir={folder}: Not a directory; allowed: a writable folder"
-    )
+    error = refusal(model, folder)
+    assert (error.key, error.value) == ("exp_manager.exp_dir", folder)
+    assert error.problem == "Not a directory"
 
 
 def test_validation_needs_as_many_questions_as_the_test(model: Path, tmp_path: Path) -> None:

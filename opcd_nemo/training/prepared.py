@@ -1,0 +1,60 @@
+"""A run before any model loads: its configuration checked and its inputs opened, once a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from opcd_nemo.config.changes import run_origin
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.stored import escaped
+from opcd_nemo.config.train import TrainConfig, load_config
+from opcd_nemo.context.sources import ContextSource
+from opcd_nemo.training.inputs import Inputs, open_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """A configuration in every form that a run needs, and what it names, opened.
+
+    `raw` is the configuration as composed, but with the context written out, so that what is stored
+    with the weights needs no registry. `config` is the same, typed and checked. `origin` is what a
+    checkpoint holds to compare a continued run with: plain values and the context's hash.
+    """
+
+    raw: DictConfig
+    config: TrainConfig
+    inputs: Inputs
+    origin: Mapping[str, Any]
+
+
+def prepare_run(raw: DictConfig, world_size: int) -> PreparedRun:
+    """Check a composed configuration and open what it names.
+
+    Raises:
+        UserError: a key is wrong, or what it names does not exist or does not fit.
+    """
+    config, frozen = load_config(raw), freeze_context(raw)
+    if frozen is not raw:
+        # the rest was checked just now, and a written-out context is this program's own text
+        context: Any = OmegaConf.to_container(frozen.context, resolve=True)
+        config = replace(config, context=context)
+    inputs = open_inputs(config, world_size)
+    origin = run_origin(frozen, inputs.context_hash)
+    return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin)
+
+
+def freeze_context(raw: DictConfig) -> DictConfig:
+    """The configuration with its experience written out: it means the same without a registry."""
+    plug: Any = OmegaConf.to_container(raw.context, resolve=True)
+    source: ContextSource = build_plug(plug)
+    frozen = source.frozen()
+    if frozen is None:
+        return raw
+    changed = raw.copy()
+    with open_dict(changed):
+        changed.context = escaped(frozen)
+    return changed
