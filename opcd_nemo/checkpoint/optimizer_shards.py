@@ -1,8 +1,15 @@
 """DistributedOptimizer's state as whole parameters, spread over the data-parallel ranks.
 
-Megatron gives every rank one stretch of each flat bucket. Its `fully_reshardable` checkpoints hold
-whole parameters, for which megatron-core gathers everything on every rank. Only the parameters that
-lie across the border of two stretches need an exchange.
+Megatron lays the parameters end to end in flat buckets and gives every data-parallel rank one
+stretch of each bucket. Its `fully_reshardable` checkpoints hold whole parameters, for which
+megatron-core gathers everything on every rank. But a rank already holds most parameters whole; only
+those that lie across the border of two stretches need an exchange. With 2 ranks and 3 parameters:
+
+    bucket   | a a a a | b b b b b b | c c |
+    rank 0   |---------------|                 a whole, the first 2 of b
+    rank 1                   |-------------|   the last 4 of b, c whole
+
+b belongs to rank 1, which has more of it; rank 0 sends its 2 elements.
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ def whole_parameters(
         buffers. Collective over dp.
     """
     sharded = {part.data: part for part in weights.values() if hasattr(part, "replica_id")}
+    # every rank walks over all parameters in the same order: a send and its receive then meet
     found: dict[int, dict[str, Any]] = {}
     for place, (parameter, stretches) in enumerate(_stretches(optimizer, parallel.dp)):
         owner = max(stretches, key=lambda stretch: stretch.stop - stretch.start).dp_rank
@@ -64,7 +72,7 @@ def _stretches(optimizer: Any, dp: int) -> Iterator[tuple[torch.nn.Parameter, li
     for buffer in optimizer.buffers:
         for parameter, (start, stop, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]
-            share = bucket.grad_data.numel() // dp
+            share = bucket.grad_data.numel() // dp  # Megatron pads buckets to a multiple of dp
             borders = [bucket.offset + rank * share for rank in range(dp + 1)]
             yield (
                 parameter,

@@ -18,7 +18,7 @@ from opcd_nemo.model.language_model import LanguageModel, Stream
 from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
 from opcd_nemo.model.packing import pack, starts_with
 from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms, sample_tokens
-from opcd_nemo.storage.attempt import beat
+from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample
 
 BatchSize = Annotated[int, Doc(words="sequences decoded together", minimum=1)]
@@ -131,7 +131,7 @@ class MegatronEngine:
             self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
         for step in count():
             if step % _TOKENS_PER_BEAT == 0:
-                beat()
+                heartbeat.touch()
             if not any(group.rows for group in groups):
                 break
             for group in groups:

@@ -22,7 +22,7 @@ from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.rollout.sampling import SamplingParams
-from opcd_nemo.storage.attempt import beat
+from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.tasks import Context, Episode, Task, Trace
 from opcd_nemo.types import Message, Prompt, Turn
@@ -129,7 +129,7 @@ class Extraction:
                 if self._parallel.rank == 0:
                     self._fence()
                     write_whole(file, "".join(f"{json.dumps(one)}\n" for one in found))
-                beat()
+                heartbeat.touch()
                 say(f"extraction: wave {wave}: {_summary(found)}")
             records += found
         if not any(record["items"] for record in records):

@@ -35,7 +35,7 @@ from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.rollout.sampling import SamplingParams
-from opcd_nemo.storage.attempt import beat
+from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.run import train
 from opcd_nemo.training.build import build_engine, build_evaluator
@@ -170,7 +170,7 @@ def _score(place: Workplace, say: Say) -> None:
             if book is not None:
                 book.add(key, new)
             known = known + new
-            beat()
+            heartbeat.touch()
         return known[:count]
 
     def ask_candidate(candidate: Candidate, count: int) -> list[float]:
@@ -276,7 +276,7 @@ def _evaluate(place: Workplace, say: Say) -> None:
             part: [asdict(answer) for answer in found.answers] for part, found in parts.items()
         }
         bench.write(CONTROLS, json.dumps(rows))
-        beat()
+        heartbeat.touch()
         say(f"evaluate: {job.row}, seed {job.seed}: {task.score:.3f}")
 
 

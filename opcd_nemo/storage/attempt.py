@@ -1,16 +1,14 @@
-"""What a cluster's script tells a run by environment: which attempt, which nodes, where to beat."""
+"""What a cluster's script tells a run by environment: which attempt this is, and which nodes."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from opcd_nemo.errors import UserError
 
 ATTEMPT_ENV = "OPCD_ATTEMPT"  # <job>.<how often it was restarted>
-HEARTBEAT_ENV = "OPCD_HEARTBEAT"  # a file whose age the script watches
 RENDEZVOUS_ENV = "OPCD_RENDEZVOUS"  # <host of the first node>:<port>
 NUM_NODES_ENV = "OPCD_NUM_NODES"
 NODE_RANK_ENV = "OPCD_NODE_RANK"
@@ -45,13 +43,6 @@ def this_attempt() -> Attempt | None:
     if found is None:
         raise UserError(ATTEMPT_ENV, text, "<job>.<number of restarts>, as 12.0")
     return Attempt(job=found[1], number=int(found[2]))
-
-
-def beat() -> None:
-    """Show the script's watchdog that the run goes on; rank 0 speaks for all."""
-    path = os.environ.get(HEARTBEAT_ENV)
-    if path and os.environ.get("RANK", "0") == "0":
-        Path(path).touch()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from opcd_nemo.errors import StoppedByFile, StoppedBySignal
-from opcd_nemo.storage.attempt import beat
+from opcd_nemo.storage import heartbeat
 from opcd_nemo.trainer.strategy import MegatronStrategy
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -19,7 +19,13 @@ STOP_FILE = "STOP"  # in the run's folder, put there by hand: it ends the run fo
 
 
 class StepBoundary(pl.Callback):
-    """A signal on one rank, or a file, stops all ranks after the step, with a checkpoint."""
+    """A signal on one rank, or a file, stops all ranks after the step, with a checkpoint.
+
+    Saving and stopping are collective: a rank that did either alone would leave the others waiting
+    in the next exchange for ever. A signal reaches ranks at different moments, some in one step and
+    some in the next, and threads that write a checkpoint end at different moments. So ranks only
+    take note, and decide together here, once a step, with the maximum of what they noted.
+    """
 
     def __init__(self, strategy: MegatronStrategy) -> None:
         """Save to the checkpoints of the run's folder, under the name of the step."""
@@ -44,12 +50,13 @@ class StepBoundary(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Publish what every rank has written; stop when one has a signal. Collective."""
         strategy = self._strategy
+        # rank 0 alone looks: a shared disk may show the file to one node a step before another
         is_told = strategy.parallel.rank == 0 and self._stop_file.exists()
         state = torch.tensor(
             [strategy.is_writing, self._received, is_told], device=strategy.parallel.device
         )
         is_writing, number, told = strategy.parallel.max_over_world(state).tolist()
-        if not is_writing:
+        if not is_writing:  # on no rank, so that nobody waits for a slow disk here
             strategy.finish_save()
         if number or told:
             path = self._checkpoints / f"step={trainer.global_step}.ckpt"
@@ -57,7 +64,7 @@ class StepBoundary(pl.Callback):
             strategy.finish_save()
             self._stop(trainer.global_step, path, None if told else signal.Signals(number))
         if strategy.parallel.rank == 0:
-            beat()
+            heartbeat.touch()
 
     def _stop(self, step: int, path: Path, received: signal.Signals | None) -> None:
         again = "continue with exp_manager.resume_if_exists=true"

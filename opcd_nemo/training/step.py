@@ -1,4 +1,19 @@
-"""One distillation step: sample, score, differentiate, update."""
+"""One step of on-policy context distillation.
+
+The objective: the student, who does not see the context, answers like the teacher, who does. For
+every token that the student sampled, minimise KL(student || teacher) over the vocabulary.
+
+1. rollout    the student answers prompts without the context
+2. teacher    the teacher reads context + prompt and scores those answers
+3. student    the divergence of every response token, averaged; its gradient
+4. optimizer  one update of the student; a teacher that is updated follows
+
+Off-policy distillation and supervised fine-tuning are the same step with another sampler in phase 1
+or another loss in phase 3: see `Phase`.
+
+Try it: `opcd train recipe=demo_brevity trainer.max_steps=3`. Paper: arXiv
+2602.12275; docs/method.md.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +94,7 @@ def distill_step(run: Run, step: int) -> Stats:
         stats = accumulate_gradients(run, batches, scores, phase.loss)
     stats.add(_rollout_stats(run.parallel, rollouts))
     stats = over_ranks(run.parallel, stats)
-    _stop_if_not_finite(stats)
+    _stop_if_not_finite(stats)  # before the optimizer: the weights stay those of the last good step
     with run.watch.phase("optimizer"):
         stats.add(run.optimizer.step())
         run.teacher.after_step(step + 1, run.student)
@@ -89,7 +104,11 @@ def distill_step(run: Run, step: int) -> Stats:
 
 
 def _episodes(run: Run, step: int) -> tuple[list[Episode], int]:
-    """This rank's episodes, and how many of them, at the end, are anchors."""
+    """This rank's episodes, and how many of them, at the end, are anchors.
+
+    Every rank draws all of them and keeps its share: what is asked in a step then depends on the
+    seed and the step alone, and a continued run on another layout asks the same.
+    """
     plain = run.prompts_per_step - run.anchors_per_step
     episodes = run.task.episodes("train", step, plain) if plain else []
     if run.anchors_per_step:
@@ -114,7 +133,7 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
         num_anchors=num_anchors,
         prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
     )
-    if sampler == "student" or run.teacher.moves:
+    if sampler == "student" or run.teacher.is_updated:
         engine.release_weights()  # the backward pass needs the memory; packed ones would go stale
     return rollouts
 

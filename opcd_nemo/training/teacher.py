@@ -44,8 +44,8 @@ class Teacher:
             self._averages = [p.detach().float() for p in model.module.parameters()]
 
     @property
-    def moves(self) -> bool:
-        """Whether the weights ever change."""
+    def is_updated(self) -> bool:
+        """Whether the weights change while the student learns."""
         return self.life != "frozen"
 
     def head(self, hidden_NH: torch.Tensor) -> Head:
@@ -60,6 +60,8 @@ class Teacher:
         """
         streams = [stream for batch in batches for stream in batch.teacher]
         if self._prefix is None and any(stream.has_prefix for stream in streams):
+            # the keys and values of the context are the same for every prompt until the weights
+            # change: `_mark_updated` drops them
             self._prefix = self.model.prefix(self.prefix_ids)
         prefixes = [self._prefix if stream.has_prefix else None for stream in streams]
         hidden = self.model.score([stream.batch for stream in streams], prefixes)
@@ -81,7 +83,7 @@ class Teacher:
             for average, other in zip(self._averages, theirs, strict=True):
                 average.mul_(self._decay).add_(other, alpha=1 - self._decay)
             self._take_averages()
-        self._changed_after(num_steps)
+        self._mark_updated(num_steps)
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's shard of what a checkpoint must hold, by parameter name; often nothing."""
@@ -98,8 +100,8 @@ class Teacher:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self._take_averages()
-        if self.moves:
-            self._changed_after(num_steps)
+        if self.is_updated:
+            self._mark_updated(num_steps)
 
     def _take_averages(self) -> None:
         if self._averages:
@@ -108,7 +110,7 @@ class Teacher:
             ):
                 parameter.copy_(average)
 
-    def _changed_after(self, num_steps: int) -> None:
+    def _mark_updated(self, num_steps: int) -> None:
         self.version, self._prefix = num_steps, None
 
     def _in_order(self, batch: DistillBatch, parts: list[torch.Tensor]) -> torch.Tensor:

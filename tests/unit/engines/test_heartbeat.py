@@ -10,6 +10,7 @@ import torch
 
 from opcd_nemo.engines import megatron
 from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt
 
 VOCABULARY = 5
@@ -42,8 +43,8 @@ class Endless:
 def test_the_engine_beats_for_every_batch_and_within_long_ones(
     num_prompts: int, num_tokens: int, beats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beaten: list[None] = []
-    monkeypatch.setattr(megatron, "beat", lambda: beaten.append(None))
+    touched: list[None] = []
+    monkeypatch.setattr(heartbeat, "touch", lambda: touched.append(None))
     monkeypatch.setattr(megatron, "_TOKENS_PER_BEAT", 4)
     model: Any = Endless()
     engine = megatron.MegatronEngine(model, [0], max_batch_size=2, pack=False)
@@ -51,4 +52,4 @@ def test_the_engine_beats_for_every_batch_and_within_long_ones(
     prompts = [Prompt(token_ids=(2, 3), index=index) for index in range(num_prompts)]
     samples = engine.generate(prompts, sampling, seed=0, step=0)
     assert [sample.response_ids for sample in samples] == [(1,) * num_tokens] * num_prompts
-    assert len(beaten) == beats
+    assert len(touched) == beats

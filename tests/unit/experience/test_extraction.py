@@ -17,7 +17,7 @@ from opcd_nemo.experience.extraction import Candidate, Extraction, Speaker, cand
 from opcd_nemo.experience.scoring import ScoreBook, halve, rungs, select
 from opcd_nemo.rollout.conversation import TurnPrompts
 from opcd_nemo.rollout.sampling import SamplingParams
-from opcd_nemo.storage.attempt import HEARTBEAT_ENV
+from opcd_nemo.storage.heartbeat import HEARTBEAT_ENV
 from opcd_nemo.tasks import Episode
 from opcd_nemo.tasks.questions import Question, QuestionTask
 from opcd_nemo.types import Prompt, Sample

@@ -8,13 +8,14 @@ import pytest
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage import attempt as cluster
+from opcd_nemo.storage import heartbeat
 
 NODE = {cluster.RENDEZVOUS_ENV: "node1:2", cluster.NUM_NODES_ENV: "2", cluster.NODE_RANK_ENV: "1"}
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in (*NODE, cluster.ATTEMPT_ENV, cluster.HEARTBEAT_ENV, "RANK"):
+    for name in (*NODE, cluster.ATTEMPT_ENV, heartbeat.HEARTBEAT_ENV, "RANK"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -22,7 +23,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_outside_a_cluster_there_is_nothing(environment: pytest.MonkeyPatch) -> None:
     assert cluster.this_attempt() is None
     assert cluster.this_node() is None
-    cluster.beat()
+    heartbeat.touch()
 
 
 def test_only_a_later_start_of_the_same_job_follows() -> None:
@@ -71,11 +72,13 @@ def test_a_wrong_node_is_refused(name: str, value: str, environment: pytest.Monk
     assert (caught.value.key, str(caught.value.value)) == (name, value)
 
 
-def test_rank_0_alone_beats(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
-    environment.setenv(cluster.HEARTBEAT_ENV, str(tmp_path / "beat"))
+def test_rank_0_alone_touches_the_heartbeat(
+    tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv(heartbeat.HEARTBEAT_ENV, str(tmp_path / "beat"))
     environment.setenv("RANK", "1")
-    cluster.beat()
+    heartbeat.touch()
     assert not (tmp_path / "beat").exists()
     environment.setenv("RANK", "0")
-    cluster.beat()
+    heartbeat.touch()
     assert (tmp_path / "beat").exists()
