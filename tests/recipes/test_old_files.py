@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.formats.huggingface import open_checkpoint
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.metrics import read_metrics
 from tests.golden.curves import machine
 from tests.recipes.conftest import ROOT, run_python
@@ -93,6 +93,6 @@ def test_a_nemo_file_is_restored_and_trained(name: str, folder: Path) -> None:
     context_hash = json.loads((folder / f"summary-4-steps.{name}.json").read_text())["context_hash"]
     assert f"context {context_hash}" in done.stdout
     assert "trained 4 steps" in done.stdout
-    before, after = (open_checkpoint(str(folder / f"{n}.nemo")) for n in (name, "again"))
+    before, after = (open_model(str(folder / f"{n}.nemo")) for n in (name, "again"))
     assert before.config == after.config
     assert any(not before.tensor(n).equal(after.tensor(n)) for n in before.names())
