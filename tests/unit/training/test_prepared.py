@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.context.registry import Entry, Registry
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.ranks import compose
+from opcd_nemo.launch.compose import compose
 from opcd_nemo.training import prepared
 from opcd_nemo.training.prepared import prepare_run
 from tests.tiny import write_chat_model
