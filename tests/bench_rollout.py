@@ -101,9 +101,9 @@ def _serve(
 
 
 def _engine(model: str, dtype: torch.dtype, new_tokens: int, temperature: float) -> Rollout:
+    from opcd_nemo.config.sampling import Sampling
     from opcd_nemo.engines.megatron import MegatronEngine
     from opcd_nemo.model.language_model import LanguageModel
-    from opcd_nemo.rollout.sampling import SamplingParams
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 
@@ -111,9 +111,7 @@ def _engine(model: str, dtype: torch.dtype, new_tokens: int, temperature: float)
     language_model = LanguageModel(source.config, start("one"), dtype)
     language_model.load(source)
     engine = MegatronEngine(language_model, (), max_batch_size=max(BATCHES), pack=True)
-    sampling = SamplingParams(
-        temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=new_tokens
-    )
+    sampling = Sampling(temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=new_tokens)
 
     def rollout(prompts: Ids) -> Ids:
         engine.load_weights(engine.weights_version + 1)

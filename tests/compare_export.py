@@ -36,12 +36,12 @@ def engine_answers(source: str, count: int, tokens: int) -> tuple[list[list[int]
     """Prompts' continuations by the engine, and logits at the prompts' last tokens."""
     import torch
 
+    from opcd_nemo.config.sampling import Sampling
     from opcd_nemo.engines.megatron import MegatronEngine
     from opcd_nemo.formats.stored_model import open_model
     from opcd_nemo.formats.tokenizer import ChatTokenizer
     from opcd_nemo.model.language_model import LanguageModel
     from opcd_nemo.model.packing import pack
-    from opcd_nemo.rollout.sampling import SamplingParams
     from opcd_nemo.types import Prompt
     from tests.distributed.shards import start
 
@@ -51,7 +51,7 @@ def engine_answers(source: str, count: int, tokens: int) -> tuple[list[list[int]
     engine = MegatronEngine(model, tokenizer.eos_ids, max_batch_size=8, pack=True)
     engine.load_weights(0)
     ids = [tokenizer.render([{"role": "user", "content": text}]) for text in questions(count)]
-    sampling = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=tokens)
+    sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=tokens)
     prompts = [Prompt(token_ids=row, index=index) for index, row in enumerate(ids)]
     samples = engine.generate(prompts, sampling, seed=0, step=0)
     engine.release_weights()

@@ -35,7 +35,7 @@ STEPS, SAVED_EVERY, SAVE_S = 16, 4, 0.1
 SETTINGS = (
     f"exp_manager=resumable "
     f"exp_manager.checkpoint_callback_params.every_n_train_steps={SAVED_EVERY} "
-    f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.max_new_tokens=32 name=run"
+    f"trainer.max_steps={STEPS} optim.lr=1e-3 rollout.sampling.max_new_tokens=32 name=run"
 ).split()
 TIMED = ("time/", "cpu/", "perf/")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from opcd_nemo.config.plugs import build_plug, check_plug
-from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.config.plugs import build_plug
+from opcd_nemo.config.programs import load_chat
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.sources import Context
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.export.provenance import as_context, read_provenance
@@ -17,7 +17,6 @@ from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.model.language_model import LanguageModel, choose_dtype
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.types import Message, Prompt
 
 Say = Callable[[str], None]
@@ -49,7 +48,7 @@ class Chat:
         self,
         engine: RolloutEngine,
         tokenizer: ChatTokenizer,
-        sampling: SamplingParams,
+        sampling: Sampling,
         context: Context | None,
         *,
         max_positions: int,
@@ -98,28 +97,25 @@ def open_chat(settings: DictConfig) -> Chat:
     """Load the model that `conf/chat.yaml` names.
 
     Raises:
-        ValueError: a key is wrong, before the model loads.
+        UserError: a key is wrong, before the model loads.
     """
-    sampling, source = _sampling(settings), settings["from"]
-    if not isinstance(source, str):
-        raise ValueError(f"from={source}: allowed: a model")
-    engine: Any = OmegaConf.to_container(settings.engine, resolve=True)
-    check_plug("engine", engine)
+    config = load_chat(settings)
+    source = config.from_
     checkpoint, tokenizer = open_model(source), ChatTokenizer.from_path(source)
-    context = _context(source, settings.system)
-    dtype = choose_dtype(settings.dtype, checkpoint.dtype)
-    parallel = init_parallel(ParallelConfig(**settings.parallel), settings.seed)
+    context = _context(source, config.system)
+    dtype = choose_dtype(config.dtype, checkpoint.dtype)
+    parallel = init_parallel(config.parallel, config.seed)
     model = LanguageModel(checkpoint.config, parallel, dtype)
     model.load(checkpoint)
-    built: RolloutEngine = build_plug(engine, model=model, eos_ids=tokenizer.eos_ids)
+    built: RolloutEngine = build_plug(config.engine, model=model, eos_ids=tokenizer.eos_ids)
     built.load_weights(0)
     return Chat(
         built,
         tokenizer,
-        sampling,
+        config.sampling,
         context,
         max_positions=checkpoint.config.max_positions,
-        seed=settings.seed,
+        seed=config.seed,
     )
 
 
@@ -142,10 +138,10 @@ def run_chat(settings: DictConfig, lines: Iterable[str], say: Say) -> None:
                 say(answer)
 
 
-def _context(source: str, system: Any) -> Context | None:
+def _context(source: str, system: str | None) -> Context | None:
     """The context given, or else the model's own."""
     if system is not None:
-        return Context(system=str(system), demonstrations=())
+        return Context(system=system, demonstrations=())
     described = read_provenance(source).context
     return None if described is None else as_context(described, source)
 
@@ -154,17 +150,3 @@ def _shown(context: Context) -> str:
     lines = [text for text in (context.system, context.experience) if text is not None]
     lines += [f"Q: {asked}\nA: {answered}" for asked, answered in context.demonstrations]
     return "\n".join(lines)
-
-
-def _sampling(settings: DictConfig) -> SamplingParams:
-    for key, lowest in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
-        if not isinstance(settings[key], int | float) or settings[key] < lowest:
-            raise ValueError(f"{key}={settings[key]}: allowed: a number >= {lowest}")
-    if not 0 < settings.top_p <= 1:
-        raise ValueError(f"top_p={settings.top_p}: allowed: a number in (0, 1]")
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        max_new_tokens=settings.max_new_tokens,
-    )

@@ -89,7 +89,7 @@ COMMANDS: dict[str, Command] = {
         usage="from=MODEL [key=value ...]",
         examples=(
             "from=runs/demo_brevity-dp2/checkpoints/step=30.ckpt",
-            'from=smollm2-135m-instruct system="Answer in one sentence." temperature=0.7',
+            'from=smollm2-135m-instruct system="Answer in one sentence." sampling.temperature=0.7',
         ),
     ),
     "launch": Command(

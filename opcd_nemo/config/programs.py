@@ -1,10 +1,17 @@
-"""The typed keys of the programs beside training: `conf/{doctor,plan}.yaml`."""
+"""The typed keys of the programs beside training: `conf/{chat,doctor,export,plan}.yaml`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
 
 from opcd_nemo.config.doc import doc
+from opcd_nemo.config.plugs import check_plug
+from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.train import DTYPES, MODEL, ParallelConfig
 
 
 @dataclass(kw_only=True)
@@ -30,6 +37,38 @@ class DoctorConfig:
 
 
 @dataclass(kw_only=True)
+class ChatConfig:
+    """A chat with a model, with and without its context."""
+
+    from_: str = doc("the model to talk to", takes=MODEL, example="runs/demo_brevity-dp2")
+    system: str | None = doc(
+        "a system prompt as the context; null: the context that the model was distilled from"
+    )
+    dtype: str | None = doc("precision of the model; null: as it is stored", choices=DTYPES)
+    sampling: Sampling
+    seed: int = doc("of the answers", minimum=0)
+    engine: Any = doc("what generates answers", plug=True)
+    parallel: ParallelConfig
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """From any kind of model to another."""
+
+    from_: str = doc("the model to convert", takes=MODEL, example="runs/demo_brevity-dp2")
+    to: str = doc(
+        "what is written", takes="a new path, or hf://owner/name[@revision]", example="exported"
+    )
+    format: str = doc(
+        "a Hugging Face folder, a .nemo file, or a folder of what a .nemo file holds",
+        choices=("hf", "nemo", "mcore"),
+    )
+    dtype: str | None = doc("precision of the copy; null: as it is stored", choices=DTYPES)
+    max_file_bytes: int = doc("the largest safetensors file", minimum=1)
+    parallel: ParallelConfig
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
     """What the plan shows, and the shapes and lengths that it cannot read from files."""
 
@@ -50,3 +89,14 @@ class PlanConfig:
         "mean tokens of an answer; null: the longest allowed", minimum=1
     )
     turns: float = doc("sequences an episode; a game has up to task.rounds", above=0)
+
+
+def load_chat(raw: DictConfig) -> ChatConfig:
+    """Check `conf/chat.yaml` as it was composed and return it typed.
+
+    Raises:
+        UserError: a key is wrong.
+    """
+    config = read_schema(ChatConfig, raw)
+    check_plug("engine", config.engine)
+    return config

@@ -9,6 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from opcd_nemo.errors import UserError
+
+_KEYS = {
+    f"{group}.{name}": f"{group}.sampling.{name}"
+    for group in ("rollout", "evaluation", "experience.extraction")
+    for name in ("temperature", "top_p", "top_k", "max_new_tokens")
+}
+"""Old key -> new key."""
+
 _MODULES = {
     "opcd_nemo.nemo_model": "opcd_nemo.trainer.model",
     "opcd_nemo.tasks.boards": "opcd_nemo.tasks.games.boards",
@@ -32,23 +41,55 @@ def present_model(path: str) -> str:
 
 def present_name(dotted: str) -> str:
     """The present dotted name of a class or function that a file or a configuration names."""
-    module, _, name = dotted.rpartition(".")
-    return f"{_MODULES.get(module, module)}.{name}"
+    module, dot, name = dotted.rpartition(".")
+    return f"{_MODULES.get(module, module)}{dot}{name}"
 
 
 _PRESENT = {"_target_": present_name, "target": present_name, "path": present_model}
 
 
-def present_config(node: Any) -> Any:
-    """A stored configuration in which classes and bundled models have their present names."""
+def refuse_old_key(key: str, value: object) -> None:
+    """Name the new key where an old one was given.
+
+    Raises:
+        UserError: the key has another name now.
+    """
+    if key in _KEYS:
+        raise UserError(key, value, f"{_KEYS[key]}={value}", problem="was renamed")
+
+
+def present_config(config: Any) -> Any:
+    """A stored configuration with the present names of keys, classes and bundled models."""
+    present = _present_names(config)
+    for old, new in _KEYS.items():
+        _move(present, old.split("."), new.split("."))
+    return present
+
+
+def _present_names(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {
             key: _PRESENT[key](value)
             if key in _PRESENT and isinstance(value, str)
-            else present_config(value)
+            else _present_names(value)
             for key, value in node.items()
         }
-    return [present_config(value) for value in node] if isinstance(node, list) else node
+    return [_present_names(value) for value in node] if isinstance(node, list) else node
+
+
+def _move(config: Any, old: list[str], new: list[str]) -> None:
+    """Move a value within the configuration, if the old key has one."""
+    *groups, name = old
+    node = config
+    for group in groups:
+        node = node.get(group) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or name not in node:
+        return
+    value = node.pop(name)
+    *groups, name = new
+    for group in groups:
+        config = config.setdefault(group, {})
+    config[name] = value
 
 
 _STYLES = ("brevity", "bullets", "json", "pirate")

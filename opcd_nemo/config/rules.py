@@ -91,14 +91,17 @@ def _check_teacher(config: TrainConfig) -> None:
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
     """Refuse what has no effect, and phrases that no answer can hold."""
-    if evaluation.temperature == 0:
-        for name, off in (("top_p", 1.0), ("top_k", 0), ("samples_per_question", 1)):
-            value = getattr(evaluation, name)
+    if evaluation.sampling.temperature == 0:
+        for name, value, off in (
+            ("sampling.top_p", evaluation.sampling.top_p, 1.0),
+            ("sampling.top_k", evaluation.sampling.top_k, 0),
+            ("samples_per_question", evaluation.samples_per_question, 1),
+        ):
             if value != off:
                 raise UserError(
                     f"evaluation.{name}",
                     value,
-                    f"{off} with evaluation.temperature=0, which is greedy",
+                    f"{off} with evaluation.sampling.temperature=0, which is greedy",
                 )
     phrases = evaluation.leakage_phrases
     if not phrases or not all(re.search(r"\w", phrase) for phrase in phrases):

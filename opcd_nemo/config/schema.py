@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from opcd_nemo.config.doc import TYPE_WORDS, allowed_words, check_value, doc_of
 from opcd_nemo.config.plugs import missing_argument
+from opcd_nemo.config.renamed import refuse_old_key
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
 
@@ -84,12 +85,7 @@ def read_schema(schema: type[Schema], raw: DictConfig, prefix: str = "") -> Sche
         UserError: a key is misspelt, missing, wrongly typed, out of its range or not among its
             choices.
     """
-    names = {key_of(name): name for name in schema.__dataclass_fields__}  # type: ignore[attr-defined]
-    if any(key != name for key, name in names.items()):
-        raw = raw.copy()
-        for key, name in names.items():
-            if key != name and key in raw:
-                raw[name] = raw.pop(key)
+    raw = _with_field_names(schema, raw)
     try:
         merged: Any = OmegaConf.merge(OmegaConf.structured(schema), raw)
         for key in _keys_without_value(merged):
@@ -101,6 +97,14 @@ def read_schema(schema: type[Schema], raw: DictConfig, prefix: str = "") -> Sche
     _check_switches(schema, raw, prefix)
     _check_values(schema, config, prefix)
     return config
+
+
+def _with_field_names(schema: Any, raw: DictConfig) -> DictConfig:
+    names = {key_of(name): name for name in schema.__dataclass_fields__}
+    if all(key == name for key, name in names.items()):
+        return raw
+    values: Any = OmegaConf.to_container(raw)
+    return OmegaConf.create({names.get(key, key): value for key, value in values.items()})
 
 
 def _keys_without_value(node: Any, prefix: str = "") -> Iterator[str]:
@@ -141,6 +145,7 @@ def _user_error(
         return UserError(shown, value, _allowed(schema, key))
     fields = getattr(error.object_type, "__dataclass_fields__", None)
     if isinstance(error, ConfigKeyError) and fields:
+        refuse_old_key(shown, value)
         return unknown_name(
             shown,
             map(key_of, fields),

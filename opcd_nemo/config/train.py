@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from opcd_nemo.config.doc import doc
 from opcd_nemo.config.plugs import check_plug
 from opcd_nemo.config.rules import check_rules
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
 
 MODEL = "a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint"
-_DTYPES = ("bf16", "fp32")
+DTYPES = ("bf16", "fp32")
 _SAMPLERS = ("student", "teacher")
 
 
@@ -31,7 +32,7 @@ class StudentConfig:
         minimum=0,
         example="[0,2,4]",
     )
-    dtype: str = doc("precision of its parameters", choices=_DTYPES)
+    dtype: str = doc("precision of its parameters", choices=DTYPES)
     chat_template_arguments: dict[str, Any] = doc(
         "variables of the chat template, such as enable_thinking"
     )
@@ -42,7 +43,7 @@ class TeacherConfig:
     """The model that reads the context."""
 
     path: str | None = doc("the model that reads the context; null: the student's", takes=MODEL)
-    dtype: str = doc("precision of its parameters", choices=_DTYPES)
+    dtype: str = doc("precision of its parameters", choices=DTYPES)
     life: str = doc(
         "how its weights follow the student's: never; copied every n steps; a moving average; "
         "the same weights",
@@ -61,12 +62,7 @@ class RolloutConfig:
     """Who writes the answers that the student learns from, and how they are drawn."""
 
     sampler: str = doc("who writes the answers", choices=_SAMPLERS)
-    temperature: float = doc("0 is greedy", minimum=0)
-    top_p: float = doc(
-        "draw from the likeliest tokens of this mass; 1: from all", above=0, maximum=1
-    )
-    top_k: int = doc("draw from so many likeliest tokens; 0: from all", minimum=0)
-    max_new_tokens: int = doc("the longest answer, in tokens", minimum=1)
+    sampling: Sampling
     teacher_data: str | None = doc(
         "with sampler=teacher: a folder that keeps what a frozen teacher has written"
     )
@@ -152,15 +148,10 @@ class EvaluationConfig:
 
     num_questions: int = doc("questions of the task", minimum=1)
     num_retention: int = doc("questions of the retention task", minimum=1)
-    max_new_tokens: int = doc("the longest answer to the task, in tokens", minimum=1)
+    sampling: Sampling
     retention_max_new_tokens: int = doc(
         "the longest answer to the retention task, in tokens", minimum=1
     )
-    temperature: float = doc("0 is greedy", minimum=0)
-    top_p: float = doc(
-        "draw from the likeliest tokens of this mass; 1: from all", above=0, maximum=1
-    )
-    top_k: int = doc("draw from so many likeliest tokens; 0: from all", minimum=0)
     samples_per_question: int = doc("answers to every question of the task", minimum=1)
     leakage_phrases: list[str] = doc(
         "words that betray a context which the student has not read, in any case",

@@ -98,7 +98,9 @@ def without_weights(
     source = inputs.conversation.source
     episodes = inputs.task.episodes("train", 0, min(_prompts(config), settings.num_prompts))
     chat = episodes[0].turn(source.context(episodes[0].uid, 0)).teacher_messages
-    new_tokens = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
+    new_tokens = max(
+        config.rollout.sampling.max_new_tokens, config.evaluation.sampling.max_new_tokens
+    )
     checks += [
         attempt("chat template", lambda: text.templates(student, teacher, chat)),
         text.lengths(inputs, _asked(config, inputs.task, settings.num_lengths), new_tokens),
@@ -150,7 +152,7 @@ def _with_models(config: TrainConfig, inputs: Inputs, settings: DoctorConfig) ->
 
     parallel = init_parallel(config.parallel, config.seed)
     run = build_run(config, inputs, parallel)
-    new_tokens = min(settings.max_new_tokens, config.rollout.max_new_tokens)
+    new_tokens = min(settings.max_new_tokens, config.rollout.sampling.max_new_tokens)
     probe = models.sample_probe(run, settings.num_prompts, new_tokens)
     return [
         models.logprob_gap(run, probe, settings.max_logprob_gap[config.student.dtype]),

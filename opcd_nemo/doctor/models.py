@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.train import TeacherConfig
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.doctor.checks import Check, judge
@@ -24,7 +25,6 @@ from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Loss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 from opcd_nemo.rollout.collect import collect_rollouts
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.training.batches import DistillBatch
 from opcd_nemo.training.inputs import Inputs
 from opcd_nemo.training.step import (
@@ -224,7 +224,7 @@ def replicated_gradients(run: Run, limit: float) -> Check:
 
 def context_scores(run: Run, inputs: Inputs, num_prompts: int, max_new_tokens: int) -> Check:
     """Whether the teacher's greedy answers are better with the context, on validation prompts."""
-    greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens)
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens)
     plan = EvaluationPlan(
         num_questions=num_prompts,
         num_retention=1,

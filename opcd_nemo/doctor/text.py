@@ -105,7 +105,10 @@ def lengths(inputs: Inputs, episodes: Sequence[Episode], new_tokens: int) -> Che
         f"student {student}, teacher {teacher} tokens (of them {len(inputs.prefix_ids)} shared) "
         f"+ {new_tokens} new of {limit} positions; longest of {len(episodes)} prompts"
     )
-    mend = "shorten the context or rollout.max_new_tokens, or take a model with more positions"
+    mend = (
+        "shorten the context or rollout.sampling.max_new_tokens, or take a model with more "
+        "positions"
+    )
     return judge("prompt lengths", max(student, teacher) + new_tokens <= limit, found, mend)
 
 

@@ -13,11 +13,12 @@ from typing import Annotated
 import torch
 
 from opcd_nemo.config.doc import Doc
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
 from opcd_nemo.model.language_model import LanguageModel, Stream
 from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
 from opcd_nemo.model.packing import pack, starts_with
-from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms, sample_tokens
+from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample
 
@@ -84,7 +85,7 @@ class MegatronEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams,
+        sampling: Sampling,
         *,
         seed: int,
         step: int,
@@ -111,7 +112,7 @@ class MegatronEngine:
         self,
         prompts: Sequence[Prompt],
         places: Sequence[int],
-        sampling: SamplingParams,
+        sampling: Sampling,
         seed: int,
         step: int,
     ) -> list[_Group]:
@@ -124,9 +125,7 @@ class MegatronEngine:
             groups.append(_Group(rows, chosen, torch.stack(uniforms)))
         return groups
 
-    def _decode(
-        self, groups: list[_Group], sampling: SamplingParams, prefix_ids: Sequence[int]
-    ) -> None:
+    def _decode(self, groups: list[_Group], sampling: Sampling, prefix_ids: Sequence[int]) -> None:
         for group in groups:
             self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
         for step in count():
@@ -141,7 +140,7 @@ class MegatronEngine:
         self._model.parallel.flush()
 
     def _prefill(
-        self, group: _Group, sampling: SamplingParams, prefix_ids: Sequence[int]
+        self, group: _Group, sampling: Sampling, prefix_ids: Sequence[int]
     ) -> torch.Tensor | None:
         """Hidden states at the prompts' last tokens, on the last stage."""
         ids = [prompt.token_ids for prompt in group.prompts]
@@ -177,9 +176,7 @@ class MegatronEngine:
         group.cache.lengths = [length + 1 for length in group.cache.lengths]
         return None if hidden is None else hidden[: len(last)]
 
-    def _finish_step(
-        self, group: _Group, hidden: torch.Tensor | None, sampling: SamplingParams
-    ) -> None:
+    def _finish_step(self, group: _Group, hidden: torch.Tensor | None, sampling: Sampling) -> None:
         """Sample on the last stage and send the tokens to the others, which look later."""
         parallel = self._model.parallel
         group.pending = True
@@ -194,14 +191,14 @@ class MegatronEngine:
             parallel.send_to_stage(drawn, stage)
         self._take(group, drawn, sampling)
 
-    def _learn(self, group: _Group, sampling: SamplingParams) -> None:
+    def _learn(self, group: _Group, sampling: Sampling) -> None:
         """Receive the tokens of the group's last step, where they are not known yet."""
         if group.pending:
             parallel = self._model.parallel
             drawn = torch.empty(2, len(group.rows), dtype=torch.float64, device=parallel.device)
             self._take(group, parallel.receive_from_stage(drawn, parallel.pp - 1), sampling)
 
-    def _take(self, group: _Group, drawn: torch.Tensor, sampling: SamplingParams) -> None:
+    def _take(self, group: _Group, drawn: torch.Tensor, sampling: Sampling) -> None:
         """Record one token a live row and drop the rows it finishes."""
         group.pending = False
         going = []

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.types import Prompt, Sample
 
@@ -50,7 +50,7 @@ class RecordedEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams,
+        sampling: Sampling,
         *,
         seed: int,
         step: int,
@@ -94,10 +94,12 @@ class RecordedEngine:
         return found
 
 
-def _key(prompt: Prompt, sampling: SamplingParams, seed: int) -> str:
+def _key(prompt: Prompt, sampling: Sampling, seed: int) -> str:
     """What a sample is a function of, besides the weights and the step."""
-    parts = (prompt.token_ids, prompt.index, sampling, seed)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    # folders that exist hash this text, with the name that the class had
+    drawn = repr(sampling).replace("Sampling(", "SamplingParams(")
+    text = f"({prompt.token_ids!r}, {prompt.index!r}, {drawn}, {seed!r})"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _line(key: str, sample: Sample) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.evaluation.statistics import pass_at_k
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Rollout, Split
 
@@ -107,8 +107,8 @@ class EvaluationPlan:
 
     num_questions: int
     num_retention: int
-    sampling: SamplingParams
-    retention_sampling: SamplingParams
+    sampling: Sampling
+    retention_sampling: Sampling
     samples_per_question: int
     leakage_phrases: Sequence[str]
     seed: int
@@ -158,7 +158,7 @@ class Evaluator:
         self,
         engine: RolloutEngine,
         draw: Callable[[], list[Episode]],
-        sampling: SamplingParams,
+        sampling: Sampling,
         with_context: bool,
         first_index: int = 0,
     ) -> Evaluation:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from opcd_nemo.config.doc import doc
 from opcd_nemo.config.renamed import present_method
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
 from opcd_nemo.config.train import MODEL
 from opcd_nemo.errors import UserError
@@ -38,12 +39,7 @@ class ExtractionConfig:
     num_steps: int = doc("steps of a chain, which follow each other", minimum=1)
     shared_problems: bool = doc("all chains meet the same problems, as in the paper's code")
     cap_tokens: int = doc("the newest whole items within so many tokens are kept", minimum=1)
-    temperature: float = doc("0 is greedy", minimum=0)
-    top_p: float = doc(
-        "draw from the likeliest tokens of this mass; 1: from all", above=0, maximum=1
-    )
-    top_k: int = doc("draw from so many likeliest tokens; 0: from all", minimum=0)
-    max_new_tokens: int = doc("the longest text about a trace, in tokens", minimum=1)
+    sampling: Sampling
     problem_max_new_tokens: int = doc("the longest answer to a problem, in tokens", minimum=1)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.items import as_text, newest_within, parse_items
 from opcd_nemo.context.sources import NoContext
 from opcd_nemo.distributed.groups import Parallel
@@ -21,7 +22,6 @@ from opcd_nemo.experience.config import ExtractionConfig
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.tasks import Context, Episode, Task, Trace
@@ -39,7 +39,7 @@ class Speaker:
 
     engine: RolloutEngine
     conversation: Conversation
-    sampling: SamplingParams
+    sampling: Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,11 +263,11 @@ def check_extraction(
         num_tokens = len(player.tokenizer.render(asked)) + settings.problem_max_new_tokens
         prompt = writer.tokenizer.render(({"role": "user", "content": settings.prompt},))
         previous = settings.cap_tokens if settings.with_previous else 0
-        num_all = num_tokens + len(prompt) + previous + settings.max_new_tokens
+        num_all = num_tokens + len(prompt) + previous + settings.sampling.max_new_tokens
         if num_all > writer.max_positions:
             raise UserError(
-                "experience.extraction.max_new_tokens",
-                settings.max_new_tokens,
+                "experience.extraction.sampling.max_new_tokens",
+                settings.sampling.max_new_tokens,
                 f"at most the model's {writer.max_positions} in all",
                 problem=f"with a trace of up to {num_tokens} tokens, the prompt's {len(prompt)} "
                 f"and {previous} of earlier items {num_all} in all",

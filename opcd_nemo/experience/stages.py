@@ -34,7 +34,6 @@ from opcd_nemo.experience.workplace import (
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.run import train
@@ -122,24 +121,13 @@ def _extract(place: Workplace, say: Say) -> None:
     bench = _open(place, raw, check)
     conversation = bench.inputs.conversation
     engine, rollout = bench.teacher(), bench.config.rollout
-    play = SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_new_tokens=settings.problem_max_new_tokens,
-    )
-    write = SamplingParams(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    play = replace(rollout.sampling, max_new_tokens=settings.problem_max_new_tokens)
     records = Extraction(
         place.folder / EXTRACTION,
         settings,
         bench.inputs.task,
         player=Speaker(engine=engine, conversation=conversation, sampling=play),
-        writer=Speaker(engine=engine, conversation=conversation, sampling=write),
+        writer=Speaker(engine=engine, conversation=conversation, sampling=settings.sampling),
         parallel=bench.parallel,
         seed=bench.config.seed,
         fence=bench.run_folder.check_held,

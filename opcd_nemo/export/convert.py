@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
+from opcd_nemo.config.programs import ExportConfig
+from opcd_nemo.config.renamed import present_config
+from opcd_nemo.config.schema import read_schema
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
-from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.export.package import write_package
@@ -28,7 +30,6 @@ from opcd_nemo.storage.run_folder import RunFolder
 
 # the user's own, perhaps; restoring refuses those
 _PLUGS = ("task", "retention", "context", "engine", "loss")
-FORMATS = ("hf", "nemo", "mcore")
 
 
 def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> str:
@@ -44,21 +45,21 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
     Raises:
         ValueError: a key is wrong, the source is damaged, or the target is there already.
     """
-    address = parse_address(str(settings.to)) if str(settings.to).startswith(SCHEME) else None
+    config = read_schema(ExportConfig, settings)
+    address = parse_address(config.to) if config.to.startswith(SCHEME) else None
     if address is None:
-        return str(_export(settings, _target(settings), default_config))
-    if settings.format != "hf":
-        raise UserError("format", settings.format, f"hf with to={settings.to}")
+        return str(_export(config, _target(config), default_config))
+    if config.format != "hf":
+        raise UserError("format", config.format, f"hf with to={config.to}")
     if address.dataset or address.file is not None:
-        raise UserError("to", settings.to, "hf://owner/name[@revision]")
+        raise UserError("to", config.to, "hf://owner/name[@revision]")
     with tempfile.TemporaryDirectory() as folder:
-        to = OmegaConf.merge(settings, {"to": str(Path(folder) / "model")})
-        assert isinstance(to, DictConfig)
-        return upload_model(_export(to, _target(to), default_config), address)
+        local = replace(config, to=str(Path(folder) / "model"))
+        return upload_model(_export(local, _target(local), default_config), address)
 
 
-def _export(settings: DictConfig, target: Path, default_config: Callable[[], DictConfig]) -> Path:
-    source = at_commit(str(settings["from"]))
+def _export(settings: ExportConfig, target: Path, default_config: Callable[[], DictConfig]) -> Path:
+    source = at_commit(settings.from_)
     checkpoint = open_model(source)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
     ChatTokenizer.from_path(source)  # refuses now what could not be written later
@@ -81,7 +82,7 @@ def _export(settings: DictConfig, target: Path, default_config: Callable[[], Dic
         return target
     if dtype not in DTYPES.values():
         raise UserError("from", source, "dtype=bf16 or dtype=fp32", problem=f"is stored in {dtype}")
-    parallel = init_parallel(ParallelConfig(**settings.parallel), seed=0)
+    parallel = init_parallel(settings.parallel, seed=0)
     student = LanguageModel(checkpoint.config, parallel, dtype)
     student.load(checkpoint)
     write_package(
@@ -104,7 +105,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
         parse_stored(text, f"{found}: {NEMO_CONFIG}")
         return text.decode()
     if kind == "checkpoint":
-        config = read_checkpoint(found).config
+        config = present_config(read_checkpoint(found).config)
         check_stored({key: one for key, one in config.items() if key not in _PLUGS}, str(found))
         return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
     made: Any = OmegaConf.to_container(default_config(), resolve=True)
@@ -119,21 +120,16 @@ def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
     return written
 
 
-def _target(settings: DictConfig) -> Path:
-    for key in ("from", "to"):
-        if not isinstance(settings[key], str) or not settings[key]:
-            raise UserError(key, settings[key], "a path")
-    if settings.format not in FORMATS:
-        raise UserError("format", settings.format, ", ".join(FORMATS))
-    choose_dtype(settings.dtype, torch.float32)
-    if type(settings.max_file_bytes) is not int or settings.max_file_bytes < 1:
-        raise UserError("max_file_bytes", settings.max_file_bytes, "bytes of a file")
+def _target(settings: ExportConfig) -> Path:
+    for key, value in (("from", settings.from_), ("to", settings.to)):
+        if not value:
+            raise UserError(key, value, "a path")
     path = Path(settings.to)
     if (path.suffix == ".nemo") != (settings.format == "nemo"):
         ending = "a name that ends" if settings.format == "nemo" else "a folder that does not end"
         raise UserError("to", path, f"{ending} in .nemo with format={settings.format}")
-    if Path(settings["from"]).absolute() in path.absolute().parents:
-        raise UserError("to", path, f"a place outside {settings['from']}")
+    if Path(settings.from_).absolute() in path.absolute().parents:
+        raise UserError("to", path, f"a place outside {settings.from_}")
     if path.exists():
         raise UserError("to", path, "a new path", problem="is already there")
     path.parent.mkdir(parents=True, exist_ok=True)

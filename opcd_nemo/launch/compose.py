@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 import opcd_nemo
+from opcd_nemo.config.renamed import refuse_old_key
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.launch.recipes import of_program
@@ -129,6 +130,7 @@ def _explained(error: Exception, config_name: str, words: Sequence[str]) -> User
         return UserError("; ".join(shown), ABSENT, allowed)
     key = unknown[1]
     given = next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), ABSENT)
+    refuse_old_key(key, given)
     groups = [word for word in words if choices(word.partition("=")[0])]
     composed = compose(config_name, groups)
     beside = composed

@@ -116,7 +116,7 @@ def _tokens(
     teacher_prompt: float,
     held: float,
 ) -> Tokens:
-    longest = config.rollout.max_new_tokens
+    longest = config.rollout.sampling.max_new_tokens
     return Tokens(
         prompt=prompt,
         shared=min(shared, prompt - 1),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.tasks import Episode
 from opcd_nemo.types import Prompt, Rollout
 
@@ -20,7 +20,7 @@ def collect_rollouts(
     sampler: SamplerName,
     episodes: Sequence[Episode],
     conversation: Conversation,
-    sampling: SamplingParams,
+    sampling: Sampling,
     *,
     seed: int,
     step: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from opcd_nemo.rollout.sampling import SamplingParams
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.types import Prompt, Sample
 
 
@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams,
+        sampling: Sampling,
         *,
         seed: int,
         step: int,

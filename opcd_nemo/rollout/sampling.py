@@ -6,19 +6,10 @@ Shape letters: `R` rows (sequences), `V` vocabulary.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
+from opcd_nemo.config.sampling import Sampling
 
 
 def row_uniforms(seed: int, step: int, index: int, count: int) -> torch.Tensor:
@@ -29,7 +20,7 @@ def row_uniforms(seed: int, step: int, index: int, count: int) -> torch.Tensor:
 
 
 def sample_tokens(
-    logits_RV: torch.Tensor, uniform_R: torch.Tensor, sampling: SamplingParams
+    logits_RV: torch.Tensor, uniform_R: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their log-probabilities (nats, before top-k and top-p) by inverse CDF.
 

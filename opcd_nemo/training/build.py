@@ -15,7 +15,6 @@ from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.model.language_model import DTYPES, LanguageModel
 from opcd_nemo.rollout.collect import SamplerName
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.training.inputs import Inputs
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.step import Phase, Run
@@ -50,12 +49,7 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         teacher=Teacher(teacher, inputs.prefix_ids, config.teacher),
         engines=engines,
         optimizer=StudentOptimizer(student, config.optim, config.trainer["max_steps"]),
-        sampling=SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_new_tokens=rollout.max_new_tokens,
-        ),
+        sampling=rollout.sampling,
         phase=phase,
         warmup=warmup,
         warmup_steps=config.warmup.steps,
@@ -70,17 +64,13 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
 def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Evaluator:
     """The evaluator of the run's tables."""
     evaluation = config.evaluation
-    sampling = SamplingParams(
-        temperature=evaluation.temperature,
-        top_p=evaluation.top_p,
-        top_k=evaluation.top_k,
-        max_new_tokens=evaluation.max_new_tokens,
-    )
     plan = EvaluationPlan(
         num_questions=evaluation.num_questions,
         num_retention=evaluation.num_retention,
-        sampling=sampling,
-        retention_sampling=replace(sampling, max_new_tokens=evaluation.retention_max_new_tokens),
+        sampling=evaluation.sampling,
+        retention_sampling=replace(
+            evaluation.sampling, max_new_tokens=evaluation.retention_max_new_tokens
+        ),
         samples_per_question=evaluation.samples_per_question,
         leakage_phrases=evaluation.leakage_phrases,
         seed=config.seed,

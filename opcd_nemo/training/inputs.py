@@ -207,8 +207,8 @@ def _check_prompts(
         ("rollout.anchor_fraction", anchors, partial(task.anchors, 0)),
     ]
     new_tokens = max(
-        config.rollout.max_new_tokens,
-        evaluation.max_new_tokens,
+        config.rollout.sampling.max_new_tokens,
+        evaluation.sampling.max_new_tokens,
         evaluation.retention_max_new_tokens,
     )
     for key, count, draw in asked:

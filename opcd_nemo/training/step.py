@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import NonFiniteError
 from opcd_nemo.losses import BAD_TOKENS, Loss
@@ -33,7 +34,6 @@ from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.collect import SamplerName, collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.training.batches import Aggregation, DistillBatch, make_distill_batches
 from opcd_nemo.training.optim import StudentOptimizer
@@ -60,7 +60,7 @@ class Run:
     teacher: Teacher
     engines: dict[SamplerName, RolloutEngine]
     optimizer: StudentOptimizer
-    sampling: SamplingParams
+    sampling: Sampling
     phase: Phase
     warmup: Phase
     warmup_steps: int

@@ -17,7 +17,7 @@ PIPELINE = [
     "experience.extraction.keep=trace",
     "experience.extraction.num_chains=2",
     "experience.extraction.num_steps=1",
-    "experience.extraction.max_new_tokens=4",
+    "experience.extraction.sampling.max_new_tokens=4",
 ]
 STAGES = ["extract", "consolidate", "evaluate"]
 

@@ -39,7 +39,7 @@ def examine_all(model: Path, runs: Path) -> dict[str, Found]:
     """Status of every row, by what is wrong. Collective over the world."""
     settings = [
         *(f"student.path={model}", f"exp_manager.exp_dir={runs}", "student.dtype=fp32"),
-        *("parallel=tp2", "parallel.device=cpu", "rollout.max_new_tokens=4"),
+        *("parallel=tp2", "parallel.device=cpu", "rollout.sampling.max_new_tokens=4"),
         *("evaluation.num_questions=2", "evaluation.num_retention=2"),
         *("evaluation.retention_max_new_tokens=4", "batching.global_batch_size=4"),
     ]

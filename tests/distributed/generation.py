@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.model.language_model import LanguageModel
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.types import Prompt, Sample
 from tests.distributed import cases
 from tests.distributed.shards import build
 
-GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=cases.NEW_TOKENS)
-DRAWN = SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_new_tokens=cases.NEW_TOKENS)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=cases.NEW_TOKENS)
+DRAWN = Sampling(temperature=0.8, top_p=0.9, top_k=20, max_new_tokens=cases.NEW_TOKENS)
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Generator:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams = GREEDY,
+        sampling: Sampling = GREEDY,
         *,
         pack: bool = True,
         width: int = 32,

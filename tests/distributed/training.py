@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from opcd_nemo.checkpoint import save_load as checkpoint
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.losses import DivergenceLoss, HardLabelLoss, Loss, TopKLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.conversation import TurnPrompts
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.training.optim import NonFiniteError, StudentOptimizer
 from opcd_nemo.training.step import Phase, Run, distill_step
 from opcd_nemo.training.teacher import Teacher
@@ -196,7 +196,7 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
         teacher=Teacher(teacher, cases.CONTEXT, life),
         engines=engines,
         optimizer=optimizer,
-        sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=5),
+        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=5),
         phase=phase,
         warmup=phase,
         warmup_steps=0,

@@ -25,7 +25,9 @@ RUNS = {
 }
 # At this rate Adam's usual epsilon blows up the rounding of gradients near zero: curves of two
 # layouts then differ by 5e-4, with 1e-6 by 6e-6
-SETTINGS = "trainer.max_steps=6 rollout.max_new_tokens=8 optim.lr=1e-3 optim.eps=1e-6".split()
+SETTINGS = (
+    "trainer.max_steps=6 rollout.sampling.max_new_tokens=8 optim.lr=1e-3 optim.eps=1e-6".split()
+)
 CURVES = ("loss/", "optim/", "rollout/")
 Curves = dict[str, list[float]]
 

@@ -18,8 +18,9 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 SMOKE = (
     "student.dtype=fp32 trainer.max_steps=2 evaluation.num_questions=2 evaluation.num_retention=2 "
-    "evaluation.retention_max_new_tokens=4 rollout.max_new_tokens=4 batching.global_batch_size=4 "
-    "batching.micro_batch_size=2 parallel.timeout_s=60 parallel.device=cpu"
+    "evaluation.retention_max_new_tokens=4 rollout.sampling.max_new_tokens=4 "
+    "batching.global_batch_size=4 batching.micro_batch_size=2 parallel.timeout_s=60 "
+    "parallel.device=cpu"
 ).split()
 
 

@@ -12,7 +12,7 @@ from tests.recipes.conftest import run_python
 SETTINGS = (
     "task=frozen_lake context=experience_games evaluation.num_questions=4 parallel=single "
     "experience.extraction.keep=trace experience.extraction.num_chains=2 name=lake "
-    "experience.extraction.num_steps=2 experience.extraction.max_new_tokens=4 "
+    "experience.extraction.num_steps=2 experience.extraction.sampling.max_new_tokens=4 "
     "experience.scoring.first_questions=2 experience.consolidation.methods=[opcd,off_policy] "
     "experience.consolidation.seeds=[1] experience.controls=[wrong]"
 ).split()
@@ -71,7 +71,7 @@ def test_a_second_job_on_a_stage_s_folder_is_refused(smoke: list[str], tmp_path:
 
 
 def test_a_prompt_that_cannot_fit_is_one_line(smoke: list[str], tmp_path: Path) -> None:
-    done = pipeline(smoke, tmp_path, "experience.extraction.max_new_tokens=100000")
+    done = pipeline(smoke, tmp_path, "experience.extraction.sampling.max_new_tokens=100000")
     assert done.returncode == 2, done.stderr
     assert "allowed: at most the model's" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -156,7 +156,7 @@ def test_chat_answers_with_and_without_the_context(run: Path) -> None:
     done = run_python(
         "recipes/chat.py",
         f"from={run / 'run.nemo'}",
-        "max_new_tokens=4",
+        "sampling.max_new_tokens=4",
         stdin="What is a goat?\n/context\n/nothing\n/reset\nAnd a lamp?\n/quit\nnever read\n",
     )
     assert done.returncode == 0, done.stderr
@@ -166,13 +166,13 @@ def test_chat_answers_with_and_without_the_context(run: Path) -> None:
 
 
 MISTAKES = {
-    "format=onnx from=a to=b": "format=onnx: allowed: hf, nemo, mcore",
+    "format=onnx from=a to=b": "format=onnx; allowed: hf, nemo, mcore",
     "from=/nowhere to=b": "/nowhere: the model is not there",
-    "to=b": "from=None: allowed",
+    "to=b": "from: no value is given: the model to convert; allowed: a Hugging Face",
     "from=smollm2-135m-instruct to=recipes": "already there",
     "from=a to=b format=nemo": "ending in .nemo",
     "from=a to=b fromat=hf": "fromat=hf: no such key",
-    "from=a to=b dtype=int8": "dtype=int8; allowed: bf16, fp32",
+    "from=a to=b dtype=int8": "dtype=int8; allowed: null, bf16, fp32",
 }
 
 

@@ -22,15 +22,15 @@ FILES = Path(__file__).parent / "old_files"
 SETTINGS = (
     "student.path=student student.dtype=fp32 parallel=single parallel.device=cpu "
     "trainer.max_steps=4 evaluation.num_questions=2 evaluation.num_retention=2 "
-    "evaluation.retention_max_new_tokens=4 rollout.max_new_tokens=4 batching.global_batch_size=4 "
-    "batching.micro_batch_size=2 optim.lr=1e-3 optim.eps=1e-6 exp_manager=resumable "
-    "exp_manager.exp_dir=runs"
+    "evaluation.retention_max_new_tokens=4 rollout.sampling.max_new_tokens=4 "
+    "batching.global_batch_size=4 batching.micro_batch_size=2 optim.lr=1e-3 optim.eps=1e-6 "
+    "exp_manager=resumable exp_manager.exp_dir=runs"
 )
 RUNS = {
     "game": "task=frozen_lake context=experience_games context.path=experience.json "
     "loss=reverse_kl_top256 loss.k=16",
     "style": "task=json context=json loss=jsd teacher=ema teacher.ema_decay=0.9 "
-    "warmup=off_policy warmup.steps=1 optim.schedule=cosine optim.warmup_steps=1 "
+    "method=opcd_warmup warmup.steps=1 optim.schedule=cosine optim.warmup_steps=1 "
     "rollout.anchor_fraction=0.25 evaluation.every_n_steps=2",
 }
 TIMED = ("time/", "cpu/", "perf/")

@@ -40,9 +40,9 @@ def refused(*overrides: str) -> UserError:
         ),
         (
             "+optim.temperature=1",
-            "optim.temperature=1: no such key; did you mean rollout.temperature or "
-            "evaluation.temperature?; allowed: lr, min_lr, schedule, warmup_steps, betas, eps, "
-            "weight_decay, clip_grad, use_distributed_optimizer, overlap_grad_reduce",
+            "optim.temperature=1: no such key; did you mean rollout.sampling.temperature or "
+            "evaluation.sampling.temperature?; allowed: lr, min_lr, schedule, warmup_steps, betas, "
+            "eps, weight_decay, clip_grad, use_distributed_optimizer, overlap_grad_reduce",
         ),
         (
             "+loss.temperatur=1",
@@ -61,9 +61,9 @@ def refused(*overrides: str) -> UserError:
             "rollout's; allowed: a number > 0",
         ),
         (
-            "rollout.max_new_tokens=${foo.bar}",
-            "rollout.max_new_tokens: Interpolation key 'foo.bar' not found; allowed: a key that "
-            "exists",
+            "rollout.sampling.max_new_tokens=${foo.bar}",
+            "rollout.sampling.max_new_tokens: Interpolation key 'foo.bar' not found; allowed: "
+            "a key that exists",
         ),
         ("optim.lr=nan", "optim.lr=nan: is not finite; allowed: a number > 0"),
     ],
@@ -105,12 +105,12 @@ def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
         ("exp_manager.exp_dir=null", "a text"),
         ("optim.lr=-1", "a number > 0"),
         ("parallel.num_ranks=0", "a whole number >= 1"),
-        ("rollout.temperature=-0.1", "a number >= 0"),
+        ("rollout.sampling.temperature=-0.1", "a number >= 0"),
         ("loss.chunk_tokens=-1", "a whole number >= 1"),
         ("optim.lr=inf", "a number > 0"),
         ("loss.temperature=nan", "a number > 0"),
-        ("rollout.top_p=1.2", "a number > 0 and <= 1"),
-        ("rollout.top_p=0", "a number > 0 and <= 1"),
+        ("rollout.sampling.top_p=1.2", "a number > 0 and <= 1"),
+        ("rollout.sampling.top_p=0", "a number > 0 and <= 1"),
         ("parallel.port=70000", "a whole number >= 0 and <= 65535"),
         ("optim.schedule=linear", "constant, cosine"),
         ("loss.kind=kl", "reverse_kl, forward_kl, jsd"),
@@ -178,7 +178,7 @@ def test_loads_typed(composed: DictConfig) -> None:
     assert isinstance(config, TrainConfig)
     assert config.optim.betas == [0.9, 0.999]
     assert config.teacher.dtype == config.student.dtype == "bf16"
-    assert config.evaluation.max_new_tokens == config.rollout.max_new_tokens
+    assert config.evaluation.sampling.max_new_tokens == config.rollout.sampling.max_new_tokens
     assert config.task["seed"] == config.seed
 
 
@@ -188,7 +188,7 @@ def test_defaults_follow_the_paper(composed: DictConfig) -> None:
     assert (optim.weight_decay, optim.clip_grad, optim.warmup_steps) == (0.01, 1.0, 0)
     assert config.batching.aggregation == "sequence_mean"
     assert (config.loss["kind"], config.loss["temperature"]) == ("reverse_kl", 1.0)
-    assert (config.rollout.sampler, config.rollout.temperature) == ("student", 1.0)
+    assert (config.rollout.sampler, config.rollout.sampling.temperature) == ("student", 1.0)
 
 
 STYLES = ("demo_brevity", "demo_bullets", "demo_json", "demo_pirate")  # demo_games asks for a path

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines import megatron
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt
 
@@ -48,7 +48,7 @@ def test_the_engine_beats_for_every_batch_and_within_long_ones(
     monkeypatch.setattr(megatron, "_TOKENS_PER_BEAT", 4)
     model: Any = Endless()
     engine = megatron.MegatronEngine(model, [0], max_batch_size=2, pack=False)
-    sampling = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=num_tokens)
+    sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=num_tokens)
     prompts = [Prompt(token_ids=(2, 3), index=index) for index in range(num_prompts)]
     samples = engine.generate(prompts, sampling, seed=0, step=0)
     assert [sample.response_ids for sample in samples] == [(1,) * num_tokens] * num_prompts

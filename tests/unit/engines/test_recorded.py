@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.recorded import RecordedEngine
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.types import Prompt, Sample
 
-SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=3)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=3)
 ALONE: Any = SimpleNamespace(tp_rank=0, pp_rank=0)
 
 
@@ -29,9 +29,7 @@ class Counting:
 
     def release_weights(self) -> None: ...
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, **_: Any
-    ) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **_: Any) -> list[Sample]:
         self.calls += 1
         return [
             Sample(response_ids=(self.calls, 5), logprobs=(-0.1, -1 / 3), finish_reason="eos")
@@ -57,7 +55,7 @@ def test_what_differs_is_drawn_anew(tmp_path: Path, other: str) -> None:
     inner = Counting()
     RecordedEngine(inner, tmp_path, ALONE).generate(prompts(0), SAMPLING, seed=1, step=3)
     engine = RecordedEngine(inner, tmp_path, ALONE)
-    changed = SamplingParams(temperature=0.5, top_p=1.0, top_k=0, max_new_tokens=3)
+    changed = Sampling(temperature=0.5, top_p=1.0, top_k=0, max_new_tokens=3)
     engine.generate(
         prompts(1 if other == "index" else 0, token=7 if other == "prompt" else 1),
         changed if other == "sampling" else SAMPLING,

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.train import load_config
+from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.evaluator import (
     Answer,
     Evaluation,
@@ -18,13 +20,13 @@ from opcd_nemo.evaluation.evaluator import (
     leakage_pattern,
 )
 from opcd_nemo.launch.compose import compose
-from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms
+from opcd_nemo.rollout.sampling import row_uniforms
 from opcd_nemo.tasks.questions import Question, QuestionTask, capitals
 from opcd_nemo.types import Prompt, Sample
 from tests.unit.rollout.test_game_rollouts import Letters, conversation
 from tests.unit.tasks.test_games import build
 
-SAMPLING = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=8)
+SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=8)
 REPLIES = ("yes", "no", "hm", "yes, by my experience")
 
 
@@ -49,10 +51,10 @@ class Guesser:
     weights_version = 0
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Prompt, SamplingParams, int]] = []
+        self.asked: list[tuple[Prompt, Sampling, int]] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, step: int, **_: Any
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int, **_: Any
     ) -> list[Sample]:
         samples = []
         for prompt in prompts:
@@ -73,7 +75,7 @@ def evaluate(
         num_questions=num_questions,
         num_retention=3,
         sampling=SAMPLING,
-        retention_sampling=SamplingParams(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
+        retention_sampling=Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
         samples_per_question=samples,
         leakage_phrases=["experience"],
         seed=seed,
@@ -130,7 +132,7 @@ def test_retention_is_asked_of_its_own_task_with_its_own_length() -> None:
         num_questions=1,
         num_retention=3,
         sampling=SAMPLING,
-        retention_sampling=SamplingParams(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
+        retention_sampling=Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=2),
         samples_per_question=1,
         leakage_phrases=["experience"],
         seed=0,
@@ -219,44 +221,39 @@ def test_a_game_is_answered_when_every_turn_names_an_action() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "allowed"),
     [
-        ("temperature=-1", "evaluation.temperature=-1.0: allowed: a number >= 0"),
-        ("top_p=0", "evaluation.top_p=0.0: allowed: a number > 0"),
-        ("top_p=1.5", "evaluation.top_p=1.5: allowed: at most 1.0"),
-        ("top_p=0.9", "evaluation.top_p=0.9: allowed: 1.0 with evaluation.temperature=0, which is"),
-        ("top_k=20", "evaluation.top_k=20: allowed: 0 with evaluation.temperature=0, which is"),
-        ("samples_per_question=4", "evaluation.samples_per_question=4: allowed: 1 with evaluation"),
-        ("samples_per_question=0", "evaluation.samples_per_question=0: allowed: a number > 0"),
-        (
-            "min_retention=0.8",
-            "evaluation.min_retention=0.8: allowed: null with evaluation.every_n_",
-        ),
-        ("min_retention=0", "evaluation.min_retention=0.0: allowed: a number > 0, at most 1, or n"),
-        ("min_retention=1.1", "evaluation.min_retention=1.1: allowed: a number > 0, at most 1, or"),
-        ("min_retention=half", "evaluation.min_retention=half: allowed: a number, or null"),
-        ("leakage_phrases=[]", "evaluation.leakage_phrases=[]: allowed: a list of one phrase or"),
-        ("leakage_phrases=[a,.]", "evaluation.leakage_phrases=['a', '.']: allowed: a list of one"),
+        ("sampling.temperature=-1", "a number >= 0"),
+        ("sampling.top_p=0", "a number > 0 and <= 1"),
+        ("sampling.top_p=1.5", "a number > 0 and <= 1"),
+        ("sampling.top_p=0.9", "1.0 with evaluation.sampling.temperature=0, which is greedy"),
+        ("sampling.top_k=20", "0 with evaluation.sampling.temperature=0, which is greedy"),
+        ("samples_per_question=4", "1 with evaluation.sampling.temperature=0, which is greedy"),
+        ("samples_per_question=0", "a whole number >= 1"),
+        ("min_retention=0.8", "null with evaluation.every_n_steps=0"),
+        ("min_retention=0", "a number > 0 and <= 1, or null"),
+        ("min_retention=1.1", "a number > 0 and <= 1, or null"),
+        ("min_retention=half", "a number > 0 and <= 1, or null"),
+        ("leakage_phrases=[]", "a list of one phrase or more, each with a word in it"),
+        ("leakage_phrases=[a,.]", "a list of one phrase or more, each with a word in it"),
     ],
 )
-def test_a_setting_without_effect_is_refused(override: str, message: str) -> None:
-    with pytest.raises(ValueError) as refused:  # noqa: PT011  # compared in full
+def test_a_setting_without_effect_is_refused(override: str, allowed: str) -> None:
+    with pytest.raises(UserError) as refused:
         load_config(compose("train", [f"evaluation.{override}"]))
-    assert str(refused.value).startswith(message)
-    assert "\n" not in str(refused.value)
+    assert refused.value.key == f"evaluation.{override.partition('=')[0]}"
+    assert refused.value.allowed == allowed
 
 
 @pytest.mark.parametrize("name", ["min_steps", "min_epochs"])
 def test_a_least_length_would_undo_the_stop_by_retention(name: str) -> None:
     command = ["evaluation.min_retention=0.8", "evaluation.every_n_steps=5"]
     assert load_config(compose("train", command)).evaluation.min_retention == 0.8
-    with pytest.raises(
-        ValueError, match=rf"^evaluation\.min_retention=0\.8: .* trainer\.{name}=3$"
-    ):
+    with pytest.raises(UserError, match=rf"^evaluation\.min_retention=0\.8; .* trainer\.{name}=3$"):
         load_config(compose("train", [*command, f"+trainer.{name}=3"]))
 
 
 def test_sampled_evaluations_are_configured_like_rollouts() -> None:
-    keys = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "samples_per_question": 8}
-    config = load_config(compose("train", [f"evaluation.{k}={v}" for k, v in keys.items()]))
-    assert {key: getattr(config.evaluation, key) for key in keys} == keys
+    words = "temperature=0.7 top_p=0.8 top_k=20 max_new_tokens=8".split()
+    config = load_config(compose("train", [f"evaluation.sampling.{word}" for word in words]))
+    assert config.evaluation.sampling == SAMPLING

@@ -57,7 +57,11 @@ def select(place: Workplace, *items: str) -> Entry:
         ("experience.extraction.keep=all", "experience.extraction.keep", "items, trace"),
         ("experience.extraction.prompt=x", "experience.extraction.prompt", "a text with .trace."),
         ("experience.extraction.num_chains=0", "experience.extraction.num_chains", ">= 1"),
-        ("experience.extraction.temperature=-1", "experience.extraction.temperature", ">= 0"),
+        (
+            "experience.extraction.sampling.temperature=-1",
+            "experience.extraction.sampling.temperature",
+            ">= 0",
+        ),
         ("experience.scoring.keep=2", "experience.scoring.keep", "a number > 0 and <= 1"),
         ("experience.selection.rule=worst", "experience.selection.rule", "best, random"),
         (

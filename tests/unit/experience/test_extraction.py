@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.items import as_text
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import ExtractionConfig, ScoringConfig, SelectionConfig
 from opcd_nemo.experience.extraction import Candidate, Extraction, Speaker, candidates, waves
 from opcd_nemo.experience.scoring import ScoreBook, halve, rungs, select
 from opcd_nemo.rollout.conversation import TurnPrompts
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.storage.heartbeat import HEARTBEAT_ENV
 from opcd_nemo.tasks import Episode
 from opcd_nemo.tasks.questions import Question, QuestionTask
 from opcd_nemo.types import Prompt, Sample
 
-SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=9)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=9)
 ALONE: Any = SimpleNamespace(
     rank=0, share=range, gather_objects=lambda value: [value], gather_over_dp=list
 )
@@ -48,9 +48,7 @@ class Writer:
         self.weights_version = 0
         self.items, self.asked = items, []
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, **_: Any
-    ) -> list[Sample]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **_: Any) -> list[Sample]:
         samples = []
         for prompt in prompts:
             text = "".join(map(chr, prompt.token_ids))
@@ -74,10 +72,7 @@ def settings(**changes: Any) -> ExtractionConfig:
         "num_steps": 3,
         "shared_problems": False,
         "cap_tokens": 100,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_new_tokens": 9,
+        "sampling": SAMPLING,
         "problem_max_new_tokens": 9,
     }
     return ExtractionConfig(**{**plain, **changes})

@@ -63,8 +63,8 @@ COMMON = {
     "loss.kind": "reverse_kl",
     "loss.k": 256,
     "rollout.sampler": "student",
-    "rollout.top_p": 1.0,
-    "rollout.top_k": 0,
+    "rollout.sampling.top_p": 1.0,
+    "rollout.sampling.top_k": 0,
     "rollout.anchor_fraction": 0.0,
     "warmup.steps": 0,
     "teacher.life": "frozen",
@@ -77,39 +77,39 @@ COMMON = {
 TABLE: dict[str, dict[str, object]] = {
     "math": {
         "batching.global_batch_size": 128,
-        "rollout.temperature": 0.6,
+        "rollout.sampling.temperature": 0.6,
         "loss.temperature": 0.6,  # the code divides the logits by the rollout's
-        "rollout.max_new_tokens": 16384,
+        "rollout.sampling.max_new_tokens": 16384,
         "evaluation.num_questions": 1000,
-        "evaluation.max_new_tokens": 16384,
-        "evaluation.temperature": 0.6,
-        "evaluation.top_p": 0.95,
-        "evaluation.top_k": 20,
+        "evaluation.sampling.max_new_tokens": 16384,
+        "evaluation.sampling.temperature": 0.6,
+        "evaluation.sampling.top_p": 0.95,
+        "evaluation.sampling.top_k": 20,
         "evaluation.samples_per_question": 1,
     },
     "games": {
         "batching.global_batch_size": 64,
-        "rollout.temperature": 0.7,
+        "rollout.sampling.temperature": 0.7,
         "loss.temperature": 0.7,
-        "rollout.max_new_tokens": 1024,
+        "rollout.sampling.max_new_tokens": 1024,
         "task.rounds": 5,
         "evaluation.num_questions": 128,
-        "evaluation.max_new_tokens": 1024,
-        "evaluation.temperature": 0.7,
-        "evaluation.top_p": 0.8,
-        "evaluation.top_k": 20,
+        "evaluation.sampling.max_new_tokens": 1024,
+        "evaluation.sampling.temperature": 0.7,
+        "evaluation.sampling.top_p": 0.8,
+        "evaluation.sampling.top_k": 20,
         "evaluation.samples_per_question": 1,
     },
     "system": {
         "batching.global_batch_size": 128,
-        "rollout.temperature": 1.0,
+        "rollout.sampling.temperature": 1.0,
         "loss.temperature": 1.0,
-        "rollout.max_new_tokens": 512,
+        "rollout.sampling.max_new_tokens": 512,
         "evaluation.num_questions": 500,
-        "evaluation.max_new_tokens": 512,
-        "evaluation.temperature": 1.0,
-        "evaluation.top_p": 0.95,
-        "evaluation.top_k": 20,
+        "evaluation.sampling.max_new_tokens": 512,
+        "evaluation.sampling.temperature": 1.0,
+        "evaluation.sampling.top_p": 0.95,
+        "evaluation.sampling.top_k": 20,
         "evaluation.samples_per_question": 1,
     },
 }
@@ -223,7 +223,7 @@ def test_the_exact_loss_and_the_baselines_are_a_word_away(name: str) -> None:
     for method, kind in (("method=off_policy", "forward_kl"), ("method=sft", None)):
         off_policy = recipe(name, method)
         assert (off_policy.rollout.sampler, off_policy.loss.get("kind")) == ("teacher", kind)
-        assert off_policy.rollout.max_new_tokens == 512
+        assert off_policy.rollout.sampling.max_new_tokens == 512
     assert recipe(name, "loss.kind=forward_kl", "rollout.sampler=teacher").loss["k"] == 256
     assert recipe(name, "parallel=dp2").parallel.num_ranks == 2
 

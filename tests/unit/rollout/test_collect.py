@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.errors import UserError
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation, shared_start
-from opcd_nemo.rollout.sampling import SamplingParams
 from opcd_nemo.types import Message, Prompt, Sample, Turn
 
-SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
 
 
 @dataclass

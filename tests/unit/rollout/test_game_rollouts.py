@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.sources import FixedContext
 from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
-from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms
+from opcd_nemo.rollout.sampling import row_uniforms
 from opcd_nemo.tasks.games.task import GameTask
 from opcd_nemo.tasks.questions import capitals
 from opcd_nemo.training.batches import make_distill_batches
@@ -26,7 +27,7 @@ from opcd_nemo.types import Message, Prompt, Rollout, Sample
 from tests.tiny import write_chat_model
 from tests.unit.tasks.test_games import build
 
-SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=8)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=8)
 NOTES = "Go down and right."
 
 
@@ -221,7 +222,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"exp_manager.exp_dir={runs}",
         "evaluation.num_questions=2",
         "evaluation.num_retention=2",
-        "rollout.max_new_tokens=4",
+        "rollout.sampling.max_new_tokens=4",
         "evaluation.retention_max_new_tokens=4",
     ]
 

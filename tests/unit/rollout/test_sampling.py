@@ -8,20 +8,21 @@ from itertools import product
 import pytest
 import torch
 
-from opcd_nemo.rollout.sampling import SamplingParams, row_uniforms, sample_tokens
+from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
 
 VOCABULARY = 11
 
 
-def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=1)
+def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Sampling:
+    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=1)
 
 
 def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
     return 2 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def allowed(logits_V: torch.Tensor, sampling: SamplingParams) -> set[int]:
+def allowed(logits_V: torch.Tensor, sampling: Sampling) -> set[int]:
     """The kept tokens by the definitions of top-k and top-p, in float64 and plain loops."""
     order = sorted(range(VOCABULARY), key=lambda token: -logits_V[token].item())
     if sampling.top_k:
@@ -37,7 +38,7 @@ def allowed(logits_V: torch.Tensor, sampling: SamplingParams) -> set[int]:
     return set(kept)
 
 
-def draw(logits_V: torch.Tensor, sampling: SamplingParams, count: int) -> torch.Tensor:
+def draw(logits_V: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
     """Tokens at `count` evenly spaced uniforms, so that frequencies are exact to 1 / count."""
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return sample_tokens(logits_V.expand(count, -1), uniform, sampling)[0]

@@ -17,7 +17,7 @@ from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_
 SMALL = [
     "evaluation.num_questions=2",
     "evaluation.num_retention=2",
-    "rollout.max_new_tokens=4",
+    "rollout.sampling.max_new_tokens=4",
     "evaluation.retention_max_new_tokens=4",
 ]
 
