@@ -1,7 +1,6 @@
 """Prints the checked configuration of a recipe: `compose.py train|experience key=value ...`."""
 
 import sys
-import warnings
 
 from omegaconf import OmegaConf
 
@@ -9,11 +8,12 @@ from opcd_nemo.config.train import load_config
 from opcd_nemo.experience.workplace import configs_before_start
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.exits import report_error
+from opcd_nemo.launch.output import quiet_imports
 
 
 def main(config_name: str, overrides: list[str]) -> int:
     """Compose, check every training of it, and print; returns the exit code."""
-    warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
+    quiet_imports()
     try:
         config = compose(config_name, overrides)
         for one in [config] if config_name == "train" else configs_before_start(config):

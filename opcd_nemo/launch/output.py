@@ -1,10 +1,12 @@
-"""Standard output of a run that outlives its reader."""
+"""The screen: output that outlives its reader, and no notes of libraries."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+import warnings
 from typing import Any, TextIO
 
 
@@ -52,3 +54,10 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def quiet_imports() -> None:
+    """Keep off the screen what libraries note while they are imported."""
+    warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
+    # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -32,7 +32,7 @@ from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV, choose_device, choose
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import CONF, as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
-from opcd_nemo.launch.output import keep_output_open
+from opcd_nemo.launch.output import keep_output_open, quiet_imports
 from opcd_nemo.launch.recipes import of_program
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.training.inputs import open_inputs
@@ -105,9 +105,7 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
     # each shape: 1024 of them by default cost 15 MiB a step and save nothing (docs/log.md)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
-    warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
-    # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quiet_imports()
     keep_output_open()
     try:
         code = run()
