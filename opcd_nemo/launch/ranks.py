@@ -35,7 +35,8 @@ from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports
 from opcd_nemo.launch.recipes import of_program
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
-from opcd_nemo.training.inputs import open_inputs
+from opcd_nemo.storage.hub import OFFLINE_ENV
+from opcd_nemo.training.prepared import prepare_run
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -50,7 +51,7 @@ def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | Non
     config = load_config(raw)
     device, _reason = choose_device(config.parallel.device, ranks_here(config.parallel.num_ranks))
     choose_layer_spec(config.parallel.layer_spec, device)
-    open_inputs(config, config.parallel.num_ranks)
+    prepare_run(raw, config.parallel.num_ranks)
     return config.parallel
 
 
@@ -231,6 +232,8 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig) -> int:
     _check_port(parallel.port, node)
     os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
+    # the check has fetched what the run reads of the hub: the ranks read the cache alone
+    os.environ.setdefault(OFFLINE_ENV, "1")
     if parallel.device != "cpu" and needs_one_connection(parallel):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     settings = LaunchConfig(

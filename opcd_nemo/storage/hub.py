@@ -25,6 +25,7 @@ _ADDRESS = re.compile(
 _BARE = re.compile(r"(?P<owner>\w[\w.-]*)/\w[\w.-]*")
 _FOLDERS = frozenset(("models", "runs", "exports", "checkpoints", "experience"))
 """Folders that configurations name: `models/X` is a path, also where it is missing."""
+_MODEL_KEYS = ("student.path", "teacher.path")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL_FILES = (
     "*.safetensors",
@@ -189,43 +190,23 @@ def upload_model(folder: Path, address: Address) -> str:
     return _asked(address, upload)
 
 
-def pinned(config: Mapping[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration whose addresses all name a commit, and so mean the same tomorrow.
+def addresses(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key of a run's plain configuration whose value is an address, and the address.
 
-    Args:
-        config: plain values.
-        pins: addresses of an earlier start of the same run, and what they meant then.
-
-    Raises:
-        UserError: an address is wrong or cannot be resolved.
+    `owner/name` without `hf://` is one where a model is named.
     """
-    values: dict[str, Any] = _replaced(config, lambda text: pins.get(text) or at_commit(text))
-    return values
-
-
-def addresses(config: Any) -> Iterator[str]:
-    """Every text of a configuration that is an address of the hub."""
     if isinstance(config, Mapping):
-        for value in config.values():
-            yield from addresses(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from addresses(value)
-    elif isinstance(config, str) and config.startswith(SCHEME):
-        yield config
+        for name, value in config.items():
+            yield from addresses(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, str):
+        is_bare = key in _MODEL_KEYS and not Path(config).expanduser().exists()
+        if config.startswith(SCHEME) or (is_bare and parse_address(config) is not None):
+            yield key, config
 
 
 def is_offline() -> bool:
     """Whether only the cache may be read."""
     return os.environ.get(OFFLINE_ENV, "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _replaced(node: Any, pin: Callable[[str], str]) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _replaced(value, pin) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_replaced(value, pin) for value in node]
-    return pin(node) if isinstance(node, str) and node.startswith(SCHEME) else node
 
 
 def _asked(address: Address, ask: Callable[[], _T]) -> _T:

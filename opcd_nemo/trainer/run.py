@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 import warnings
@@ -35,7 +36,7 @@ from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import STOP_FILE, StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
-from opcd_nemo.training.prepared import PreparedRun, prepare_run
+from opcd_nemo.training.prepared import COMMITS, PreparedRun, prepare_run
 
 Say = Callable[[str], None]
 DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
@@ -76,6 +77,8 @@ def _train(
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
     _set_aside_old_run(run_folder, prepared.config, parallel)
     continued = _continue_from(run_folder.path, prepared, parallel, say)
+    if prepared.commits:
+        run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))
     _start_exp_manager(trainer, prepared.raw, run_folder.path)
     strategy.setup_environment()
     model = OPCDModel(prepared.raw, trainer, prepared)

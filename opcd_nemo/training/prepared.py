@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -13,7 +14,11 @@ from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.context.sources import ContextSource
+from opcd_nemo.formats.locate import read_json
+from opcd_nemo.storage.hub import addresses, at_commit
 from opcd_nemo.training.inputs import Inputs, open_inputs
+
+COMMITS = "hub.json"  # in a run's folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +28,15 @@ class PreparedRun:
     `raw` is the configuration as composed, but with the context written out, so that what is stored
     with the weights needs no registry. `config` is the same, typed and checked. `origin` is what a
     checkpoint holds to compare a continued run with: plain values and the context's hash.
+    `commits` are the hub's addresses as they were given, each with the commit that this run reads;
+    the run's folder keeps them (`COMMITS`), so that a continued run reads the same.
     """
 
     raw: DictConfig
     config: TrainConfig
     inputs: Inputs
     origin: Mapping[str, Any]
+    commits: Mapping[str, str]
 
 
 def prepare_run(raw: DictConfig, world_size: int) -> PreparedRun:
@@ -37,14 +45,38 @@ def prepare_run(raw: DictConfig, world_size: int) -> PreparedRun:
     Raises:
         UserError: a key is wrong, or what it names does not exist or does not fit.
     """
-    config, frozen = load_config(raw), freeze_context(raw)
+    config = load_config(raw)
+    commits = _commits(raw, config)
+    if commits:
+        raw = _at_commits(raw, commits)
+        config = load_config(raw)
+    frozen = freeze_context(raw)
     if frozen is not raw:
         # the rest was checked just now, and a written-out context is this program's own text
         context: Any = OmegaConf.to_container(frozen.context, resolve=True)
         config = replace(config, context=context)
     inputs = open_inputs(config, world_size)
     origin = run_origin(frozen, inputs.context_hash)
-    return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin)
+    return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin, commits=commits)
+
+
+def _commits(raw: DictConfig, config: TrainConfig) -> dict[str, str]:
+    """The commit that each address of the hub means: as when the run began, else today's."""
+    given = dict(addresses(OmegaConf.to_container(raw, resolve=True)))
+    if not given:
+        return {}
+    known: dict[str, str] = {}
+    file = Path(config.exp_manager["exp_dir"]) / config.name / COMMITS
+    if config.exp_manager["resume_if_exists"] and file.is_file():
+        known = {key: str(value) for key, value in read_json(file).items()}
+    return {text: known.get(text) or at_commit(text) for text in given.values()}
+
+
+def _at_commits(raw: DictConfig, commits: Mapping[str, str]) -> DictConfig:
+    changed = raw.copy()
+    for key, text in addresses(OmegaConf.to_container(raw, resolve=True)):
+        OmegaConf.update(changed, key, commits[text])
+    return changed
 
 
 def freeze_context(raw: DictConfig) -> DictConfig:

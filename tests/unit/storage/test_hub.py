@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.errors import UserError
-from opcd_nemo.storage.hub import Address, addresses, parse_address, pinned
+from opcd_nemo.storage.hub import Address, addresses, parse_address
 from tests.fake_hub import FakeHub, serving
 
 FILES = {
@@ -184,11 +184,14 @@ def test_a_folder_is_uploaded_to_a_private_repository(hub: FakeHub, tmp_path: Pa
     assert hub.repositories["me/student"]["config.json"] == b'{"a": 2}'
 
 
-def test_pins_of_an_earlier_start_are_kept() -> None:
-    commit = f"hf://a/b@{'0' * 40}"
-    config = {"student": {"path": "hf://a/b"}, "task": {"rows": ["hf://a/b", "x", 3]}}
-    assert list(addresses(config)) == ["hf://a/b", "hf://a/b"]
-    assert pinned(config, {"hf://a/b": commit}) == {
-        "student": {"path": commit},
-        "task": {"rows": [commit, "x", 3]},
+def test_addresses_of_a_configuration() -> None:
+    config = {
+        "student": {"path": "hf://a/b"},
+        "teacher": {"path": "Qwen/Qwen3-0.6B"},
+        "task": {"train": "hf://datasets/a/b/x.jsonl", "template": "a/b", "n": 3},
+    }
+    assert dict(addresses(config)) == {
+        "student.path": "hf://a/b",
+        "teacher.path": "Qwen/Qwen3-0.6B",
+        "task.train": "hf://datasets/a/b/x.jsonl",
     }
