@@ -8,11 +8,13 @@ Shape letters: `N` response tokens, `H` hidden, `V` vocabulary of this rank.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import torch
 
 from opcd_kernels import (
+    Kind,
     Tail,
     count_nonfinite,
     linear_divergence,
@@ -21,12 +23,10 @@ from opcd_kernels import (
 )
 from opcd_kernels.checks import MAX_TOP_K
 from opcd_nemo.config.doc import Doc
-from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 
-Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 Share = Annotated[float, Doc(words="the student's share of the mixture in jsd", above=0, below=1)]
 Temperature = Annotated[
     float, Doc(words="divides both models' logits; independent of the rollout's", above=0)
@@ -36,22 +36,24 @@ BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
 CAPTURED_MASS = "loss/captured_mass"
 """Probability on the k tokens of a top-k loss, under the model that chose them."""
+LossSum = tuple[torch.Tensor, Stats]
+"""A weighted sum over response tokens, and its statistics, in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTargets:
+    """The response tokens of a loss: which were sampled, and what each of them weighs."""
+
+    target_ids_N: torch.Tensor
+    weight_N: torch.Tensor
 
 
 class Loss(Protocol):
-    """A weighted sum over response tokens, and its statistics, in nats."""
+    """What a student's head is trained by; a `needs_teacher` loss is given the teacher's too."""
 
     needs_teacher: bool
 
-    def __call__(
-        self,
-        student: Head,
-        teacher: Head | None,
-        *,
-        target_ids_N: torch.Tensor,
-        weight_N: torch.Tensor,
-        parallel: Parallel,
-    ) -> tuple[torch.Tensor, Stats]:
+    def __call__(self, student: Head, teacher: Head | None, tokens: TokenTargets) -> LossSum:
         """Collective over tp."""
 
 
@@ -66,19 +68,10 @@ class DivergenceLoss:
     def __init__(
         self, kind: Kind, beta: Share, temperature: Temperature, chunk_tokens: ChunkTokens
     ) -> None:
-        """Keep the divergence and its temperature (independent of the rollout's)."""
         self._kind, self._beta = kind, beta
         self._temperature, self._chunk_tokens = temperature, chunk_tokens
 
-    def __call__(
-        self,
-        student: Head,
-        teacher: Head | None,
-        *,
-        target_ids_N: torch.Tensor,
-        weight_N: torch.Tensor,
-        parallel: Parallel,
-    ) -> tuple[torch.Tensor, Stats]:
+    def __call__(self, student: Head, teacher: Head | None, tokens: TokenTargets) -> LossSum:
         """Sum of weight * divergence. Collective over tp."""
         assert teacher is not None
         loss_N = linear_divergence(
@@ -89,12 +82,12 @@ class DivergenceLoss:
             kind=self._kind,
             beta=self._beta,
             temperature=self._temperature,
-            group=parallel.tp_group if parallel.tp > 1 else None,
+            group=student.group,
             chunk_tokens=self._chunk_tokens,
             num_valid_columns=student.num_valid_columns,
-            weight_N=weight_N,
+            weight_N=tokens.weight_N,
         )
-        return _weighted(f"loss/{self._kind}", loss_N, weight_N)
+        return _weighted(f"loss/{self._kind}", loss_N, tokens.weight_N)
 
 
 class TopKLoss:
@@ -114,7 +107,7 @@ class TopKLoss:
         temperature: Temperature,
         chunk_tokens: ChunkTokens,
     ) -> None:
-        """Keep the divergence and its temperature (independent of the rollout's).
+        """Check what the annotations do not say.
 
         Raises:
             UserError: k is out of range, or the tail does not belong to the kind.
@@ -127,15 +120,7 @@ class TopKLoss:
         self._kind, self._tail = kind, tail
         self._temperature, self._chunk_tokens = temperature, chunk_tokens
 
-    def __call__(
-        self,
-        student: Head,
-        teacher: Head | None,
-        *,
-        target_ids_N: torch.Tensor,
-        weight_N: torch.Tensor,
-        parallel: Parallel,
-    ) -> tuple[torch.Tensor, Stats]:
+    def __call__(self, student: Head, teacher: Head | None, tokens: TokenTargets) -> LossSum:
         """Sum of weight * divergence. Collective over tp."""
         assert teacher is not None
         result = linear_topk_divergence(
@@ -147,15 +132,16 @@ class TopKLoss:
             k=self.k,
             tail=self._tail,
             temperature=self._temperature,
-            group=parallel.tp_group if parallel.tp > 1 else None,
+            group=student.group,
             chunk_tokens=self._chunk_tokens,
             num_valid_columns=student.num_valid_columns,
-            weight_N=weight_N,
+            weight_N=tokens.weight_N,
         )
-        total, stats = _weighted(f"loss/{self._kind}", result.loss_N, weight_N)
-        own = result.student_mass_N if self._kind == "reverse_kl" else result.teacher_mass_N
-        mass = (own * weight_N).sum().item(), weight_N.sum().item()
-        stats.add(Stats({CAPTURED_MASS: mass}))
+        total, stats = _weighted(f"loss/{self._kind}", result.loss_N, tokens.weight_N)
+        # the mass under the model whose top k was taken
+        mass_N = result.student_mass_N if self._kind == "reverse_kl" else result.teacher_mass_N
+        captured = (mass_N * tokens.weight_N).sum().item(), tokens.weight_N.sum().item()
+        stats.add(Stats({CAPTURED_MASS: captured}))
         return total, stats
 
 
@@ -165,35 +151,24 @@ class HardLabelLoss:
     needs_teacher = False
 
     def __init__(self, temperature: Temperature, chunk_tokens: ChunkTokens) -> None:
-        """Keep the temperature of the student's distribution."""
         self._temperature, self._chunk_tokens = temperature, chunk_tokens
 
-    def __call__(
-        self,
-        student: Head,
-        teacher: Head | None,
-        *,
-        target_ids_N: torch.Tensor,
-        weight_N: torch.Tensor,
-        parallel: Parallel,
-    ) -> tuple[torch.Tensor, Stats]:
+    def __call__(self, student: Head, teacher: Head | None, tokens: TokenTargets) -> LossSum:
         """Sum of weight * -log p(target). Collective over tp."""
         loss_N = -linear_token_logprob(
             student.hidden_NH,
             student.weight_VH,
-            target_ids_N,
+            tokens.target_ids_N,
             temperature=self._temperature,
-            group=parallel.tp_group if parallel.tp > 1 else None,
+            group=student.group,
             chunk_tokens=self._chunk_tokens,
             num_valid_columns=student.num_valid_columns,
-            weight_N=weight_N,
+            weight_N=tokens.weight_N,
         )
-        return _weighted("loss/nll", loss_N, weight_N)
+        return _weighted("loss/nll", loss_N, tokens.weight_N)
 
 
-def _weighted(
-    name: str, loss_N: torch.Tensor, weight_N: torch.Tensor
-) -> tuple[torch.Tensor, Stats]:
+def _weighted(name: str, loss_N: torch.Tensor, weight_N: torch.Tensor) -> LossSum:
     """The sum of weighted losses, logged as a mean over the weights; what went wrong is counted."""
     total = loss_N.sum()
     stats = Stats({name: (total.item(), weight_N.sum().item())})

@@ -9,7 +9,7 @@ Shape letters: `N` response tokens, `V` vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from opcd_nemo.doctor.checks import Check, judge
 from opcd_nemo.evaluation.evaluator import EvaluationPlan, Evaluator
 from opcd_nemo.formats.sharding import hf_names
 from opcd_nemo.formats.stored_model import StoredModel
-from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Loss
+from opcd_nemo.losses import BAD_TOKENS, CAPTURED_MASS, Loss, TokenTargets
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 from opcd_nemo.rollout.collect import collect_rollouts
@@ -127,20 +127,16 @@ def head_gradient(run: Run, inputs: Inputs, probe: Probe, limit: float) -> Check
     error = 0.0
     if hidden:
         tokens = slice(0, _TOKENS)
-        keywords = {
-            "target_ids_N": batch.target_ids_N[tokens],
-            "weight_N": batch.weight_N[tokens],
-        }
+        targets = TokenTargets(
+            target_ids_N=batch.target_ids_N[tokens], weight_N=batch.weight_N[tokens]
+        )
         shard = run.student.head(hidden[0][tokens])
         heads = [run.teacher.head(part[tokens]) for part in taught]
-        parts = _gradients(
-            loss, _wide(shard), [_wide(one) for one in heads], run.parallel, keywords
-        )
-        alone = replace(run.parallel, tp=1, tp_rank=0, tp_group=None)
+        parts = _gradients(loss, _wide(shard), [_wide(head) for head in heads], targets)
         rows = inputs.student_config.vocab_size
         whole = [_whole_head(inputs.teacher, one, rows) for one in heads]
         student = _whole_head(inputs.student, shard, rows)
-        expected = _gradients(loss, student, whole, alone, keywords)
+        expected = _gradients(loss, student, whole, targets)
         start = run.parallel.tp_rank * len(shard.weight_VH)
         mine = slice(start, start + shard.num_valid_columns)
         error = max(
@@ -165,22 +161,12 @@ def _whole_head(checkpoint: StoredModel, shard: Head, num_rows: int) -> Head:
 
 
 def _gradients(
-    loss: Loss,
-    student: Head,
-    teachers: Sequence[Head],
-    parallel: Parallel,
-    keywords: Mapping[str, torch.Tensor],
+    loss: Loss, student: Head, teachers: Sequence[Head], targets: TokenTargets
 ) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = student.hidden_NH.detach().clone().requires_grad_()
     weight = student.weight_VH.detach().clone().requires_grad_()
     head = replace(student, hidden_NH=hidden, weight_VH=weight)
-    value, _ = loss(
-        head,
-        teachers[0] if teachers else None,
-        target_ids_N=keywords["target_ids_N"],
-        weight_N=keywords["weight_N"],
-        parallel=parallel,
-    )
+    value, _ = loss(head, teachers[0] if teachers else None, targets)
     value.backward()
     assert hidden.grad is not None
     assert weight.grad is not None

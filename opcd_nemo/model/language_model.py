@@ -206,6 +206,7 @@ class LanguageModel:
             hidden_NH=hidden_NH,
             weight_VH=self.head_weight_VH,
             num_valid_columns=self.num_valid_columns,
+            group=self.parallel.tp_group if self.parallel.tp > 1 else None,
         )
 
     @property

@@ -26,7 +26,7 @@ import torch
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import NonFiniteError
-from opcd_nemo.losses import BAD_TOKENS, Loss
+from opcd_nemo.losses import BAD_TOKENS, Loss, TokenTargets
 from opcd_nemo.metrics import Stats, Stopwatch
 from opcd_nemo.model.context_parallel import Places
 from opcd_nemo.model.head import Head
@@ -180,9 +180,7 @@ def accumulate_gradients(
         return loss(
             head,
             run.teacher.head(scores[index]) if scores else None,
-            target_ids_N=batch.target_ids_N[own],
-            weight_N=batch.weight_N[own],
-            parallel=run.parallel,
+            TokenTargets(target_ids_N=batch.target_ids_N[own], weight_N=batch.weight_N[own]),
         )
 
     return run.student.forward_backward(

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.formats.shape import ModelConfig
-from opcd_nemo.losses import DivergenceLoss
+from opcd_nemo.losses import DivergenceLoss, TokenTargets
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.model.packing import TokenBatch, pack
@@ -69,13 +69,11 @@ def _count(
     def loss(head: Head, *_: object) -> Any:
         divergence = DivergenceLoss("reverse_kl", beta=0.5, temperature=1.0, chunk_tokens=8)
         count = len(head.hidden_NH)
-        return divergence(
-            head,
-            teacher.head(scores[0]),
+        tokens = TokenTargets(
             target_ids_N=torch.zeros(count, dtype=torch.long),
             weight_N=torch.full((count,), 1 / count),
-            parallel=parallel,
         )
+        return divergence(head, teacher.head(scores[0]), tokens)
 
     counted = _counted(lambda: student.forward_backward(student.module, [asked], loss))
     return {

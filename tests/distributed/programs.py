@@ -13,6 +13,7 @@ from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import Provenance
 from opcd_nemo.formats.stored_model import open_model
+from opcd_nemo.losses import TokenTargets
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.model.packing import pack
 from opcd_nemo.storage.run_folder import RunFolder
@@ -184,9 +185,7 @@ def head_losses(parallel: Parallel, models: Path) -> dict[str, Any]:
             total, _ = loss(
                 student.head(leaf),
                 teacher.head(hidden[1]) if kind != "hard" else None,
-                target_ids_N=targets,
-                weight_N=weight,
-                parallel=parallel,
+                TokenTargets(target_ids_N=targets, weight_N=weight),
             )
             student.module.zero_grad()
             total.backward()

@@ -12,7 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from opcd_kernels.reference import topk_divergence_and_gradient
 from opcd_nemo.errors import UserError
-from opcd_nemo.losses import CAPTURED_MASS, DivergenceLoss, HardLabelLoss, Loss, TopKLoss
+from opcd_nemo.losses import (
+    CAPTURED_MASS,
+    DivergenceLoss,
+    HardLabelLoss,
+    Loss,
+    TokenTargets,
+    TopKLoss,
+)
 from opcd_nemo.model.head import Head
 from tests.error_limits import check, relative_error
 
@@ -23,10 +30,6 @@ TOP_KINDS = [
     *(f"forward_kl top-k {tail}" for tail in ("bucket", "renorm", "drop")),
 ]
 KINDS = ["reverse_kl", "forward_kl", "jsd", "hard", *TOP_KINDS]
-
-
-class OneProcess:
-    tp, tp_group = 1, None
 
 
 def make(kind: str, chunk_tokens: int, temperature: float = 1.0, beta: float = 0.4) -> Loss:
@@ -65,14 +68,8 @@ class Inputs:
             weight_VH=self.teacher_weight,
             num_valid_columns=VOCABULARY,
         )
-        one: Any = OneProcess()
-        total, stats = loss(
-            student,
-            teacher if loss.needs_teacher else None,
-            target_ids_N=self.targets,
-            weight_N=self.weight_N,
-            parallel=one,
-        )
+        tokens = TokenTargets(target_ids_N=self.targets, weight_N=self.weight_N)
+        total, stats = loss(student, teacher if loss.needs_teacher else None, tokens)
         total.backward()
         assert hidden.grad is not None
         assert weight.grad is not None
