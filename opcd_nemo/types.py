@@ -23,7 +23,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What student and teacher are asked; the two differ only by the context."""
+    """The chats that student and teacher continue; they differ only by the context."""
 
     student_messages: tuple[Message, ...]
     teacher_messages: tuple[Message, ...]
@@ -33,8 +33,8 @@ class Turn:
 class Prompt:
     """Token ids to be continued, and the key of their randomness.
 
-    `index` is the prompt's place in the global batch of its step: a sample is a pure function
-    of (seed, step, index), whatever the batch or the data-parallel size.
+    `index` counts the prompts of a step over all ranks: a sample is a pure function of
+    (seed, step, index), whatever the batch or the data-parallel size.
     """
 
     token_ids: tuple[int, ...]

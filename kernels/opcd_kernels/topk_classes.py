@@ -156,17 +156,32 @@ def _side(
     rest_sum_PR: Tensor,
     rank: int,
 ) -> tuple[_Side, Tensor]:
-    """One model's classes, and the exponents of all offers less the maximum of the chosen."""
+    """A model's two classes, and the exponents of all offers less the maximum of the chosen.
+
+    Args:
+        value_PRK: the model's logits at all ranks' offers.
+        chosen_PRK: which of them are among the k.
+        sharpening: of the model.
+        rest_max_PR: maximum of the columns that a rank did not offer.
+        rest_sum_PR: their sum relative to it.
+        rank: this rank's index among P.
+    """
     factor = sharpening.log2_factor
+    # The two classes get a maximum each. With the maximum of all columns a tail that is far below
+    # the chosen (or, for the model that did not choose, far above) would underflow to 0 and its
+    # slope with it.
     tops = [
         value_PRK.masked_fill(hidden, -torch.inf).amax((0, 2)) * factor
         for hidden in (~chosen_PRK, chosen_PRK)
     ]
+    # FLOOR: a class without columns, or without mass, has -inf here, and inf - inf is no number
     inside_max = tops[0].clamp_min(FLOOR)
     outside_max = torch.maximum(tops[1], rest_max_PR.amax(0)).clamp_min(FLOOR)
     inside = torch.add(-inside_max.unsqueeze(1), value_PRK, alpha=factor)
     outside = torch.add(-outside_max.unsqueeze(1), value_PRK, alpha=factor)
     inside_sum = torch.exp2(inside).masked_fill(~chosen_PRK, 0.0).sum((0, 2))
+    # The tail is summed, not taken as 1 - chosen: a small tail would lose its digits. Its columns
+    # are the offers that were not chosen and what the ranks did not offer.
     outside_sum = torch.exp2(outside).masked_fill(chosen_PRK, 0.0).sum((0, 2))
     outside_sum = outside_sum + (rest_sum_PR * torch.exp2(rest_max_PR - outside_max)).sum(0)
     log2_sum = outside_sum.log2()

@@ -27,18 +27,23 @@ _TOKENS_PER_BEAT = 256  # seconds: whatever generates shows that it goes on
 
 
 class _Group:
-    """Sequences that decode together."""
+    """Sequences that decode together.
+
+    `indices` are those of its prompts in the call of `generate`, `rows` those of its prompts that
+    are not finished, in the order of the cache. `pending` says that a token was sampled on the last
+    stage which this stage has not received yet.
+    """
 
     def __init__(
-        self, prompts: Sequence[Prompt], places: Sequence[int], uniforms: torch.Tensor
+        self, prompts: Sequence[Prompt], indices: Sequence[int], uniforms: torch.Tensor
     ) -> None:
-        self.prompts, self.places, self.uniforms = prompts, places, uniforms
-        self.rows = list(range(len(prompts)))  # the live ones, in cache order
+        self.prompts, self.indices, self.uniforms = prompts, indices, uniforms
+        self.rows = list(range(len(prompts)))
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.finished_by_eos = [False] * len(prompts)
         self.cache = KVCache(0)
-        self.pending = False  # sampled on the last stage, not yet known here
+        self.pending = False
 
 
 class MegatronEngine:
@@ -94,14 +99,14 @@ class MegatronEngine:
         """One continuation a prompt, in order. Collective over tp and pp."""
         self._model.module.eval()
         samples: list[Sample | None] = [None] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place].token_ids))
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
         width = self._max_batch_size * self._model.parallel.pp
         for start in range(0, len(prompts), width):
             groups = self._groups(prompts, by_length[start : start + width], sampling, seed, step)
             self._decode(groups, sampling, prefix_ids)
             for group in groups:
-                for row, place in enumerate(group.places):
-                    samples[place] = Sample(
+                for row, index in enumerate(group.indices):
+                    samples[index] = Sample(
                         response_ids=tuple(group.tokens[row]),
                         logprobs=tuple(group.logprobs[row]),
                         finish_reason="eos" if group.finished_by_eos[row] else "length",
@@ -111,21 +116,25 @@ class MegatronEngine:
     def _groups(
         self,
         prompts: Sequence[Prompt],
-        places: Sequence[int],
+        indices: Sequence[int],
         sampling: Sampling,
         seed: int,
         step: int,
     ) -> list[_Group]:
-        count = min(self._model.parallel.pp, len(places))
+        count = min(self._model.parallel.pp, len(indices))
         groups = []
         for first in range(count):
-            chosen = places[first::count]
-            rows = [prompts[place] for place in chosen]
+            chosen = indices[first::count]
+            rows = [prompts[index] for index in chosen]
             uniforms = [row_uniforms(seed, step, p.index, sampling.max_new_tokens) for p in rows]
             groups.append(_Group(rows, chosen, torch.stack(uniforms)))
         return groups
 
     def _decode(self, groups: list[_Group], sampling: Sampling, prefix_ids: Sequence[int]) -> None:
+        # Only the last stage samples, and all stages need the token for the group's next step. It
+        # is sent at once and received as late as possible, when its group's turn comes again: the
+        # other groups keep the stages busy while it travels. A send and its receive have no name
+        # that could be matched, so every stage goes through the groups in the same order.
         for group in groups:
             self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
         for step in count():
@@ -134,7 +143,7 @@ class MegatronEngine:
             if not any(group.rows for group in groups):
                 break
             for group in groups:
-                self._learn(group, sampling)
+                self._receive_tokens(group, sampling)
                 if group.rows:
                     self._finish_step(group, self._step(group), sampling)
         self._model.parallel.flush()
@@ -177,31 +186,35 @@ class MegatronEngine:
         return None if hidden is None else hidden[: len(last)]
 
     def _finish_step(self, group: _Group, hidden: torch.Tensor | None, sampling: Sampling) -> None:
-        """Sample on the last stage and send the tokens to the others, which look later."""
+        """Sample on the last stage and send the tokens to the others, which receive them later."""
         parallel = self._model.parallel
         group.pending = True
         if hidden is None:
             return
         logits = self._model.logits(hidden, self._head)
-        place = len(group.tokens[group.rows[0]])
-        uniform = group.uniforms[group.rows, place].to(logits.device)
+        num_sampled = len(group.tokens[group.rows[0]])  # alike for all rows that are live
+        uniform = group.uniforms[group.rows, num_sampled].to(logits.device)
         tokens, logprobs = sample_tokens(logits, uniform, sampling)
         drawn = torch.stack((tokens.double(), logprobs.double()))
         for stage in range(parallel.pp - 1):
             parallel.send_to_stage(drawn, stage)
-        self._take(group, drawn, sampling)
+        self._record_tokens(group, drawn, sampling)
 
-    def _learn(self, group: _Group, sampling: Sampling) -> None:
-        """Receive the tokens of the group's last step, where they are not known yet."""
-        if group.pending:
+    def _receive_tokens(self, group: _Group, sampling: Sampling) -> None:
+        """Receive the tokens of the group's last step, if this stage does not know them yet."""
+        if group.pending:  # never on the last stage, which recorded them when it sampled
             parallel = self._model.parallel
             drawn = torch.empty(2, len(group.rows), dtype=torch.float64, device=parallel.device)
-            self._take(group, parallel.receive_from_stage(drawn, parallel.pp - 1), sampling)
+            received = parallel.receive_from_stage(drawn, parallel.pp - 1)
+            self._record_tokens(group, received, sampling)
 
-    def _take(self, group: _Group, drawn: torch.Tensor, sampling: Sampling) -> None:
-        """Record one token a live row and drop the rows it finishes."""
+    def _record_tokens(self, group: _Group, drawn: torch.Tensor, sampling: Sampling) -> None:
+        """Append a token to each live row and drop the rows that it finishes.
+
+        Every stage does it with the same tokens, so all stages know the rows of the next step.
+        """
         group.pending = False
-        going = []
+        unfinished = []
         for slot, (row, token, logprob) in enumerate(zip(group.rows, *drawn.tolist(), strict=True)):
             group.tokens[row].append(int(token))
             group.logprobs[row].append(logprob)
@@ -209,7 +222,7 @@ class MegatronEngine:
             if not (
                 group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens
             ):
-                going.append(slot)
-        if len(going) < len(group.rows):
-            group.cache.keep(torch.tensor(going, dtype=torch.long, device=drawn.device))
-            group.rows = [group.rows[slot] for slot in going]
+                unfinished.append(slot)
+        if len(unfinished) < len(group.rows):
+            group.cache.keep(torch.tensor(unfinished, dtype=torch.long, device=drawn.device))
+            group.rows = [group.rows[slot] for slot in unfinished]

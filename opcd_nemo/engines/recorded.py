@@ -1,6 +1,6 @@
 """Samples on disk: drawn once, read ever after. Text, not pickles.
 
-<folder>/step=0003.index=0-4000001.jsonl    one sample a line, written when all are there
+<folder>/step=0003.index=0-4000001.jsonl    a sample a line, written when the call has all
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from opcd_nemo.types import Prompt, Sample
 class RecordedEngine:
     """An engine whose samples are kept; only for weights that never change.
 
-    A sample belongs to its step and index, its prompt and the sampling: with another one of these
-    it is drawn anew. Any layout reads what any other has written. Read is what was there when the
-    run began, so that ranks agree without a word on who draws.
+    A sample belongs to its step and index, its prompt and the sampling: when any of these differs,
+    it is drawn anew. Any layout reads what any other has written. Only files that existed when the
+    run began are read, so that ranks agree on who draws without exchanging a word.
     """
 
     def __init__(self, engine: RolloutEngine, folder: Path, parallel: Parallel) -> None:

@@ -113,7 +113,7 @@ def masked_attention(
 
 @dataclass(frozen=True)
 class Packing:
-    """How R sequences lie in one stream: a shared prefix once, then each one's own tokens."""
+    """How R sequences lie in a stream: a shared prefix once, then the rest of each sequence."""
 
     prefix_tokens: int
     lengths: tuple[int, ...]
@@ -122,14 +122,14 @@ class Packing:
 
     @cached_property
     def slots_RQ(self) -> torch.Tensor:
-        """Stream index of each row's own tokens; the padding points at the row's first token."""
-        own = torch.arange(sum(self.lengths), device=self.device) + self.prefix_tokens
-        rows = own.split(self.lengths)
+        """Stream indices of the rows' tokens after the prefix; padding has the first token's."""
+        after_prefix = torch.arange(sum(self.lengths), device=self.device) + self.prefix_tokens
+        rows = after_prefix.split(self.lengths)
         return pad_sequence(list(rows), batch_first=True, padding_value=self.prefix_tokens)
 
     @cached_property
     def filled_T(self) -> torch.Tensor:
-        """Flat index into [R, Q] of the rows' own tokens, in stream order."""
+        """Flat index into [R, Q] of the rows' tokens after the prefix, in stream order."""
         width = max(self.lengths)
         return torch.cat(
             [
@@ -172,7 +172,7 @@ class PackedAttention:
         prefix: keys and values [P, G, D], by layer, of tokens before the stream that every
             sequence shares.
         cache: filled with the keys and values of every sequence, prefix included.
-        record: filled with the stream's own keys and values, by layer.
+        record: filled with the keys and values of the stream, by layer.
     """
 
     def __init__(
@@ -207,8 +207,8 @@ class PackedAttention:
         if packing.lengths:
             slots = packing.slots_RQ
             k_RSGD, v_RSGD = (
-                torch.cat((before.expand(len(slots), *before.shape), own[slots]), dim=1)
-                for before, own in ((k_BGD, k_TGD), (v_BGD, v_TGD))
+                torch.cat((before.expand(len(slots), *before.shape), stream[slots]), dim=1)
+                for before, stream in ((k_BGD, k_TGD), (v_BGD, v_TGD))
             )
             if self._cache is not None:
                 self._cache.fill(layer, k_RSGD, v_RSGD)
@@ -221,7 +221,7 @@ class PackedAttention:
 
 
 class DecodeAttention:
-    """State of one decoding step: one new token a row, then the stream's padding."""
+    """State of a decoding step: a new token for each row, then the stream's padding."""
 
     def __init__(self, tables: KeyValue, cache: KVCache) -> None:
         """Find each row's next slot and the slots it may see."""
@@ -264,7 +264,7 @@ class CoreAttention(torch.nn.Module):
         attention_mask: AttentionState,
         **_: object,
     ) -> torch.Tensor:
-        """Attend over one stream: query [T, 1, A, D], key and value [T, 1, G, D] -> [T, 1, A*D]."""
+        """Attend over a stream: query [T, 1, A, D], key and value [T, 1, G, D] -> [T, 1, A*D]."""
         state = attention_mask
         q_TAD = rotate(query[:, 0], state.cos_TD, state.sin_TD)
         k_TGD = rotate(key[:, 0], state.cos_TD, state.sin_TD)
@@ -273,7 +273,7 @@ class CoreAttention(torch.nn.Module):
 
 
 def shared_prefix_tokens(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix that leaves every sequence a token of its own."""
+    """Length of the longest common prefix after which every sequence has at least a token."""
     limit = min(len(sequence) for sequence in sequences) - 1
     first = sequences[0]
     for index in range(limit):

@@ -1,11 +1,21 @@
-"""Context parallelism: one packed stream over ranks that share its training pass.
+"""Context parallelism: a packed stream is split over ranks that share its training pass.
 
-Keys and values are gathered, queries stay where they are. Every rank has two of 2 * cp equal
-chunks, an early and a late one, so that all attend to about as many keys.
+Keys and values are gathered, queries stay on their rank. Every rank has two of 2 * cp equal chunks,
+an early and a late chunk, so that all ranks attend to about as many keys.
+
+Example: with cp = 2 a stream of 8 tokens has 4 chunks.
+
+    rank  chunks  tokens    keys that its queries see
+    0     0, 3    0 1 6 7   1 + 2 + 7 + 8 = 18
+    1     1, 2    2 3 4 5   3 + 4 + 5 + 6 = 18
+
+Gathered rank after rank the tokens are 0 1 6 7 2 3 4 5; `in_order` makes 0 1 2 3 4 5 6 7 of them.
+Of the predicting tokens 1 4 7, rank 0 has the first and the last: `find` returns the indices
+(0, 2) into that list and (1, 3) into the rank's four tokens.
 
 Source: The Llama 3 Herd of Models (arXiv 2407.21783, section 3.3.2), "context parallelism".
 
-Shape letters: `T` tokens of a stream, `N` of its places, `A` query heads and `G` key-value groups
+Shape letters: `T` tokens of a stream, `N` indices into it, `A` query heads and `G` key-value groups
 of this rank, `D` head size, `X` anything.
 """
 
@@ -18,12 +28,12 @@ import torch
 
 from opcd_nemo.model.attention import KeyValue, Packing, causal_attention
 
-Places = slice | torch.Tensor
+Indices = slice | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamShare:
-    """What one of `cp` ranks has of a stream whose length is a multiple of 2 * cp."""
+    """What a rank of `cp` has of a stream whose length is a multiple of 2 * cp."""
 
     stream_tokens: int
     cp: int
@@ -45,27 +55,31 @@ class StreamShare:
             return stream_TX
         return torch.cat([stream_TX[run.start : run.stop] for run in self.runs])
 
-    def find(self, index_N: torch.Tensor) -> tuple[Places, torch.Tensor]:
-        """Which of some places in the stream are here, and where among this rank's tokens."""
+    def find(self, index_N: torch.Tensor) -> tuple[Indices, torch.Tensor]:
+        """Which of these tokens of the stream the rank has: indices into the list, into its tokens.
+
+        Args:
+            index_N: indices into the whole stream.
+        """
         if self.cp == 1:
             return slice(None), index_N
-        here_T = index_N.new_full((self.stream_tokens,), -1)
-        mine = self.take(torch.arange(self.stream_tokens, device=index_N.device))
-        here_T[mine] = torch.arange(len(mine), device=index_N.device)
-        here_N = here_T[index_N]
-        places = (here_N >= 0).nonzero()[:, 0]
-        return places, here_N[places]
+        local_T = index_N.new_full((self.stream_tokens,), -1)  # -1: another rank's token
+        tokens = self.take(torch.arange(self.stream_tokens, device=index_N.device))
+        local_T[tokens] = torch.arange(len(tokens), device=index_N.device)
+        local_N = local_T[index_N]
+        found = (local_N >= 0).nonzero()[:, 0]
+        return found, local_N[found]
 
     def in_order(self, gathered_TX: torch.Tensor) -> torch.Tensor:
         """The stream, from all ranks' tokens rank after rank."""
         chunks = gathered_TX.chunk(2 * self.cp)
-        first, second = chunks[::2], chunks[1::2]
-        return torch.cat([*first, *reversed(second)])
+        early, late = chunks[::2], chunks[1::2]  # a rank's first chunk is early, its second late
+        return torch.cat([*early, *reversed(late)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """Queries of one sequence that lie together; the last one's own key is the last of `keys`."""
+    """Adjacent queries of a sequence; the key of the last query is the last of `keys`."""
 
     queries: slice  # of this rank's tokens
     keys: slice  # of the stream
@@ -81,7 +95,7 @@ class SplitAttention:
         packing: where the sequences lie in the whole stream.
         share: what of it this rank has.
         gather: concatenates all ranks' tensors, rank after rank; in backward every rank gets the
-            sum of the gradients of its own. Collective over cp.
+            sum of the gradients of its tensor. Collective over cp.
         prefix: keys and values [P, G, D], by layer, of tokens before the stream that every
             sequence shares; whole on every rank.
     """
@@ -130,14 +144,14 @@ def _pieces(packing: Packing, share: StreamShare) -> Iterator[_Piece]:
     first = 0
     for run in share.runs:
         start = 0
-        for place, length in enumerate(lengths):
+        for part, length in enumerate(lengths):
             begin, end = max(run.start, start), min(run.stop, start + length)
             if begin < end:
                 yield _Piece(
                     queries=slice(first + begin - run.start, first + end - run.start),
                     keys=slice(start, end),
-                    is_row=place > 0,
-                    is_padding=place == len(lengths) - 1,
+                    is_row=part > 0,
+                    is_padding=part == len(lengths) - 1,
                 )
             start += length
         first += len(run)

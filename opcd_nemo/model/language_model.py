@@ -1,5 +1,17 @@
 """A decoder on megatron-core, sharded over tp and pp: build, load, score, forward and backward.
 
+Its forward passes:
+
+    stream            a packed micro-batch, whole on this rank, with the state of its attention
+    split_stream      this rank's share of a micro-batch that context parallelism splits
+    stage_forward     a stream through all pipeline stages, without gradient; used by the next three
+    prefix            keys and values of tokens that many prompts start with
+    score             hidden states that predict response tokens: what the teacher says
+    prefill           the prompts of a rollout, whose keys and values fill a cache
+    forward_backward  Megatron's schedule over all micro-batches of a step: what the student learns
+
+A decoding step of a rollout is a `Stream` of the engine's through `stage_forward`.
+
 Shape letters: `T` stream tokens, `N` predicted (response) tokens, `H` hidden, `V` vocabulary of
 this rank.
 """
@@ -14,41 +26,36 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.sharding import (
     megatron_shard,
-    padded_ffn_size,
-    padded_query_groups,
     padded_vocab_size,
 )
 from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.attention import (
     AttentionState,
-    DecodeAttention,
     KeyValue,
     KVCache,
     PackedAttention,
     Packing,
     Rotary,
 )
-from opcd_nemo.model.context_parallel import Places, SplitAttention, StreamShare
-from opcd_nemo.model.decode import decode_block
+from opcd_nemo.model.context_parallel import Indices, SplitAttention, StreamShare
+from opcd_nemo.model.gpt import build_module, transformer_config
 from opcd_nemo.model.head import Head
-from opcd_nemo.model.layers import PackedWeight, block_spec, weights_are_packed
+from opcd_nemo.model.layers import PackedWeight
 from opcd_nemo.model.packing import TokenBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
 _FP8_ROWS = 16
-HeadLoss = Callable[[Head, Places, int], tuple[torch.Tensor, Stats]]
+HeadLoss = Callable[[Head, Indices, int], tuple[torch.Tensor, Stats]]
 
 
 def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
@@ -64,84 +71,8 @@ def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
     return DTYPES[word]
 
 
-class HiddenGPT(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
-    """GPTModel that returns hidden states; the head is applied by losses and engines."""
-
-    def forward(self, token_ids_T: torch.Tensor, state: AttentionState) -> torch.Tensor:
-        """This stage's hidden states [T, 1, H] (T / tp under sequence parallelism)."""
-        hidden = self.embedding(token_ids_T[None], None) if self.pre_process else None
-        if isinstance(state, DecodeAttention) and weights_are_packed(self.decoder):
-            hidden = self.decoder.input_tensor if hidden is None else hidden
-            return decode_block(self.decoder, hidden[:, 0], state)[:, None]
-        out: torch.Tensor = self.decoder(hidden_states=hidden, attention_mask=state)
-        return out
-
-
-def transformer_config(
-    config: ModelConfig, parallel: Parallel, dtype: torch.dtype
-) -> TransformerConfig:
-    """Megatron's description of the padded model on this device and layout."""
-    groups = padded_query_groups(config, parallel.tp)
-    heads = config.num_attention_heads // config.num_query_groups * groups
-    on_cpu = parallel.device.type == "cpu"
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=padded_ffn_size(config, parallel.tp),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=config.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=config.qkv_bias,
-        qk_layernorm=config.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.cp,
-        recompute_granularity="selective" if parallel.recompute_modules else None,
-        recompute_modules=list(parallel.recompute_modules),
-        fp8=parallel.fp8,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        perform_initialization=False,  # every weight is loaded
-        use_cpu_initialization=on_cpu,
-        calculate_per_token_loss=True,  # weights are normalised in the batch: only ever sum
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        batch_p2p_comm=False,
-    )
-
-
-def build_module(
-    config: ModelConfig, megatron_config: TransformerConfig, parallel: Parallel
-) -> HiddenGPT:
-    """This rank's shard, uninitialised, on torch's default device if that device is no GPU."""
-    return HiddenGPT(
-        megatron_config,
-        block_spec(megatron_config, parallel.layer_spec),
-        vocab_size=padded_vocab_size(config.vocab_size, parallel.tp),
-        max_sequence_length=config.max_positions,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=config.tied_embeddings,
-        position_embedding_type="none",
-    )
-
-
 class Stream(NamedTuple):
-    """What one forward needs: tokens and the state of their attention."""
+    """What a forward pass needs: tokens and the state of their attention."""
 
     token_ids_T: torch.Tensor
     state: AttentionState
@@ -257,8 +188,8 @@ class LanguageModel:
         tables = self.rotary_tables(batch.position_ids_T)
         return Stream(batch.token_ids_T, PackedAttention(tables, batch.packing, **attention))
 
-    def own_places(self, batch: TokenBatch) -> Places:
-        """Which of a batch's response tokens this rank's tokens predict."""
+    def local_response_indices(self, batch: TokenBatch) -> Indices:
+        """Which of a batch's response tokens are predicted by tokens of this rank."""
         return self.share(batch).find(batch.predict_index_N)[0]
 
     def split_stream(self, batch: TokenBatch, prefix: dict[int, KeyValue] | None = None) -> Stream:
@@ -330,9 +261,9 @@ class LanguageModel:
         """Hidden states [N, H], of this rank's tokens and the others'. Collective over cp."""
         if self.parallel.cp == 1:
             return hidden_TH[batch.predict_index_N]
-        places, index = self.share(batch).find(batch.predict_index_N)
+        responses, tokens = self.share(batch).find(batch.predict_index_N)
         hidden_NH = hidden_TH.new_zeros(len(batch.predict_index_N), hidden_TH.shape[1])
-        hidden_NH[places] = hidden_TH[index]
+        hidden_NH[responses] = hidden_TH[tokens]
         return self.parallel.sum_over_cp(hidden_NH)
 
     def prefill(
@@ -350,7 +281,7 @@ class LanguageModel:
 
         Args:
             wrapped: Megatron's DistributedDataParallel around `module`.
-            batches: one packed stream a micro-batch, all padded alike when pp > 1.
+            batches: a packed stream for each micro-batch, all padded alike when pp > 1.
             loss: (head, which of the micro-batch's response tokens its rows predict, index of the
                 micro-batch) -> (weighted sum, Stats).
 
@@ -360,19 +291,26 @@ class LanguageModel:
         total = Stats()
         self.module.train()
 
+        # Megatron's schedule decides when a micro-batch goes forward and when backward: with pp > 1
+        # several are in flight, so each call takes the next micro-batch of an iterator and its loss
+        # is a closure over it. Only the last stage calls `loss_of`.
         def forward_step(batches: Iterator[tuple[int, TokenBatch]], model: Any) -> Any:
             index, batch = next(batches)
             out = model(*self.split_stream(batch))
 
             def loss_of(out: torch.Tensor) -> Any:
-                places, predicting = self.share(batch).find(batch.predict_index_N)
+                responses, predicting = self.share(batch).find(batch.predict_index_N)
                 hidden = self._whole_stream(out)[predicting]
-                value, stats = loss(self.head(hidden), places, index)
+                value, stats = loss(self.head(hidden), responses, index)
                 total.add(stats)
+                # 0 tokens: the weights are normalised over the global batch, so the schedule must
+                # not divide; the statistics do not travel through Megatron's report ({})
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
             return out, loss_of
 
+        # the schedule sizes the tensors that stages exchange by seq_length, the same for all
+        # micro-batches: with pp > 1 they are padded alike
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(list(enumerate(batches))),

@@ -1,7 +1,7 @@
 """Layer specs: which modules Megatron-core builds a transformer of.
 
 `te` takes Transformer Engine's linears and norms and needs a GPU. `local` runs anywhere. Both use
-`CoreAttention`, so rollout, scoring and training share one attention on every device.
+`CoreAttention`, so rollout, scoring and training share the same attention on every device.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class PackedWeight:
     """A weight reordered once for many small products, as decoding on a CPU needs.
 
     oneDNN reorders a plain weight in every call. Packed once per rollout, the linears of a decode
-    step take half the time, and a row's result does not depend on how many rows there are
+    step take half the time, and a row's result does not depend on the number of rows
     (docs/log.md): a sample stays the same bits in any batch.
     """
 
@@ -86,7 +86,7 @@ class PackedWeight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`, without gradient."""
         alone = len(x) == 1
-        if alone:  # one row takes another path in oneDNN, with other roundings
+        if alone:  # a single row takes another path in oneDNN, with other roundings
             x = x.expand(2, *x.shape[1:])
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._weight, bias, "none", [], ""
@@ -95,7 +95,7 @@ class PackedWeight:
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # megatron-core is untyped
-    """Column-parallel linear that uses its packed weight, when it has one, without gradient."""
+    """Column-parallel linear that uses its packed weight, if any, without gradient."""
 
     packed: PackedWeight | None = None
 
@@ -108,7 +108,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # megatron-core
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]  # megatron-core is untyped
-    """Row-parallel linear that uses its packed weight, when it has one, without gradient."""
+    """Row-parallel linear that uses its packed weight, if any, without gradient."""
 
     packed: PackedWeight | None = None
 
@@ -124,7 +124,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]  # megatron-core is un
 def pack_weights(module: torch.nn.Module) -> None:
     """Pack the current weights of every linear.
 
-    Linears under sequence parallelism gather their input in Megatron's own forward: they stay.
+    Linears under sequence parallelism gather their input in Megatron's forward: they stay plain.
     """
     for linear in module.modules():
         if isinstance(linear, ColumnLinear | RowLinear) and not linear.sequence_parallel:

@@ -1,4 +1,4 @@
-"""Sequences packed into one stream of tokens.
+"""Sequences packed into a stream of tokens.
 
 Shape letters: `T` stream tokens, `N` response tokens.
 """
@@ -15,7 +15,7 @@ from opcd_nemo.model.attention import Packing, shared_prefix_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """Sequences as one stream, a common prefix stored once.
+    """Sequences as a stream, their common prefix stored once.
 
     `predict_index_N` points at the tokens whose next token is predicted, sequence by sequence.
     """
@@ -38,7 +38,7 @@ def pack(
     first_position: int = 0,
     multiple: int = 1,
 ) -> TokenBatch:
-    """Pack sequences into one stream whose length is a multiple of `multiple`.
+    """Pack sequences into a stream whose length is a multiple of `multiple`.
 
     The last `num_predicted[i]` tokens of sequence i predict. `first_position` is the position of
     every sequence's first token, when a prefix before it is held elsewhere.
@@ -51,8 +51,8 @@ def pack(
         start = len(ids)
         ids.extend(sequence[shared:])
         positions.extend(range(first_position + shared, first_position + len(sequence)))
-        for place in range(len(sequence) - count, len(sequence)):
-            predict.append(place if place < shared else start + place - shared)
+        for index in range(len(sequence) - count, len(sequence)):
+            predict.append(index if index < shared else start + index - shared)
     lengths = tuple(len(sequence) - shared for sequence in sequences)
     padding = -len(ids) % multiple
     return TokenBatch(
@@ -76,5 +76,5 @@ def pad_stream(batch: TokenBatch, tokens: int) -> TokenBatch:
 
 
 def starts_with(token_ids: Sequence[int], prefix: Sequence[int]) -> bool:
-    """Whether the prefix is there and leaves at least one token."""
+    """Whether the tokens begin with the prefix and at least one token follows it."""
     return 0 < len(prefix) < len(token_ids) and tuple(token_ids[: len(prefix)]) == tuple(prefix)

@@ -28,7 +28,7 @@ from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import NonFiniteError
 from opcd_nemo.losses import BAD_TOKENS, Loss, TokenTargets
 from opcd_nemo.metrics import Stats, Stopwatch
-from opcd_nemo.model.context_parallel import Places
+from opcd_nemo.model.context_parallel import Indices
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.collect import SamplerName, collect_rollouts
@@ -161,7 +161,7 @@ def teacher_scores(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> lis
     if not loss.needs_teacher:
         return []
     return [
-        hidden_NH[run.student.own_places(batch.student)]
+        hidden_NH[run.student.local_response_indices(batch.student)]
         for batch in batches
         for hidden_NH in run.teacher.score([batch])
     ]
@@ -175,12 +175,14 @@ def accumulate_gradients(
     `scores` are as `teacher_scores` gives them.
     """
 
-    def weighted(head: Head, own: Places, index: int) -> tuple[torch.Tensor, Stats]:
+    def weighted(head: Head, responses: Indices, index: int) -> tuple[torch.Tensor, Stats]:
         batch = batches[index]
         return loss(
             head,
             run.teacher.head(scores[index]) if scores else None,
-            TokenTargets(target_ids_N=batch.target_ids_N[own], weight_N=batch.weight_N[own]),
+            TokenTargets(
+                target_ids_N=batch.target_ids_N[responses], weight_N=batch.weight_N[responses]
+            ),
         )
 
     return run.student.forward_backward(

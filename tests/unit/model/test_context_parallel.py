@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.errors import UserError
 from opcd_nemo.model.attention import KeyValue, PackedAttention, Packing
 from opcd_nemo.model.context_parallel import SplitAttention, StreamShare
 from tests.error_limits import check, relative_error
@@ -120,23 +121,19 @@ def test_a_rank_with_nothing_but_padding_takes_part_in_backward() -> None:
     assert all(leaf.grad is not None and (leaf.grad == 0).all() for leaf in (q, k, v))
 
 
-@pytest.mark.parametrize(
-    ("world", "tp", "cp", "message"),
-    [
-        (6, 2, 2, "parallel.context_parallel_size=2 does not divide the 3 data-parallel ranks of"),
-        (4, 2, 4, "parallel.context_parallel_size=4 does not divide the 2 data-parallel ranks of"),
-    ],
-)
-def test_cp_divides_the_data_parallel_ranks(world: int, tp: int, cp: int, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        check_layout(world, tp, 1, cp)
-    check_layout(8, tp, 1, cp)
+@pytest.mark.parametrize(("world", "cp", "dp"), [(6, 2, 3), (4, 4, 2)])
+def test_cp_divides_the_data_parallel_ranks(world: int, cp: int, dp: int) -> None:
+    with pytest.raises(UserError) as refused:
+        check_layout(world, 2, 1, cp)
+    assert (refused.value.key, refused.value.value) == ("parallel.context_parallel_size", cp)
+    assert f"the {dp} data-parallel ranks" in refused.value.allowed
+    check_layout(8, 2, 1, cp)
 
 
 def test_batch_divides_into_shares_and_the_micro_batches_of_neighbours() -> None:
     check_batch(8, 4, dp=4, cp=2)
     check_batch(4, 4, dp=4, cp=4)
-    with pytest.raises(ValueError, match=r"^batching.global_batch_size=12: allowed: a multiple"):
+    with pytest.raises(UserError, match=r"^batching.global_batch_size=12; allowed: a multiple"):
         check_batch(12, 4, dp=4, cp=2)
-    with pytest.raises(ValueError, match=r"x 1 groups of context-parallel ranks, and of 4 data"):
+    with pytest.raises(UserError, match=r"x 1 groups of context-parallel ranks, and of 4 data"):
         check_batch(2, 2, dp=4, cp=4)

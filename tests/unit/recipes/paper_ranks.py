@@ -65,7 +65,7 @@ def parameters(shape: Any, tp: int, pp: int) -> list[tuple[int, int]]:
     """(stage, number of parameters) of every rank."""
     from megatron.core import parallel_state
 
-    from opcd_nemo.model.language_model import build_module, transformer_config
+    from opcd_nemo.model.gpt import build_module, transformer_config
 
     settings: Any = SimpleNamespace(
         tensor_model_parallel_size=tp,
@@ -95,7 +95,8 @@ def parameters(shape: Any, tp: int, pp: int) -> list[tuple[int, int]]:
 
 def configurations(shape: Any, name: str, more: list[str]) -> dict[str, dict[str, Any]]:
     """Megatron's three configurations of a recipe's student on a GPU."""
-    from opcd_nemo.model.language_model import DTYPES, transformer_config
+    from opcd_nemo.model.gpt import transformer_config
+    from opcd_nemo.model.language_model import DTYPES
     from opcd_nemo.training.optim import ddp_config, optimizer_config
 
     config = recipe(name, *more)
