@@ -79,15 +79,15 @@ kernels-aot: $(DEV) ## compile every kernel for every GPU and compare with the c
 	$(BIN)/python -m opcd_kernels.aot --table kernels/aot_resources.json
 
 bench-kernels: $(DEV) ## time and memory of the ops on this CPU, appended to kernels/bench/results
-	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_logits.py
-	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear.py
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_divergence.py
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear_divergence.py
 
 test-gpu: $(DEV) ## what only a GPU can prove (never run yet)
 	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py -v
 
 bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
-	$(BIN)/python kernels/bench/bench_logits.py --device cuda --rows 2048 --columns 151936
-	$(BIN)/python kernels/bench/bench_linear.py --device cuda --rows 2048 --hidden 4096 --columns 151936
+	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936
+	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
 crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; change layouts (15 min)
 	$(BIN)/python -m tests.crash

@@ -55,26 +55,14 @@ def test_one_process_is_transformers_with_adamw_in_float64(
 
 
 @pytest.mark.parametrize(("layout", "case"), TRAINED)
-def test_losses_equal_one_process(layout: str, case: str, results: Results) -> None:
-    expected = losses(results("one")["train"][case])
-    for loss, true in zip(losses(results(layout)["train"][case]), expected, strict=True):
-        check("loss: layouts", relative(loss, true), 1e-6, f"{layout} {case}")
-
-
-@pytest.mark.parametrize(("layout", "case"), TRAINED)
-def test_gradients_equal_one_process(layout: str, case: str, results: Results) -> None:
+def test_three_steps_equal_those_of_one_process(layout: str, case: str, results: Results) -> None:
     found, expected = results(layout)["train"][case], results("one")["train"][case]
-    check_tensors("gradients: layouts", found["gradients"], expected["gradients"], 1e-5)
+    for loss, true in zip(losses(found), losses(expected), strict=True):
+        check("loss: layouts", relative(loss, true), 1e-6, f"{layout} {case}")
     for mine, true in zip(found["stats"], expected["stats"], strict=True):
         error = relative(mine["optim/grad_norm"], true["optim/grad_norm"])
         check("gradient norm: layouts", error, 1e-5, f"{layout} {case}")
-
-
-@pytest.mark.parametrize(("layout", "case"), TRAINED)
-def test_parameters_after_three_steps_equal_one_process(
-    layout: str, case: str, results: Results
-) -> None:
-    found, expected = results(layout)["train"][case], results("one")["train"][case]
+    check_tensors("gradients: layouts", found["gradients"], expected["gradients"], 1e-5)
     check_tensors("parameters: layouts", found["parameters"], expected["parameters"], 1e-5)
 
 

@@ -32,7 +32,7 @@ class Fault:
 
 
 DIVERGENCE = "test_divergence.py"
-LINEAR = "test_linear.py"
+LINEAR = "test_linear_divergence.py"
 TOKENS = "test_token_logprob.py"
 TOPK = "test_topk.py"
 PARALLEL = "test_tensor_parallel.py"

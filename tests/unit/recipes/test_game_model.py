@@ -77,13 +77,10 @@ def trial() -> Trial:
     return Trial(checkpoint.config, weights, sampler(), seed=3)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["upper left, 漢字 😀\t\r\n\n x", "\n- H\n-", *words(), "".join(map(chr, range(32, 256)))],
-)
-def test_any_text_comes_back(text: str) -> None:
-    ids = CHAT.encode(text)
-    assert CHAT.decode(ids, skip_special=False) == text
+def test_any_text_comes_back() -> None:
+    texts = ["upper left, 漢字 😀\t\r\n\n x", "\n- H\n-", "".join(map(chr, range(32, 256)))]
+    for text in (*texts, *words()):
+        assert CHAT.decode(CHAT.encode(text), skip_special=False) == text
 
 
 def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:

@@ -1,6 +1,6 @@
 """Reverse KL from hidden states and two lm_heads, forward and backward: time and memory.
 
-python kernels/bench/bench_linear.py [--device cuda] [--rows 1024] [--hidden 576]
+python kernels/bench/bench_linear_divergence.py [--device cuda] [--rows 1024] [--hidden 576]
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opcd_kernels import linear_divergence
 
-TABLE = Path(__file__).parent / "results" / "linear.csv"
+TABLE = Path(__file__).parent / "results" / "linear_divergence.csv"
 TEMPERATURE = 0.7
 
 

@@ -1,6 +1,7 @@
 """The ops on logits, forward and backward: time and memory against what people write today.
 
-python kernels/bench/bench_logits.py [--device cuda] [--rows 1024] [--columns 49152] [--ops jsd ...]
+python kernels/bench/bench_divergence.py [--device cuda] [--rows 1024] [--columns 49152]
+    [--ops jsd ...]
 """
 
 import argparse
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from opcd_kernels import Kind, divergence, token_logprob, topk_divergence
 
-TABLE = Path(__file__).parent / "results" / "logits.csv"
+TABLE = Path(__file__).parent / "results" / "divergence.csv"
 TEMPERATURE = 0.7
 TOP_K = 64
 OPS = ("reverse_kl", "forward_kl", "jsd", "topk_reverse_kl", "token_logprob")
