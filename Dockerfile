@@ -51,4 +51,4 @@ RUN useradd --create-home --no-log-init --uid "${USER_ID}" opcd \
  && mkdir -p /workspace/runs && chown -R opcd /workspace/runs
 USER ${USER_ID}
 HEALTHCHECK --interval=5m --timeout=2m --start-period=1m \
-  CMD ["python", "recipes/doctor.py", "doctor.environment_only=true", "parallel=single", "exp_manager.exp_dir=/workspace/runs"]
+  CMD ["opcd", "doctor", "doctor.environment_only=true", "parallel=single", "exp_manager.exp_dir=/workspace/runs"]

@@ -8,7 +8,7 @@
 set -uo pipefail
 
 EXIT_BAD_INPUT=2
-EXIT_STOPPED=75        # by a signal, with a checkpoint (opcd_nemo/launch/ranks.py)
+EXIT_STOPPED=75        # by a signal, with a checkpoint (opcd_nemo/launch/exits.py)
 EXIT_DO_NOT_RESTART=93 # by the file STOP, a sick node without a spare, or too many restarts
 
 # NCCL and GLOO: what the site or the user has set wins
@@ -206,11 +206,11 @@ opcd_command() { # KIND ARGUMENT...
   overrides=("recipe=$OPCD_RECIPE" "name=$OPCD_NAME" "exp_manager.exp_dir=$OPCD_OUTPUT"
     "parallel.num_ranks=$((nodes * ranks))" ${OPCD_PARALLEL:+"parallel=$OPCD_PARALLEL"})
   if [[ $kind == train ]]; then
-    overrides+=(exp_manager=job) # recipes/launch.py adds it too
-    command=("$OPCD_PYTHON" recipes/train.py)
+    overrides+=(exp_manager=job) # opcd launch adds it too
+    command=("$OPCD_PYTHON" -m opcd_nemo.cli train)
   else
     overrides+=("stage=$OPCD_PIPELINE_STAGE")
-    command=("$OPCD_PYTHON" recipes/experience.py)
+    command=("$OPCD_PYTHON" -m opcd_nemo.cli experience)
   fi
   if [[ -n ${OPCD_STAGE_COMMAND:-} ]]; then read -ra command <<<"$OPCD_STAGE_COMMAND"; fi
   overrides+=("$@")
@@ -277,7 +277,7 @@ opcd_host_python() {
     return
   fi
   for python in "$OPCD_ROOT/.venv/bin/python" python3; do
-    if "$python" -c 'import opcd_nemo.config.train, opcd_nemo.launch.ranks' &>/dev/null; then
+    if "$python" -c 'import opcd_nemo.config.train, opcd_nemo.launch.compose' &>/dev/null; then
       echo "$python"
       return
     fi

@@ -138,7 +138,7 @@ def test_a_dry_run_shows_the_job_and_queues_nothing(site: Site) -> None:
     for flag in ("--account=science", "--partition=paid", "--time=1:00:00"):
         assert flag in submission
     assert step.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=node1\\,node2")
-    assert "recipes/train.py recipe=demo_brevity name=front" in step
+    assert "-m opcd_nemo.cli train recipe=demo_brevity name=front" in step
     assert "parallel.num_ranks=4" in step
     assert "name: front" in configuration
     assert "  lr: 0.0003" in configuration
@@ -167,7 +167,7 @@ def test_without_a_python_the_configuration_is_left_to_the_image(
     assert shown.returncode == 0, shown
     (line,) = shown.stderr.splitlines()
     assert line.startswith("# no Python of this machine has the project")
-    assert "recipes/train.py recipe=demo_brevity" in shown.stdout
+    assert "-m opcd_nemo.cli train recipe=demo_brevity" in shown.stdout
 
 
 # the command lines of slurm/README.md, on the nodes that the scripts ask for

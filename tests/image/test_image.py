@@ -33,7 +33,7 @@ def test_the_user_is_not_root_and_the_image_says_what_it_is(image: Image) -> Non
     config = image.inspect()
     assert config["User"] == "10001"
     assert config["Labels"]["org.opencontainers.image.revision"] == "test"  # type: ignore[index]
-    assert "recipes/doctor.py" in config["Healthcheck"]["Test"]  # type: ignore[index]
+    assert "opcd" in config["Healthcheck"]["Test"]  # type: ignore[index]
 
 
 def test_the_health_check_is_content(image: Image) -> None:
@@ -46,9 +46,7 @@ def test_the_health_check_is_content(image: Image) -> None:
 def test_the_doctor_and_the_smoke_recipe_run(image: Image) -> None:
     settings = [*SMOKE, "student.path=/model", "parallel=single", "name=smoke"]
     settings += ["exp_manager.exp_dir=/workspace/runs"]
-    for recipe in ("doctor", "train"):
-        done = image.run(
-            "python", f"recipes/{recipe}.py", *settings, volumes=[f"{image.model}:/model:ro"]
-        )
+    for command in ("doctor", "train"):
+        done = image.run("opcd", command, *settings, volumes=[f"{image.model}:/model:ro"])
         assert done.returncode == 0, done.stdout + done.stderr
     assert image.run("test", "-s", "/workspace/runs/smoke/DONE").returncode == 0
