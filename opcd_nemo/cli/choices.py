@@ -9,7 +9,8 @@ from pathlib import Path
 
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import CONF, choices
+from opcd_nemo.launch.compose import choices
+from opcd_nemo.launch.recipes import CONF, is_for_pipeline
 
 
 def show_choices(words: Sequence[str]) -> int:
@@ -24,8 +25,14 @@ def show_choices(words: Sequence[str]) -> int:
         _print_table([(name, f"{len(choices(name))} choices") for name in groups()])
         return 0
     group = group_of(words[0])
-    _print_table([(name, about(CONF / group / f"{name}.yaml")) for name in choices(group)])
+    files = [CONF / group / f"{name}.yaml" for name in choices(group)]
+    _print_table([(file.stem, f"{_program(group, file)}{about(file)}") for file in files])
     return 0
+
+
+def _program(group: str, file: Path) -> str:
+    is_piped = group == "recipe" and is_for_pipeline(file)
+    return "[opcd experience] " if is_piped else ""
 
 
 def groups() -> list[str]:

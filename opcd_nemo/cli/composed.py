@@ -9,7 +9,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opcd_nemo.launch.compose import CONF, as_override, choices, compose
+from opcd_nemo.launch.compose import as_override, choices, compose
+from opcd_nemo.launch.recipes import CONF
 
 _COMMENT_COLUMN = 60
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opcd_nemo.config.spelling import unknown_name
 
@@ -109,16 +109,19 @@ def maps(words: Sequence[str]) -> int:
     from opcd_nemo.launch.ranks import run_alone
 
     def load() -> Main:
-        from opcd_nemo.config.plugs import build_plug
-        from opcd_nemo.config.train import load_config
+        from omegaconf import OmegaConf
+
+        from opcd_nemo.config.plugs import build_plug, check_plug
         from opcd_nemo.errors import UserError
         from opcd_nemo.tasks.games.task import GameTask
 
         def main(settings: DictConfig, say: Say) -> None:
-            task = build_plug(load_config(settings).task)
+            plug: Any = OmegaConf.to_container(settings.task, resolve=True)
+            check_plug("task", plug)
+            task = build_plug(plug)
             if not isinstance(task, GameTask):
                 games = "task=frozen_lake, task=sokoban"
-                raise UserError("task._target_", settings.task._target_, games, problem="no game")
+                raise UserError("task._target_", plug["_target_"], games, problem="no game")
             say(json.dumps(task.report(), indent=1))
 
         return main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
 import sys
 import textwrap
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from opcd_nemo.config.schema import Described, described
-from opcd_nemo.launch.compose import CONF, choices
+from opcd_nemo.launch.compose import choices
+from opcd_nemo.launch.recipes import CONF
 
 if TYPE_CHECKING:
     from opcd_nemo.cli.commands import Command
@@ -24,6 +24,8 @@ _TRAIN = ("opcd_nemo.config.train:TrainConfig", "")
 _SCHEMAS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "train": (_TRAIN,),
     "experience": (("opcd_nemo.experience.config:PipelineKeys", ""), _TRAIN),
+    "chat": (("opcd_nemo.config.programs:ChatConfig", ""),),
+    "export": (("opcd_nemo.config.programs:ExportConfig", ""),),
     "doctor": (("opcd_nemo.config.programs:DoctorConfig", "doctor."), _TRAIN),
     "plan": (
         ("opcd_nemo.config.programs:PlanConfig", "plan."),
@@ -117,9 +119,7 @@ def _keys(config_name: str) -> Iterator[str]:
 
 
 def _described(config_name: str) -> Iterator[Described]:
-    if config_name not in _SCHEMAS:
-        yield from _commented(config_name)
-    for where, prefix in _SCHEMAS.get(config_name, ()):
+    for where, prefix in _SCHEMAS[config_name]:
         module, _, name = where.partition(":")
         schema = getattr(importlib.import_module(module), name)
         if prefix:
@@ -128,15 +128,6 @@ def _described(config_name: str) -> Iterator[Described]:
                 key=prefix.rstrip("."), words=words, allowed="", example=None, is_group=True
             )
         yield from described(schema, prefix)
-
-
-def _commented(config_name: str) -> Iterator[Described]:
-    """The keys of a small file of `conf/`, which its comments describe."""
-    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
-    for key, value, words in re.findall(r"^(\w+): (.+?)(?: # (.*))?$", text, re.M):
-        yield Described(
-            key=key, words=words or key, allowed=f"default {value}", example=None, is_group=False
-        )
 
 
 def _paragraph(start: str, text: str) -> list[str]:

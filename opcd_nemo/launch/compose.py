@@ -10,13 +10,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-import opcd_nemo
-from opcd_nemo.config.renamed import refuse_old_key
+from opcd_nemo.config.renamed import CHOICES, refuse_old_key
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
-from opcd_nemo.launch.recipes import of_program
-
-CONF = Path(opcd_nemo.__file__).with_name("conf")
+from opcd_nemo.launch.recipes import CONF, of_program
 
 
 def compose(config_name: str, words: Sequence[str]) -> DictConfig:
@@ -113,7 +110,10 @@ def choices(group: str) -> list[str]:
 
 
 def _check_choice(group: str, name: str) -> None:
-    """Refuse `group=3`, to which Hydra answers without naming the group."""
+    """Refuse an old choice, and `group=3`, to which Hydra answers without naming the group."""
+    if f"{group}={name}" in CHOICES:
+        words = CHOICES[f"{group}={name}"] or f"no {group}=, as it is what conf/train.yaml says"
+        raise UserError(group, name, words, problem="is an old name")
     files = choices(group)
     if files and name not in files and not (CONF / group / f"{name}.yaml").is_file():
         raise unknown_name(group, files, value=name, name=name, what=f"file in conf/{group}")

@@ -30,10 +30,10 @@ from omegaconf import DictConfig
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import CONF, as_override, compose
+from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports
-from opcd_nemo.launch.recipes import of_program
+from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
 from opcd_nemo.training.prepared import prepare_run
@@ -93,7 +93,10 @@ def run_alone(
     def run() -> int:
         config = compose(config_name, overrides)
         quiet_libraries()
-        code = load_main()(config, say)
+        try:
+            code = load_main()(config, say)
+        except UserError as error:
+            raise for_another_program(error, config_name) from error
         return code if isinstance(code, int) else 0
 
     run_and_exit(run)
@@ -197,7 +200,7 @@ def _check(
         if parallel is not None:
             _check_port(parallel.port, this_node())
     except Exception as error:
-        sys.exit(report_error(error))
+        sys.exit(report_error(for_another_program(error, config_name)))
     writer.send(parallel)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+import opcd_nemo
 from opcd_nemo.errors import UserError
 
+CONF = Path(opcd_nemo.__file__).with_name("conf")
 PIPELINE = "experience"  # a program of conf/, and the group of its keys
 
 
@@ -37,3 +39,27 @@ def is_for_pipeline(file: Path) -> bool:
     bases = [item for item in recipe.get("defaults", []) if isinstance(item, str)]
     below = [file.parent / f"{base}.yaml" for base in bases if base != "_self_"]
     return PIPELINE in recipe or any(map(is_for_pipeline, below))
+
+
+def for_another_program(error: Exception, program: str) -> Exception:
+    """What a user who gave a recipe to the wrong command must know; else the error itself.
+
+    A recipe of the pipeline trains on experience, which `opcd train` must be given; a recipe of
+    `opcd train` has a context that holds no experience.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    in_context = isinstance(error, UserError) and error.key.startswith("context.")
+    if not in_context or not HydraConfig.initialized():
+        return error
+    recipe = HydraConfig.get().runtime.choices["recipe"]
+    piped = is_for_pipeline(CONF / "recipe" / f"{recipe}.yaml")
+    if piped == (program == PIPELINE):
+        return error
+    if piped:
+        allowed = f"opcd {PIPELINE} recipe={recipe}, which writes the experience and trains on it"
+        problem = f"is for opcd {PIPELINE}, unless context.path= names experience"
+    else:
+        allowed = f"opcd train recipe={recipe}; or a recipe of opcd {PIPELINE}, as demo_games"
+        problem = "is for opcd train"
+    return UserError("recipe", recipe, allowed, problem=problem)

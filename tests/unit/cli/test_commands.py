@@ -62,7 +62,7 @@ def test_choices_stand_in_a_line_each(word: str, capsys: pytest.CaptureFixture[s
 
 
 def test_every_group_is_listed_in_the_plural(capsys: pytest.CaptureFixture[str]) -> None:
-    for group in ("tasks", "contexts", "losses", "students"):
+    for group in ("tasks", "contexts", "losses", "students", "methods"):
         assert main(["list", group]) == 0
     assert "demo_" not in capsys.readouterr().out
 

@@ -6,7 +6,8 @@ import pytest
 
 from opcd_nemo.config.renamed import CHOICES
 from opcd_nemo.config.train import load_config
-from opcd_nemo.launch.compose import CONF, compose
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.recipes import CONF
 
 
 @pytest.mark.parametrize("old", CHOICES)

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import CONF, compose
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.recipes import CONF
 
 
 def names(group: str) -> list[str]:

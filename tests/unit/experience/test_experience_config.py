@@ -16,8 +16,8 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.workplace import Workplace, configs_before_start, stage_to_check
 from opcd_nemo.formats.locate import write_json
-from opcd_nemo.launch.compose import CONF, compose
-from opcd_nemo.launch.recipes import is_for_pipeline
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.recipes import CONF, is_for_pipeline
 
 CONTEXT = ["context=experience"]
 

@@ -78,6 +78,7 @@ def test_what_hydra_reads_keeps_its_meaning(value: str, expected: object) -> Non
             "demo_brevty",
             "no such file in conf/recipe; did you mean",
         ),
+        ("recipe=demo_json_sft", "recipe", "demo_json_sft", "is an old name"),
         ("optim.lr=", "optim.lr", "", "is empty"),
         ("demo_brevity", "demo_brevity", ABSENT, "is no key with a value"),
         ("+trainer.x=${nothing.here}", "trainer.x", ABSENT, "Interpolation key"),

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.experience.workplace import configs_before_start
-from opcd_nemo.launch.compose import CONF, compose
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.recipes import CONF
 
 FILES = {
     "dapo": ["task.train=dapo.parquet"],

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import CONF, compose
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.recipes import CONF
 from opcd_nemo.tasks.choices import labelled_texts, multiple_choice
 from opcd_nemo.tasks.questions import QuestionEpisode, QuestionTask
 from tests.unit.tasks.test_maths import SPLITS, asked, by_split, everything, write
