@@ -102,7 +102,6 @@ CHOICES: dict[str, str] = {
     "warmup=none": "method=opcd",
     "warmup=off_policy": "method=opcd_warmup",
     "batching=laptop": "",
-    "engine=megatron": "",
     "evaluation=demo": "",
     "optim=adamw": "",
     "trainer=default": "",

@@ -19,7 +19,7 @@ from opcd_nemo.plan.work import Layout, Tokens, Work
 from opcd_nemo.rollout.conversation import shared_start
 from opcd_nemo.training.inputs import Inputs, open_inputs
 
-SHAPES = Path(__file__).parents[2] / "conf" / "shapes"
+_SHAPES = Path(__file__).parents[1] / "conf" / "shapes.yaml"
 _PROBED = 32  # prompts whose lengths are averaged
 
 
@@ -51,22 +51,29 @@ def _are_there(config: TrainConfig) -> bool:
     return all("/" not in path or Path(path).expanduser().exists() for path in paths)
 
 
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """What `conf/shapes.yaml` holds of a model's config.json, by its name on the hub."""
+    known: dict[str, dict[str, Any]] = yaml.safe_load(_SHAPES.read_text(encoding="utf-8"))
+    return known
+
+
 def _shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
     """The shape in a `config.json`, or of the known model that the folder is named after."""
-    file = Path(given) if given is not None else SHAPES / f"{Path(path).name}.yaml"
-    if file.is_dir():
-        file = file / "config.json"
+    known = {hub.rpartition("/")[2]: shape for hub, shape in known_shapes().items()}
+    name = Path(path).name
+    if given is None and name in known:
+        return parse_config(known[name], str(_SHAPES)), name
+    file = Path(path) / "config.json" if given is None else Path(given)
+    file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
-        known = ", ".join(sorted(one.stem for one in SHAPES.glob("*.yaml")))
         raise UserError(
             f"{side}.path",
             path,
             f"a model folder, plan.{side}_config=<config.json>, or a folder named as one of "
-            f"{known}",
+            f"{', '.join(sorted(known))}",
             problem="not there",
         )
-    raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return parse_config(raw, str(file)), file.name
+    return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)), file.name
 
 
 def _given(config: TrainConfig, settings: PlanConfig) -> Tokens:

@@ -223,7 +223,7 @@ def test_only_a_method_says_who_samples_and_which_loss() -> None:
         assert "sampler:" not in file.read_text(), file
 
 
-NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "accelerator", "shapes")
+NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "accelerator")
 
 
 @pytest.mark.parametrize(
