@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan import duration, memory
-from opcd_nemo.plan.outline import known_shapes
 from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.outline import known_shapes
 from opcd_nemo.plan.planning import plan
 from opcd_nemo.plan.report import layouts, plan_report, sweep_report
 from opcd_nemo.plan.work import Stream, backward_flops, forward_flops, head_flops, key_value_width
