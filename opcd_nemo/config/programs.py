@@ -75,7 +75,8 @@ class PlanConfig:
     sweep: bool = doc("rank all layouts of parallel.num_ranks")
     show: int = doc("rows of that ranking", minimum=1)
     student_config: str | None = doc(
-        "the student's config.json, where student.path does not exist; null: conf/shapes.yaml by name"
+        "the student's config.json, where student.path does not exist; null: by the model's name "
+        "in conf/shapes.yaml"
     )
     teacher_config: str | None = doc("the same for the teacher")
     prompt_tokens: int | None = doc(
