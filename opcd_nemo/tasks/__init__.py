@@ -1,4 +1,4 @@
-"""What is asked and how an answer is scored. Nothing here needs torch."""
+"""Tasks: their prompts, and how answers are scored. This package needs no torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Episode(Protocol):
         ...
 
     def turn(self, context: Context) -> Turn:
-        """Return what student and teacher are asked now."""
+        """Return the chats that student and teacher continue now."""
         ...
 
     def longest_turn(self, context: Context) -> Turn:

@@ -22,8 +22,8 @@ def tagged(reply: str) -> str | None:
 def marked(reply: str) -> str | None:
     r"""Return the last marked answer after the thinking as it is written, or None.
 
-    Marks are `\boxed{...}`, `#### ...`, `Answer: ...` and `<answer>...</answer>`; one that is cut
-    short, or holds nothing, is none. A box inside another mark is the answer.
+    Marks are `\boxed{...}`, `#### ...`, `Answer: ...` and `<answer>...</answer>`; a mark that is
+    cut short, or holds nothing, does not count. A box inside another mark is the answer.
     """
     text = spoken(reply)
     found = [
@@ -38,7 +38,7 @@ def marked(reply: str) -> str | None:
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
-    r"""Return (place, content) of every `\boxed{...}` that is closed, in one pass."""
+    r"""Return (start, content) of every `\boxed{...}` that is closed, in one pass."""
     found = []
     opened: list[int | None] = []  # where a box begins; None: another brace
     for match in _BRACE.finditer(text):

@@ -1,7 +1,7 @@
 """Instructions that a program can check: how each is worded, varied and verified, strictly.
 
-A check takes the answer without blanks around it, and is never asked about an empty one. What a
-wording leaves open is read the strict way where a lax one could be met by accident.
+A check takes the answer without blanks around it, and never gets an empty answer. What a wording
+leaves open is read the strict way where a lax reading could be met by accident.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ KINDS: dict[str, Kind] = {
     ),
     "short_sentences": Kind(
         wording="No sentence may have more than {n} words.",
-        check=lambda text, n: all(words(one) <= n for one in sentences(text)),
+        check=lambda text, n: all(words(sentence) <= n for sentence in sentences(text)),
         choices={"n": (12, 15)},
     ),
     "paragraphs": Kind(
@@ -274,12 +274,11 @@ _CLASHES = [
 ]
 
 
-def compatible(one: str, other: str) -> bool:
+def compatible(first: str, second: str) -> bool:
     """True when an answer can follow an instruction of each kind without contortions."""
-    pair = (one, other)
-    if one == other or ALONE.intersection(pair):
+    if first == second or ALONE.intersection((first, second)):
         return False
     return not any(
-        (one in left and other in right) or (other in left and one in right)
+        (first in left and second in right) or (second in left and first in right)
         for left, right in _CLASHES
     )

@@ -1,4 +1,4 @@
-"""Prompts with one to three instructions that a program can check, against forgetting to obey.
+"""Prompts with up to three instructions that a program can check, against forgetting to obey.
 
 After the idea of IF-Eval (arXiv 2311.07911): kinds, wordings, questions and checks are this
 project's own, so scores compare with themselves alone.
@@ -72,7 +72,7 @@ _QUESTION_TEXT = """
     Give advice to someone who has lost a key.
 """
 QUESTIONS = tuple(line.strip() for line in _QUESTION_TEXT.strip().splitlines())
-_PLACES: dict[Split, slice] = {
+_QUESTIONS_OF: dict[Split, slice] = {
     "test": slice(0, 24),
     "validation": slice(24, 32),
     "train": slice(32, 48),
@@ -92,7 +92,7 @@ class Instruction:
         return KINDS[self.kind].wording.format(**self.arguments)
 
     def followed(self, answer: str) -> bool:
-        """True when the answer does what is asked; an empty one follows nothing."""
+        """True when the answer does what the instruction says; an empty answer follows nothing."""
         answer = answer.strip()
         return bool(answer) and KINDS[self.kind].check(answer, **self.arguments)
 
@@ -105,13 +105,18 @@ class InstructionPrompt:
     instructions: tuple[Instruction, ...]
 
     @property
+    def kinds(self) -> list[str]:
+        """The kinds of its instructions."""
+        return [instruction.kind for instruction in self.instructions]
+
+    @property
     def text(self) -> str:
-        """What is asked."""
-        return " ".join([self.question, *(one.text for one in self.instructions)])
+        """The question and the instructions."""
+        return " ".join([self.question, *(instruction.text for instruction in self.instructions)])
 
     def followed(self, reply: str) -> list[bool]:
         """Whether what the reply says after any thinking follows each instruction."""
-        return [one.followed(spoken(reply)) for one in self.instructions]
+        return [instruction.followed(spoken(reply)) for instruction in self.instructions]
 
 
 def draw_prompts(split: Split, n: int, prompt_seed: int) -> list[InstructionPrompt]:
@@ -137,7 +142,7 @@ def _draw_prompt(split: Split, index: int, prompt_seed: int) -> InstructionPromp
     for name in shuffled(names, str, *key):
         if len(kinds) < wanted and all(compatible(name, kind) for kind in kinds):
             kinds.append(name)
-    questions = QUESTIONS[_PLACES[split]]
+    questions = QUESTIONS[_QUESTIONS_OF[split]]
     question = questions[_number(len(questions), *key, "question")]
     return InstructionPrompt(
         question=question,
@@ -189,7 +194,7 @@ def instructions(
         {
             split: [
                 Question(
-                    uid=f"{split}/{index}/{'+'.join(one.kind for one in prompt.instructions)}",
+                    uid=f"{split}/{index}/{'+'.join(prompt.kinds)}",
                     text=prompt.text,
                     judge=partial(_judge, prompt, level),
                 )

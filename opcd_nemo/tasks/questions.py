@@ -1,4 +1,4 @@
-"""Questions with one answer each: drawn, asked and scored alike in every task that has them."""
+"""Questions with an answer each: drawn and scored alike in every task that has them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Judge = Callable[[str], float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked; without a judge it has no score."""
+    """A question's text; without a judge its answers have no score."""
 
     uid: str
     text: str
@@ -29,10 +29,10 @@ class Question:
 
 
 class QuestionEpisode:
-    """One question, one answer."""
+    """A question and its answer."""
 
     def __init__(self, question: Question, *, teacher_sees_context: bool) -> None:
-        """Start an episode that waits for its one reply."""
+        """Start an episode that waits for its reply."""
         self.uid = question.uid
         self._question = question
         self._teacher_sees_context = teacher_sees_context
@@ -66,7 +66,7 @@ class QuestionEpisode:
         return self._judged() or 0.0
 
     def trace(self) -> Trace:
-        """Return the question and the model's own answer."""
+        """Return the question and the model's answer."""
         assert self._reply is not None, self.uid
         text = f"Problem:\n{self._question.text}\n\nAnswer:\n{self._reply}"
         return Trace(text=text, outcome=None)

@@ -1,4 +1,4 @@
-"""Logged turns asked once more, without an environment.
+"""Logged turns as questions, without an environment.
 
 Source: Online Experiential Learning (arXiv 2603.16856), consolidation by partial rollouts.
 """
@@ -21,9 +21,9 @@ _TURN = "replay/"  # begins the uid of a logged turn
 
 
 class ReplayTask:
-    """Trains on the turns that were logged while experience was written; each is one answer.
+    """Trains on the turns that were logged while experience was written: a turn is a question.
 
-    Everything else is the task's whose turns they are.
+    Validation, test and anchors are those of the task that was played.
     """
 
     def __init__(self, *, path: str, of: Mapping[str, Any], seed: int) -> None:
@@ -54,7 +54,7 @@ class ReplayTask:
             raise UserError("task.path", path, "each once", problem=f"uid {again} comes twice")
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
-        """Return turns for training, and the task's own episodes otherwise."""
+        """Return turns for training, and episodes of the task that was played otherwise."""
         if split != "train":
             return self._task.episodes(split, step, n)
         require_enough("train", n, len(self._turns))
@@ -66,7 +66,7 @@ class ReplayTask:
         return self._task.anchors(step, n)
 
     def unit_of(self, uid: str) -> str:
-        """Return the uid of a turn, and what the task says of its own episodes."""
+        """Return the uid of a turn; of another episode what the task that was played says."""
         return uid if uid.startswith(_TURN) else self._task.unit_of(uid)
 
     def report(self) -> dict[str, Any]:

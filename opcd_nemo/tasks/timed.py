@@ -69,7 +69,7 @@ class TimedVerifier:
         return None
 
     def _running(self) -> subprocess.Popen[bytes] | None:
-        """Return this process's own; a fork has none yet."""
+        """Return the verifying process if this process started it; a fork has not."""
         process = self._process
         if process is None or self._owner != os.getpid():
             return None

@@ -183,8 +183,8 @@ FAULTS = (
     Fault(
         name="padding rows with probability in the linear form",
         file="linear_divergence.py",
-        old="width = valid_columns(num_valid_columns, num_columns)",
-        new="width = num_columns",
+        old="return weight_N, valid_columns(num_valid_columns, num_columns)",
+        new="return weight_N, num_columns",
         tests=LINEAR,
     ),
     Fault(

@@ -150,7 +150,7 @@ def _drawn(
 
 
 def _last_push(room: Sokoban, step: Cell) -> Sokoban | None:
-    """Return the solved room before a push onto the first target; None when it had no place."""
+    """Return the solved room before a push onto the first target; None where no cell is free."""
     box = room.player
     behind, start = _add(box, step, -1), _add(box, step, -2)
     if {behind, start} & (room.walls | room.boxes):
@@ -159,7 +159,7 @@ def _last_push(room: Sokoban, step: Cell) -> Sokoban | None:
 
 
 def _before(room: Sokoban, step: Cell, chance: int) -> Sokoban:
-    """Return the room before a step or, mostly, a push; the same room when there was none."""
+    """Return the room before a step or, mostly, a push; the same room when no move leads to it."""
     start, ahead = _add(room.player, step, -1), _add(room.player, step)
     if start in room.walls or start in room.boxes:
         return room

@@ -127,7 +127,7 @@ DIFFERENT = {  # on purpose, from every two steps and the test set
 }
 
 
-PAPER = (CONF.parent / "recipes/paper.md").read_text()
+PAPER = (CONF.resolve().parent / "recipes/paper.md").read_text()
 COMMANDS = [
     ("experience" if chain else program, tuple(f"{chain}{arguments}".split()))
     for chain, program, arguments in re.findall(
