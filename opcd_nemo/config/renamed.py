@@ -11,10 +11,18 @@ from typing import Any
 
 from opcd_nemo.errors import UserError
 
+_CONSOLIDATION = "experience.consolidation"
 _KEYS = {
-    f"{group}.{name}": f"{group}.sampling.{name}"
-    for group in ("rollout", "evaluation", "experience.extraction")
-    for name in ("temperature", "top_p", "top_k", "max_new_tokens")
+    **{
+        f"{group}.{name}": f"{group}.sampling.{name}"
+        for group in ("rollout", "evaluation", "experience.extraction")
+        for name in ("temperature", "top_p", "top_k", "max_new_tokens")
+    },
+    **{
+        f"{_CONSOLIDATION}.losses.{old}.{name}": f"{_CONSOLIDATION}.settings.{new}.loss.{name}"
+        for old, new in (("offpolicy", "off_policy"), ("sft", "sft"))
+        for name in ("kind", "beta", "temperature", "chunk_tokens")
+    },
 }
 """Old key -> new key."""
 

@@ -198,6 +198,10 @@ def _check_runs(settings: Settings) -> None:
         raise UserError("run", run, f"null, {', '.join(settings.runs)}")
     if run is not None and settings.stage != "consolidate":
         raise UserError("run", run, f"null with stage={settings.stage}")
+    sampler = OmegaConf.select(settings.train, "rollout.sampler")
+    if "opcd" in plan.methods and sampler == "teacher":  # its runs would be named opcd
+        allowed = "student with the method opcd; experience.consolidation.methods names the others"
+        raise UserError("rollout.sampler", sampler, allowed)
     if rounds > 1 and "opcd" not in plan.methods:
         raise UserError("experience.rounds", rounds, "1 without the method opcd")
     _check_extraction(experience)

@@ -44,6 +44,7 @@ def select(place: Workplace, *items: str) -> Entry:
     ("override", "key", "allowed"),
     [
         ("stage=train", "stage", "all, extract, "),
+        ("method=sft", "rollout.sampler", "student with the method opcd"),
         ("run=opcd-9", "run", "null, opcd-1, off_policy-1, sft-1, opcd-2"),
         ("run=opcd-1", "run", "null with stage=all"),
         ("round=2", "round", "1 to 1"),
