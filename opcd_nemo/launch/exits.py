@@ -31,7 +31,7 @@ def report_error(error: Exception) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{error}\n")
         return STOPS[type(error)]
-    mistake = isinstance(error, UserError) or _not_yet_converted(error)
+    mistake = isinstance(error, UserError)
     if not mistake and not isinstance(error, CheckFailed | NonFiniteError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
@@ -47,7 +47,3 @@ def _launcher_prints() -> bool:
     from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV
 
     return LAUNCHER_PID_ENV in os.environ
-
-
-def _not_yet_converted(error: Exception) -> bool:
-    return isinstance(error, ValueError) and "allowed" in str(error)

@@ -240,5 +240,3 @@ def _about(key: str, value: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise error.said_of(key, value) from error
-    except ValueError as error:  # of the rooms that have no UserError yet
-        raise ValueError(f"{key}={value}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import field, make_dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ class RaisingTask(StyleTask):
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         if LAST_RANK and split == "train" and step == 1:
             raise RuntimeError("this rank's task broke")
+        return super().episodes(split, step, n)
+
+
+class BuggyTask(StyleTask):
+    """Makes a mistake of programming in the second step; Python's words for it say `allowed`."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        if split == "train" and step == 1:
+            make_dataclass("Broken", [("x", list, field(default=[]))])
         return super().episodes(split, step, n)
 
 

@@ -73,6 +73,17 @@ def test_one_dying_rank_ends_all_and_has_the_last_word(
     assert len(read_metrics(failure.folder / "metrics.jsonl")) == 1
 
 
+def test_a_bug_in_a_run_shows_its_traceback_and_is_no_bad_input(train: Train) -> None:
+    buggy = "task._target_=tests.recipes.faulty_parts.BuggyTask"
+    done = train("parallel=single", "trainer.max_steps=2", buggy)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "in episodes\n    make_dataclass(" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: rank 0 failed first: ValueError: mutable default")
+    assert "is not allowed: use default_factory" in last
+
+
 def test_non_finite_loss_stops_all_ranks_and_leaves_the_last_checkpoint(
     train: Train, tmp_path: Path
 ) -> None:

@@ -61,7 +61,6 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.xfail(reason="until every mistake of a user is a UserError", strict=True)
 def test_an_error_of_a_library_that_says_allowed_is_a_bug(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
