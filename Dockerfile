@@ -6,7 +6,6 @@
 #
 # base image (as its release notes have it)   torch    megatron-core  TE    CUDA
 # nvcr.io/nvidia/nemo:26.06                   2.12     0.18.0         2.16  13.2
-# nvcr.io/nvidia/nemo:26.04                   2.11     0.17.0         2.14  13.1
 # nvcr.io/nvidia/pytorch:26.06-py3            2.13a0   ours           2.16  13.3   about 25 GB, not 77
 #
 # `2.13.0a0` of pytorch:26.06-py3 satisfies `torch>=2.9`; it would not satisfy `torch>=2.13`.

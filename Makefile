@@ -18,7 +18,7 @@ RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 # versions of megatron-core that Python 3.12 has and 3.11 has not, and what is run with them
 PYTHON312 ?= python3.12
-CORES := 0.17.0 0.18.0 0.19.2
+CORES := 0.18.0 0.19.2
 CORE_TESTS := $(addprefix tests/,$(addprefix unit/,model training checkpoint formats) distributed golden)
 WHEEL := $(CURDIR)/build/wheel-test
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -59,8 +59,8 @@ def test_norm_equals_torch_and_the_closed_form(
 @pytest.mark.parametrize(
     "form",
     [
-        pytest.param(ModuleSpec, id="megatron-core 0.16 and 0.17"),
-        pytest.param(functools.partial, id="megatron-core 0.18 and 0.19"),
+        pytest.param(ModuleSpec, id="megatron-core before 0.18"),
+        pytest.param(functools.partial, id="megatron-core since 0.18"),
     ],
 )
 def test_the_local_layer_takes_our_linears(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
