@@ -151,7 +151,8 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
 
     @record
     def run() -> None:
-        compose(config_name, overrides)  # its errors are one line, Hydra's own are not
+        config = compose(config_name, overrides)  # its errors are one line, Hydra's own are not
+        _check_world(config.parallel.num_ranks)
         sys.argv[1:] = [as_override(word) for word in overrides]
         hydra_runner(config_path=str(CONF), config_name=config_name)(task)()
         for error in failures:
@@ -159,6 +160,15 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
 
     run()
     return 0
+
+
+def _check_world(num_ranks: int) -> None:
+    """Refuse the variables of a pod that is no rank: Kubernetes sets them without a launcher."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "LOCAL_RANK" not in os.environ and world != str(num_ranks):
+        start = "`env -u RANK -u WORLD_SIZE opcd ...`, which starts the ranks itself"
+        allowed = f"{num_ranks} as parallel.num_ranks; or {start}"
+        raise UserError("WORLD_SIZE", world, allowed, where="the environment")
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""`recipes/plan.py`: the configuration of a training run, on a named accelerator."""
+"""`opcd plan`: the configuration of a training run, on a named accelerator."""
 
 from __future__ import annotations
 

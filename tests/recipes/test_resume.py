@@ -88,7 +88,7 @@ def test_a_run_that_is_taken_over_at_its_very_end_publishes_no_more(
     after: str, smoke: list[str], tmp_path: Path
 ) -> None:
     place = f"exp_manager.exp_dir={tmp_path}"
-    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     arguments = [after, *smoke, *RESUMABLE, place, "trainer.max_steps=1", SAVE_NEMO]
     failed = run_python("-c", _TAKEN_OVER, *arguments, environment=alone)
     assert failed.returncode == 1

@@ -11,6 +11,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from opcd_nemo.config.train import load_config
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch import ranks as launch
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.storage.attempt import ATTEMPT_ENV, Nodes
@@ -70,3 +71,22 @@ def test_nodes_meet_at_the_first_and_no_two_runs_meet(monkeypatch: pytest.Monkey
         assert settings["nproc_per_node"] == 1
         assert settings["rdzv_configs"]["rank"] == 1
     assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("world", "local_rank", "refused"),
+    [("1", None, True), ("2", None, False), ("1", "0", False), ("4", "1", False)],
+)
+def test_a_pods_variables_do_not_make_a_rank_of_another_world(
+    world: str, local_rank: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    if not refused:
+        launch._check_world(2)
+        return
+    with pytest.raises(UserError) as error:
+        launch._check_world(2)
+    assert (error.value.key, error.value.value) == ("WORLD_SIZE", world)
