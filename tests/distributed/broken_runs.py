@@ -31,8 +31,9 @@ class _ForgetsOtherShards:
     def __init__(self, loss: Any) -> None:
         self._loss = loss
 
-    def __call__(self, *heads: Any, parallel: Any, **keywords: Any) -> Any:
-        return self._loss(*heads, parallel=replace(parallel, tp=1, tp_group=None), **keywords)
+    def __call__(self, student: Any, teacher: Any, tokens: Any) -> Any:
+        alone = [head and replace(head, group=None) for head in (student, teacher)]
+        return self._loss(*alone, tokens)
 
 
 def examine_all(model: Path, runs: Path) -> dict[str, Found]:
