@@ -7,8 +7,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from opcd_nemo.config.schema import described
 from opcd_nemo.config.spelling import unknown_name
+from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.errors import UserError
+from opcd_nemo.experience.config import PipelineKeys
 from opcd_nemo.launch.compose import choices
 from opcd_nemo.launch.recipes import CONF, is_for_pipeline
 
@@ -22,7 +25,10 @@ def show_choices(words: Sequence[str]) -> int:
     if len(words) > 1:
         raise UserError("opcd list", " ".join(words), "a single group, as opcd list recipes")
     if not words:
-        _print_table([(name, f"{len(choices(name))} choices") for name in groups()])
+        meanings = group_words()
+        _print_table(
+            [(name, f"{meanings[name]} ({len(choices(name))} choices)") for name in groups()]
+        )
         return 0
     group = group_of(words[0])
     files = [CONF / group / f"{name}.yaml" for name in choices(group)]
@@ -33,6 +39,18 @@ def show_choices(words: Sequence[str]) -> int:
 def _program(group: str, file: Path) -> str:
     is_piped = group == "recipe" and is_for_pipeline(file)
     return "[opcd experience] " if is_piped else ""
+
+
+def group_words() -> dict[str, str]:
+    """What every group is, in the schema's words where the schema has the group."""
+    found = {
+        "recipe": "an experiment: what differs from the defaults",
+        "method": "who samples the answers, which loss learns from them, and the first steps",
+        "accelerator": "the processors that opcd plan reckons with",
+    }
+    for key in (*described(TrainConfig), *described(PipelineKeys)):
+        found.setdefault(key.key, key.words.rstrip("."))
+    return found
 
 
 def groups() -> list[str]:

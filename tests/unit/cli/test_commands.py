@@ -61,6 +61,14 @@ def test_choices_stand_in_a_line_each(word: str, capsys: pytest.CaptureFixture[s
     assert any(line.startswith("demo_games ") and "notes of a game" in line for line in lines)
 
 
+def test_every_group_has_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folders = [path for path in (ROOT / "conf").iterdir() if list(path.glob("*.yaml"))]
+    assert len(lines) == len(folders)
+    assert all(len(line.split()) > 5 for line in lines), lines
+
+
 def test_every_group_is_listed_in_the_plural(capsys: pytest.CaptureFixture[str]) -> None:
     for group in ("tasks", "contexts", "losses", "students", "methods"):
         assert main(["list", group]) == 0
