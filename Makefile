@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z test-lanes check \
+.PHONY: help docs demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z test-lanes check \
 	format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
@@ -68,6 +68,9 @@ check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, 
 		opcd_nemo kernels/opcd_kernels recipes/*.py
 	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* .ci/run
 	$(BIN)/hadolint Dockerfile
+
+docs: $(DEV) ## write docs/configuration.md from the dataclasses that check the configuration
+	$(BIN)/python -m opcd_nemo.cli.reference > docs/configuration.md
 
 format: $(DEV) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .

@@ -106,9 +106,7 @@ def _groups(config_name: str) -> Iterator[str]:
 
 def _keys(config_name: str) -> Iterator[str]:
     yield "keys:"
-    keys = list(_described(config_name))
-    alone = [key for key in keys if "." not in key.key and not key.is_group]
-    for key in alone + [key for key in keys if key not in alone]:
+    for key in keys_of(config_name):
         if key.is_group:
             yield ""
             yield f"  {key.key}: {key.words.rstrip('.')}"
@@ -116,6 +114,13 @@ def _keys(config_name: str) -> Iterator[str]:
         name = f"    {key.key}  "
         example = f"; e.g. {key.key}={key.example}" if key.example is not None else ""
         yield from _paragraph(f"{name:34}", f"{key.words} [{key.allowed}{example}]")
+
+
+def keys_of(config_name: str) -> list[Described]:
+    """Every key of a command; those without a group come first."""
+    keys = list(_described(config_name))
+    alone = [key for key in keys if "." not in key.key and not key.is_group]
+    return alone + [key for key in keys if key not in alone]
 
 
 def _described(config_name: str) -> Iterator[Described]:

@@ -42,22 +42,22 @@ class Described:
 
 
 def described(schema: type, prefix: str = "") -> Iterator[Described]:
-    """Every key of a schema in the order of its fields; `prefix` is `group.` or nothing."""
+    """Every key of a schema, those of groups in it last; `prefix` is `group.` or nothing."""
+    groups: list[Described] = []
     for name, kind in get_type_hints(schema).items():
         key = f"{prefix}{key_of(name)}"
         if isinstance(kind, type) and is_dataclass(kind):
-            yield _group(key, _first_line(kind))
-            yield from described(kind, f"{key}.")
+            groups += [_group(key, _first_line(kind)), *described(kind, f"{key}.")]
             continue
         found = doc_of(schema, name)
         if found.keys is not None:
-            yield _group(key, found.words)
-            yield from described(found.keys, f"{key}.")
+            groups += [_group(key, found.words), *described(found.keys, f"{key}.")]
             continue
         allowed = "a mapping with a _target_" if found.plug else allowed_words(kind, found)
         yield Described(
             key=key, words=found.words, allowed=allowed, example=found.example, is_group=False
         )
+    yield from groups
 
 
 def _group(key: str, words: str) -> Described:

@@ -17,7 +17,10 @@ from opcd_nemo.config.rules import check_rules
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
 
-MODEL = "a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint"
+MODEL = (
+    "a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, "
+    "hf://owner/name"
+)
 DTYPES = ("bf16", "fp32")
 _SAMPLERS = ("student", "teacher")
 
@@ -190,6 +193,23 @@ class ManagerKeys:
 
     exp_dir: str = doc("folder of all runs; a run is in the folder `name` of it", example="runs")
     resume_if_exists: bool = doc("continue from the newest whole checkpoint of the run's folder")
+    create_tensorboard_logger: bool = doc(
+        "write curves for TensorBoard into the folder nemo of the run", default=False
+    )
+    summary_writer_kwargs: Any = doc(
+        "arguments of Lightning's TensorBoardLogger; null: none",
+        takes="a mapping, or null",
+        default=None,
+    )
+    create_wandb_logger: bool = doc(
+        "send curves to Weights & Biases; with WANDB_MODE=offline they stay in the folder nemo",
+        default=False,
+    )
+    wandb_logger_kwargs: Any = doc(
+        "arguments of Lightning's WandbLogger: project, name, entity, tags and others",
+        takes="a mapping, or null",
+        default=None,
+    )
     checkpoint_callback_params: Any = doc("NeMo's ModelCheckpoint", keys=CheckpointKeys)
 
 

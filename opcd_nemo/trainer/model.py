@@ -118,6 +118,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
         self.run_folder.append(METRICS, metric_line(step, values))
+        for logger in self.loggers:  # TensorBoard, wandb: on rank 0
+            logger.log_metrics(values, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
@@ -155,7 +157,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if self.validations.stopped_by_retention is not None:
             self.trainer.should_stop = True
         shown = {"validation/score": task.score, "validation/retention": retention.score}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         return {
             **shown,
             **report.evaluation_metrics(task),
@@ -194,7 +196,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
     def _show(self, values: dict[str, float]) -> None:
         loss = next(name for name in values if name.startswith("loss/") and name != CAPTURED_MASS)
         for name, value in (("loss", values[loss]), ("tokens/s", values["perf/tokens_per_s"])):
-            self.log(name, value, prog_bar=True, batch_size=1)
+            self.log(name, value, prog_bar=True, logger=False, batch_size=1)
 
     def scores(
         self, who: str, *, with_context: bool, split: Split = "test"

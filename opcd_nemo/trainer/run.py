@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import DictConfig, OmegaConf
@@ -109,7 +110,16 @@ def _fit(
     except NonFiniteError:  # met by every rank, which can still publish together
         strategy.finish_save()
         raise
+    finally:
+        _close_loggers(trainer)
     strategy.finish_save()
+
+
+def _close_loggers(trainer: pl.Trainer) -> None:
+    """Write what wandb holds: it waits for Python's exit handlers, which no rank runs."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _save_final(trainer: pl.Trainer, strategy: MegatronStrategy, weights_only: bool) -> None:

@@ -53,8 +53,8 @@ def refused(*overrides: str) -> UserError:
         (
             "~student.path",
             "student.path: no value is given: the model that learns; allowed: a Hugging Face "
-            "folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, e.g. "
-            "student.path=models/Qwen3-0.6B",
+            "folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, "
+            "hf://owner/name, e.g. student.path=models/Qwen3-0.6B",
         ),
         (
             "~loss.temperature",
