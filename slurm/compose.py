@@ -5,7 +5,7 @@ import sys
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.train import load_config
-from opcd_nemo.experience.workplace import configs_before_start
+from opcd_nemo.experience.run_configs import configs_before_start
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.exits import report_error
 from opcd_nemo.launch.output import quiet_imports

@@ -229,7 +229,8 @@ opcd_container() {
     "--container-env=$(paste -sd, - <<<"$names")")
 }
 
-opcd_port() { echo $((15000 + SLURM_JOB_ID % 1500 * 10 + attempt % 10)); }
+# an attempt has this port and the next one: see `_rendezvous` in opcd_nemo/launch/ranks.py
+opcd_port() { echo $((15000 + SLURM_JOB_ID % 1500 * 10 + attempt % 5 * 2)); }
 
 # fills `step`: one task a node, every node's ranks below it
 opcd_step() { # NODE...

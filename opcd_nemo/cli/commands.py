@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from opcd_nemo.cli import composed, programs, usage
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.experience import STAGE_OPTION
 from opcd_nemo.launch.exits import report_error
 from opcd_nemo.launch.output import keep_output_open
 
@@ -44,7 +45,7 @@ COMMANDS: dict[str, Command] = {
         about="play, write notes, select them and learn them by heart: the whole pipeline",
         run=programs.experience,
         config="experience",
-        options=(programs.STAGE_OPTION,),
+        options=(STAGE_OPTION,),
         examples=("recipe=demo_games", "recipe=demo_games stage=score"),
     ),
     "registry": Command(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
 
 CONFIGS = ("train", "experience", "doctor", "plan", "export", "chat")
-STAGE_OPTION = "--stage"  # the pipeline starts its ranks with it
 
 
 def train(words: Sequence[str]) -> int:
@@ -130,43 +129,10 @@ def maps(words: Sequence[str]) -> int:
 
 
 def experience(words: Sequence[str]) -> int:
-    """Go through the experience pipeline; with `--stage`, be a rank of the stage `stage=`."""
-    from opcd_nemo.launch.ranks import run_alone, run_and_exit, run_rank
+    """Go through the experience pipeline, or through one stage of it."""
+    from opcd_nemo.experience.command import run_experience
 
-    overrides = [word for word in words if word != STAGE_OPTION]
-
-    def load_stage() -> Main:
-        from opcd_nemo.experience.stages import run_stage
-
-        return run_stage
-
-    if len(overrides) < len(words):
-        run_and_exit(lambda: run_rank(overrides, load_stage, "experience"))
-
-    def load_pipeline() -> Main:
-        from opcd_nemo.experience.config import load_experience
-        from opcd_nemo.experience.pipeline import run_pipeline
-
-        def main(raw: DictConfig, say: Say) -> int:
-            def launch(more: Sequence[str]) -> int:
-                return _launch_stage([*overrides, *more], say)
-
-            return run_pipeline(load_experience(raw), launch, say)
-
-        return main
-
-    run_alone(overrides, load_pipeline, "experience")
-
-
-def _launch_stage(overrides: Sequence[str], say: Say) -> int:
-    """Check a stage as a training run is checked, and start its ranks."""
-    from opcd_nemo.experience.workplace import stage_to_check
-    from opcd_nemo.launch.compose import compose
-    from opcd_nemo.launch.ranks import check_run, launch_ranks
-
-    parallel = check_run(stage_to_check(compose("experience", overrides)), say)
-    assert parallel is not None
-    return launch_ranks(["experience", STAGE_OPTION, *overrides], parallel)
+    run_experience(words)
 
 
 def registry(words: Sequence[str]) -> int:

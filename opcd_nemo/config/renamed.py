@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,6 +122,31 @@ _METHODS = {"offpolicy": "off_policy"}
 
 
 def present_method(name: str) -> str:
-    """The present name of a method of `experience.consolidation.methods`, or of a run of it."""
-    method, dash, seed = name.partition("-")
-    return f"{_METHODS.get(method, method)}{dash}{seed}"
+    """The present name of a method, of a run of it (`sft-1`), or of a row of it (`sft_best`)."""
+    for old, new in _METHODS.items():
+        if re.fullmatch(rf"{old}([-_].*)?", name):
+            return new + name.removeprefix(old)
+    return name
+
+
+def former_method(name: str) -> str:
+    """The former name of a method or of a run of it, under which a folder may exist."""
+    for old, new in _METHODS.items():
+        if re.fullmatch(rf"{new}([-_].*)?", name):
+            return old + name.removeprefix(new)
+    return name
+
+
+def present_pipeline(saved: Any) -> dict[str, Any]:
+    """A pipeline's stored settings, where every method has its settings and its present name."""
+    present: dict[str, Any] = present_config(saved)
+    consolidation = present["experience"]["consolidation"]
+    consolidation["methods"] = list(map(present_method, consolidation["methods"]))
+    if "losses" in consolidation:
+        # the rest of a method stood in code
+        rest = {"name": None, "rollout": {"sampler": "teacher"}, "warmup": {"steps": 0}}
+        consolidation["settings"] = {
+            present_method(method): {"loss": loss, **rest}
+            for method, loss in consolidation.pop("losses").items()
+        }
+    return present

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 
 from opcd_nemo.errors import UserError
@@ -17,20 +16,13 @@ from opcd_nemo.tasks.thinking import spoken
 ITEM_MARKER = "- EXPERIENCE ITEM:"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What was read of one answer of the extractor."""
-
-    items: tuple[str, ...]
-
-
-def parse_items(answer: str) -> Written:
+def parse_items(answer: str) -> tuple[str, ...]:
     """Return the items of an answer; its thinking and every line without the marker are dropped.
 
     Several items may stand in one line. White space around an item is cut, inside it is kept.
     """
     parts = [p for line in spoken(answer).splitlines() for p in line.split(ITEM_MARKER)[1:]]
-    return Written(items=tuple(part.strip() for part in parts if part.strip()))
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def content_hash(items: Sequence[str]) -> str:

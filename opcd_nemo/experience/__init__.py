@@ -1,1 +1,3 @@
 """The experience pipeline: extract, score, select, consolidate, evaluate."""
+
+STAGE_OPTION = "--stage"  # the word with which the pipeline starts its ranks

@@ -1,8 +1,8 @@
 """Experience from a model's own traces: it plays without context, then writes what it learnt.
 
 A chain is `num_steps` extractions whose items are appended. Chains are independent. Work is done in
-waves, a step of all chains, each written at once when it is whole: a run that was killed repeats
-its last wave alone.
+waves, a step of all chains; each wave is written at once when all of its extractions are done, so
+that a run that was killed repeats its last wave alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opcd_nemo.config.sampling import Sampling
@@ -23,18 +22,16 @@ from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
-from opcd_nemo.storage.durable import write_whole
-from opcd_nemo.tasks import Context, Episode, Task, Trace
-from opcd_nemo.types import Message, Prompt, Turn
+from opcd_nemo.storage.run_folder import RunFolder
+from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.types import Message, Prompt
 
 Say = Callable[[str], None]
-Place = tuple[int, int]
-"""Chain and step."""
 _WRITING = 500_000_000  # the index of an extraction's prompt starts here: its own randomness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speaker:
+class Sampler:
     """A model with what it needs to answer; its tokenizer is the conversation's."""
 
     engine: RolloutEngine
@@ -43,92 +40,52 @@ class Speaker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """The items of a chain up to a step."""
+class _Play:
+    """An episode of a chain's step, played to its end; `turns` are the texts that were asked."""
 
     chain: int
     step: int
-    items: tuple[str, ...]
-    num_tokens: int
-    problems: tuple[str, ...]
-
-
-class _Logged:
-    """An episode that remembers what the student was asked."""
-
-    def __init__(self, episode: Episode) -> None:
-        self._episode = episode
-        self.uid = episode.uid
-        self.asked: list[str] = []
-
-    @property
-    def done(self) -> bool:
-        return self._episode.done
-
-    def turn(self, context: Context) -> Turn:
-        turn = self._episode.turn(context)
-        self.asked.append(turn.student_messages[-1]["content"])
-        return turn
-
-    def longest_turn(self, context: Context) -> Turn:
-        return self._episode.longest_turn(context)
-
-    def reply(self, text: str) -> None:
-        self._episode.reply(text)
-
-    def score(self) -> float:
-        return self._episode.score()
-
-    @property
-    def answered(self) -> bool:
-        return self._episode.answered
-
-    def trace(self) -> Trace:
-        return self._episode.trace()
+    episode: Episode
+    turns: Sequence[str]
 
 
 class Extraction:
-    """Extracts chain by chain into a folder."""
+    """Extracts wave by wave into a folder."""
 
     def __init__(
         self,
-        folder: Path,
+        run_folder: RunFolder,
+        subfolder: str,
         settings: ExtractionConfig,
         task: Task,
         *,
-        player: Speaker,
-        writer: Speaker,
+        player: Sampler,
+        writer: Sampler,
         parallel: Parallel,
         seed: int,
-        fence: Callable[[], None],
     ) -> None:
-        """Take the models: `player` meets the problems, `writer` writes the experience.
-
-        `fence` raises when the folder is no longer this run's.
-        """
-        self._folder, self._settings, self._task = folder, settings, task
+        """`player` meets the problems, `writer` writes the experience into the subfolder."""
+        self._run_folder, self._subfolder = run_folder, subfolder
+        self._settings, self._task = settings, task
         self._player, self._writer = player, writer
-        self._parallel, self._seed, self._fence = parallel, seed, fence
+        self._parallel, self._seed = parallel, seed
 
     def run(self, say: Say) -> list[dict[str, Any]]:
         """Do every wave that is not done; returns the records of all. Collective over the world.
 
         Raises:
-            OSError: the disk refuses, or the fence does.
+            OSError: the disk refuses, or another attempt holds the folder.
             UserError: no extraction has written an item.
         """
         if self._parallel.rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._run_folder.path / self._subfolder).mkdir(parents=True, exist_ok=True)
         records: list[dict[str, Any]] = []
-        for wave, places in enumerate(waves(self._settings)):
-            file = self._folder / f"wave={wave:04d}.jsonl"
-            done = _read(file) if self._parallel.rank == 0 and file.exists() else None
-            found: list[dict[str, Any]] | None = self._parallel.gather_objects(done)[0]
+        for wave in range(self._settings.num_steps):
+            found = self._written(wave)
             if found is None:
-                found = self._wave(wave, places, records)
-                if self._parallel.rank == 0:
-                    self._fence()
-                    write_whole(file, "".join(f"{json.dumps(one)}\n" for one in found))
+                found = self._wave(wave, records)
+                text = "".join(f"{json.dumps(record)}\n" for record in found)
+                self._run_folder.write(self._file(wave), text)
                 heartbeat.touch()
                 say(f"extraction: wave {wave}: {_summary(found)}")
             records += found
@@ -140,50 +97,66 @@ class Extraction:
             )
         return records
 
-    def _wave(
-        self, wave: int, places: Sequence[Place], before: Sequence[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        share = self._parallel.share(len(places))
-        mine = [places[index] for index in share]
-        episodes = [_Logged(self._problem(place)) for place in mine]
-        collect_rollouts(
-            self._player.engine,
-            "student",
-            episodes,
-            self._player.conversation,
-            self._player.sampling,
-            seed=self._seed,
-            step=wave,
-            first_index=share.start,
-        )
+    def _file(self, wave: int) -> str:
+        return f"{self._subfolder}/wave={wave:04d}.jsonl"
+
+    def _written(self, wave: int) -> list[dict[str, Any]] | None:
+        """The records of a wave that an earlier run has done. Collective over the world."""
+        file, found = self._run_folder.path / self._file(wave), None
+        if self._parallel.rank == 0 and file.exists():
+            found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records: list[dict[str, Any]] | None = self._parallel.gather_objects(found)[0]
+        return records
+
+    def _wave(self, wave: int, before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        share = self._parallel.share(self._settings.num_chains)
+        plays = self._play(wave, share)
         prompts = [
-            Prompt(token_ids=self._asked(place, episode, before), index=_WRITING + index)
-            for index, place, episode in zip(share, mine, episodes, strict=True)
+            Prompt(token_ids=self._extraction_prompt(play, before), index=_WRITING + play.chain)
+            for play in plays
         ]
         samples = self._writer.engine.generate(
             prompts, self._writer.sampling, seed=self._seed, step=wave
         )
         decode = self._writer.conversation.tokenizer.decode
         records = [
-            self._record(place, episode, decode(sample.response_ids))
-            for place, episode, sample in zip(mine, episodes, samples, strict=True)
+            self._record(play, decode(sample.response_ids))
+            for play, sample in zip(plays, samples, strict=True)
         ]
         return self._parallel.gather_over_dp(records)
 
-    def _problem(self, place: Place) -> Episode:
-        chain, step = place
+    def _play(self, step: int, chains: range) -> list[_Play]:
+        """The step's problems of these chains, which follow each other in the wave."""
+        episodes = [self._problem(chain, step) for chain in chains]
+        rollouts = collect_rollouts(
+            self._player.engine,
+            "student",
+            episodes,
+            self._player.conversation,
+            self._player.sampling,
+            seed=self._seed,
+            step=step,
+            first_index=chains.start,
+        )
+        turns: dict[int, list[str]] = {chain: [] for chain in chains}
+        for rollout in rollouts:
+            turns[rollout.episode_index].append(rollout.question)
+        return [
+            _Play(chain=chain, step=step, episode=episode, turns=turns[chain])
+            for chain, episode in zip(chains, episodes, strict=True)
+        ]
+
+    def _problem(self, chain: int, step: int) -> Episode:
         if self._settings.shared_problems:
             return self._task.episodes("train", step, 1)[0]
         return self._task.episodes("train", step, self._settings.num_chains)[chain]
 
-    def _asked(
-        self, place: Place, episode: _Logged, before: Sequence[dict[str, Any]]
-    ) -> tuple[int, ...]:
+    def _extraction_prompt(self, play: _Play, before: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         items: tuple[str, ...] = ()
         if self._settings.with_previous:
-            items = tuple(i for one in before if one["chain"] == place[0] for i in one["items"])
-            items = self._within_cap(items)
-        trace = episode.trace()
+            of_chain = [record for record in before if record["chain"] == play.chain]
+            items = self._within_cap(tuple(item for one in of_chain for item in one["items"]))
+        trace = play.episode.trace()
         text = self._settings.filled(trace.text, trace.outcome, as_text(items) or "(none)")
         conversation = self._writer.conversation
         message: Message = {"role": "user", "content": text}
@@ -195,57 +168,23 @@ class Extraction:
         encode = self._writer.conversation.tokenizer.encode
         return newest_within(items, self._settings.cap_tokens, lambda text: len(encode(text)))
 
-    def _record(self, place: Place, episode: _Logged, answer: str) -> dict[str, Any]:
-        trace, items = episode.trace(), parse_items(answer).items
+    def _record(self, play: _Play, answer: str) -> dict[str, Any]:
+        trace, items = play.episode.trace(), parse_items(answer)
         if self._settings.keep == "trace":
             items = (f"{trace.text}\n\n{trace.outcome or ''}".strip(),)
-        self._within_cap(items)  # or they are refused now, not after every wave
+        # candidates() refuses an item above the cap too, but only after every wave is done
+        self._within_cap(items)
         return {
-            "chain": place[0],
-            "step": place[1],
-            "uid": episode.uid,
-            "score": episode.score(),
-            "turns": episode.asked,
+            "chain": play.chain,
+            "step": play.step,
+            "uid": play.episode.uid,
+            "score": play.episode.score(),
+            "turns": play.turns,
             "trace": trace.text,
             "outcome": trace.outcome,
             "answer": answer,
             "items": list(items),
         }
-
-
-def waves(settings: ExtractionConfig) -> list[list[Place]]:
-    """What is extracted together: a step of all chains."""
-    return [
-        [(chain, step) for chain in range(settings.num_chains)]
-        for step in range(settings.num_steps)
-    ]
-
-
-def candidates(
-    records: Sequence[dict[str, Any]], cap_tokens: int, count: Callable[[str], int]
-) -> list[Candidate]:
-    """Every prefix of every chain that differs from the one before; the newest items are kept."""
-    found: list[Candidate] = []
-    for chain in sorted({record["chain"] for record in records}):
-        items: tuple[str, ...] = ()
-        problems: list[str] = []
-        for record in sorted(
-            (one for one in records if one["chain"] == chain), key=lambda one: one["step"]
-        ):
-            problems.append(record["uid"])
-            if not record["items"]:
-                continue
-            items = newest_within((*items, *record["items"]), cap_tokens, count)
-            found.append(
-                Candidate(
-                    chain=chain,
-                    step=record["step"],
-                    items=items,
-                    num_tokens=count(as_text(items)),
-                    problems=tuple(problems),
-                )
-            )
-    return found
 
 
 def check_extraction(
@@ -259,8 +198,8 @@ def check_extraction(
     count = 1 if settings.shared_problems else settings.num_chains
     nothing = NoContext().context("", 0)
     for episode in task.episodes("train", 0, count):
-        asked = episode.longest_turn(nothing).student_messages
-        num_tokens = len(player.tokenizer.render(asked)) + settings.problem_max_new_tokens
+        longest = episode.longest_turn(nothing).student_messages
+        num_tokens = len(player.tokenizer.render(longest)) + settings.problem_max_new_tokens
         prompt = writer.tokenizer.render(({"role": "user", "content": settings.prompt},))
         previous = settings.cap_tokens if settings.with_previous else 0
         num_all = num_tokens + len(prompt) + previous + settings.sampling.max_new_tokens
@@ -272,10 +211,6 @@ def check_extraction(
                 problem=f"with a trace of up to {num_tokens} tokens, the prompt's {len(prompt)} "
                 f"and {previous} of earlier items {num_all} in all",
             )
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:

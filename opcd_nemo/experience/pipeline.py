@@ -1,82 +1,136 @@
-"""The whole pipeline: each stage a launch of its own, every finished one left as it is."""
+"""The whole pipeline: stage after stage, each left as it is once it is finished.
+
+The pipeline's process runs on every node and starts that node's ranks; what needs no ranks it does
+itself, on the first node.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from opcd_nemo.config.train import load_config
-from opcd_nemo.context.items import content_hash
-from opcd_nemo.context.registry import Entry
-from opcd_nemo.experience.config import STAGES, Settings
-from opcd_nemo.experience.extraction import Candidate
-from opcd_nemo.experience.scoring import Scored, select
-from opcd_nemo.experience.table import summarise, table_text
-from opcd_nemo.experience.workplace import (
-    CANDIDATES,
-    CONTROLS,
-    RANKED,
-    SELECTED,
-    SUMMARY,
-    TABLE,
-    Workplace,
-    checked_configs,
-)
+from omegaconf import DictConfig
+
+from opcd_nemo.config.train import ParallelConfig, load_config
+from opcd_nemo.distributed.groups import environment_world
+from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.experience.config import Settings, load_experience
+from opcd_nemo.experience.folder import SUMMARY, PipelineFolder
+from opcd_nemo.experience.run_configs import checked_configs
+from opcd_nemo.experience.stages import STAGES
+from opcd_nemo.experience.stages.context import Stage, StageContext
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.launch.exits import EXIT_BAD_INPUT
+from opcd_nemo.launch.ranks import check_run
 from opcd_nemo.storage.attempt import is_first_node
-from opcd_nemo.storage.durable import write_whole
-from opcd_nemo.storage.run_folder import RunFolder
 
 Say = Callable[[str], None]
 Launch = Callable[[Sequence[str]], int]
-"""Runs ranks with these overrides after the command's; returns their exit code."""
+"""Starts ranks with these words after the command's own; returns their exit code."""
+
+
+def check_pipeline(settings: Settings) -> ParallelConfig:
+    """Check what can be checked before the first stage; returns the layout of the ranks.
+
+    Raises:
+        UserError: a key is wrong, a file does not fit, or the folder has other settings.
+    """
+    configs = checked_configs(PipelineFolder(settings))
+    for config in configs:
+        load_config(config)
+    if settings.stage != "all" and not _named(settings.stage).needs_ranks:
+        return load_config(configs[0]).parallel
+    parallel = check_run(configs[0], lambda _: None)
+    assert parallel is not None
+    return parallel
 
 
 def run_pipeline(settings: Settings, launch: Launch, say: Say) -> int:
     """Do what is not done of the stages asked for; returns the exit code of the first failure.
 
     Raises:
-        ValueError: a key is wrong, or what a stage reads is not there.
+        UserError: a key is wrong, or what a stage reads does not exist.
     """
-    for config in checked_configs(Workplace(settings)):
-        load_config(config)
-    rounds = range(1, settings.experience.rounds + 1)
     if settings.stage != "all":
-        return _run_stage(Workplace(settings), settings.stage, launch, say)
-    for number in rounds:
-        place = Workplace(replace(settings, round=number))
+        return _perform(_named(settings.stage), PipelineFolder(settings), launch, say)
+    for number in range(1, settings.experience.rounds + 1):
+        folder = PipelineFolder(replace(settings, round=number))
         for stage in STAGES:
-            if code := _run_stage(place, stage, launch, say):
+            if code := _perform(stage, folder, launch, say):
                 return code
-        if number < settings.experience.rounds and not _retained(place, say):
+        if number < settings.experience.rounds and not _retained(folder, say):
             break
     return 0
 
 
-def _run_stage(place: Workplace, stage: str, launch: Launch, say: Say) -> int:
-    place.check_unchanged()
-    here = f"round={place.settings.round}"
-    if stage == "select":
-        if is_first_node():
-            # a stage's ranks take the folder themselves; this process, only for what it writes
-            with RunFolder.hold(place.folder):
-                select_experience(place, say)
-        return 0
-    if stage == "consolidate":
-        return _consolidate(place, here, launch, say)
-    if stage == "evaluate":
-        _require_finished_runs(place)
-    done = {"extract": CANDIDATES, "score": RANKED, "evaluate": CONTROLS}[stage]
-    if (place.folder / done).is_file() and stage != "evaluate":
-        say(f"{stage}: finished before ({place.folder / done})")
-    elif code := launch([f"stage={stage}", here]):
-        return _failed(stage, code, say)
-    if stage == "evaluate" and is_first_node():
-        with RunFolder.hold(place.folder):
-            write_results(place, say)
+def run_stage(raw: DictConfig, say: Say) -> None:
+    """Do the stage that the configuration names, on a rank. Collective over the world.
+
+    Raises:
+        UserError: a key is wrong, what the stage reads does not exist, or it takes no ranks.
+    """
+    settings = load_experience(raw)
+    names = ", ".join(stage.name for stage in STAGES if stage.needs_ranks)
+    if settings.stage not in names.split(", "):
+        raise UserError("stage", settings.stage, f"{names}, under torchrun or srun")
+    rank, _ = environment_world()
+    stage, folder = _named(settings.stage), PipelineFolder(settings)
+    _require_inputs(stage, folder)
+    stage.run(StageContext(folder=folder, say=say if rank == 0 else _silent))
+
+
+def _silent(_: str) -> None: ...
+
+
+def _named(name: str) -> Stage:
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def _perform(stage: Stage, folder: PipelineFolder, launch: Launch, say: Say) -> int:
+    folder.check_unchanged()
+    if is_first_node():  # on the others a file that this node has just written may be unseen
+        _require_inputs(stage, folder)
+    for run in _parts(stage, folder.settings):
+        (last,) = folder.files(stage.writes[-1], run)
+        if last.is_file() and not stage.repeats:
+            say(f"{stage.name}: finished before ({last})")
+        elif stage.needs_ranks:
+            if run is not None:
+                say(f"{stage.name}: {run}")
+            if code := launch(_words(stage, folder.settings.round, run)):
+                return _failed(run or stage.name, code, say)
+        elif is_first_node():
+            stage.run(StageContext(folder=folder, say=say))
     return 0
+
+
+def _words(stage: Stage, number: int, run: str | None) -> list[str]:
+    words = [f"stage={stage.name}", f"round={number}"]
+    return words if run is None else [*words, f"run={run}"]
+
+
+def _parts(stage: Stage, settings: Settings) -> Iterator[str | None]:
+    """The training runs of a stage that is launched once for each; None for all others."""
+    if "{run}" not in stage.writes[-1]:
+        yield None
+    elif settings.run is not None:
+        yield settings.run
+    else:
+        yield from settings.runs
+
+
+def _require_inputs(stage: Stage, folder: PipelineFolder) -> None:
+    for name in stage.reads:
+        writer = next(other.name for other in STAGES if name in other.writes)
+        for path in folder.files(name):
+            if not path.is_file():
+                raise UserError(
+                    str(path),
+                    ABSENT,
+                    f"after stage={writer}",
+                    problem="does not exist",
+                    where=f"stage={stage.name}",
+                )
 
 
 def _failed(what: str, code: int, say: Say) -> int:
@@ -85,114 +139,20 @@ def _failed(what: str, code: int, say: Say) -> int:
     return code
 
 
-def _consolidate(place: Workplace, here: str, launch: Launch, say: Say) -> int:
-    runs = place.settings.runs if place.settings.run is None else [place.settings.run]
-    for run in runs:
-        if place.finished(run):
-            say(f"consolidate: {run} finished before")
-            continue
-        say(f"consolidate: {run}")
-        if code := launch(["stage=consolidate", here, f"run={run}"]):
-            return _failed(run, code, say)
-    return 0
-
-
-def select_experience(place: Workplace, say: Say) -> None:
-    """Put the candidates of the settings' choice into the registry.
-
-    Raises:
-        ValueError: nothing is scored, or there are fewer candidates than wanted.
-    """
-    if (place.folder / SELECTED).is_file():
-        say(f"select: finished before ({place.folder / SELECTED})")
-        return
-    file = place.folder / RANKED
-    if not file.is_file():
-        raise ValueError(f"stage=select: no {file}; allowed: after stage=score")
-    ranking = read_json(file)
-    settings = place.settings.experience.selection
-    chosen = select(
-        [_scored(one) for one in ranking["ranked"]], settings, place.settings.train.seed
-    )
-    by_hash = {one["experience"]: one for one in ranking["ranked"]}
-    hashes = []
-    for one in chosen:
-        candidate, record = one.candidate, by_hash[content_hash(one.candidate.items)]
-        entry = Entry(
-            items=candidate.items,
-            num_tokens=candidate.num_tokens,
-            lineage=_lineage(place, candidate),
-            scores={
-                "validation": one.score,
-                "validation_questions": record["questions"],
-                "validation_without": ranking["without"],
-            },
-        )
-        place.registry.add(entry)
-        hashes.append(entry.hash)
-        say(
-            f"select: {entry.hash[:12]}, chain {candidate.chain} step {candidate.step}, "
-            f"{len(entry.items)} items, validation {one.score:.3f} ({ranking['without']:.3f} "
-            "without)"
-        )
-    place.registry.select(hashes[0], f"{settings.rule}, round {place.settings.round}")
-    write_whole(place.folder / SELECTED, json.dumps({"experience": hashes}))
-
-
-def write_results(place: Workplace, say: Say) -> None:
-    """Write and show the table; that of the last round stands in the pipeline's own folder too."""
-    summary = summarise(place)
-    text = table_text(summary)
-    for folder in {place.folder, place.root}:
-        write_whole(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
-        write_whole(folder / TABLE, f"{text}\n")
-    say(text)
-    say(f"written: {place.folder}")
-
-
-def _require_finished_runs(place: Workplace) -> None:
-    missing = [run for run in place.settings.runs if not place.finished(run)]
-    if missing:
-        raise ValueError(
-            f"stage=evaluate: {', '.join(missing)} not finished; allowed: after stage=consolidate"
-        )
-
-
-def _retained(place: Workplace, say: Say) -> bool:
+def _retained(folder: PipelineFolder, say: Say) -> bool:
     """Whether the next round may start from this round's student."""
-    rows = read_json(place.folder / SUMMARY)["rows"]
-    first = Workplace(replace(place.settings, round=1))
-    base = read_json(first.folder / SUMMARY)["rows"]["base"]["retention"]["value"]
-    seed = place.settings.first_run.removeprefix("opcd-")  # whose student goes on
+    settings = folder.settings
+    rows = read_json(folder.path / SUMMARY)["rows"]
+    first = read_json(folder.of_round(1).path / SUMMARY)["rows"]
+    base = first["base"]["retention"]["value"]
+    seed = settings.first_run.removeprefix("opcd-")  # whose student goes on
     now = rows["opcd"]["retention_by_seed"][seed]
-    share = place.settings.experience.next_round_retention
+    share = settings.experience.next_round_retention
     assert share is not None  # with several rounds
     if now >= share * base:
         return True
     say(
-        f"stopped after round {place.settings.round}: retention {now:.2f} is below "
+        f"stopped after round {settings.round}: retention {now:.2f} is below "
         f"experience.next_round_retention={share} of the base's {base:.2f}"
     )
     return False
-
-
-def _scored(one: dict[str, object]) -> Scored:
-    names = Candidate.__dataclass_fields__
-    fields = {name: one[name] for name in names}
-    fields["items"] = tuple(one["items"])  # type: ignore[arg-type]
-    return Scored(candidate=Candidate(**fields), scores=(one["score"],))  # type: ignore[arg-type]
-
-
-def _lineage(place: Workplace, candidate: Candidate) -> dict[str, object]:
-    train, extraction = place.stage_config(), place.settings.experience.extraction
-    return {
-        "written_by": "a model",
-        "model": extraction.model or train.teacher.path or train.student.path,
-        "round": place.settings.round,
-        "seed": train.seed,
-        "chain": candidate.chain,
-        "step": candidate.step,
-        "prompt_version": extraction.prompt_version,
-        "problems": list(candidate.problems),
-        "kept": extraction.keep,
-    }

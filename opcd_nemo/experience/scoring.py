@@ -1,7 +1,7 @@
 """Which experience helps: every candidate on validation questions, by successive halving.
 
 Each rung asks twice as many questions of a share of the candidates, so that a pool of hundreds
-costs little more than its last rung. What was asked is written down and never asked again.
+costs little more than its last rung. Scores are written down, and no question is asked twice.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from opcd_nemo.context.items import content_hash
 from opcd_nemo.errors import UserError
+from opcd_nemo.experience.candidates import Candidate
 from opcd_nemo.experience.config import ScoringConfig, SelectionConfig
-from opcd_nemo.experience.extraction import Candidate
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Task
 from opcd_nemo.tasks.draws import shuffled
 
-Ask = Callable[[Candidate, int], list[float]]
+ScoreFn = Callable[[Candidate, int], list[float]]
 """The candidate's scores on so many validation questions, from the first on."""
 Say = Callable[[str], None]
 
@@ -36,18 +36,26 @@ class Scored:
         """The mean."""
         return sum(self.scores) / len(self.scores)
 
+    def record(self) -> dict[str, Any]:
+        """The candidate with its score, as the ranking has it."""
+        found = {"experience": self.candidate.hash, "score": self.score}
+        return {**self.candidate.record(), **found, "questions": len(self.scores)}
+
 
 class ScoreBook:
-    """What was asked, one line of JSON a batch of questions; a line that a crash cut is none."""
+    """The scores so far, a line of JSON for each batch of questions; rank 0 keeps the book.
 
-    def __init__(self, file: Path, fence: Callable[[], None]) -> None:
-        """Read what is there; `fence` raises when the file is no longer this run's."""
-        self._file, self._fence = file, fence
+    A line that a crash has cut off counts as not written.
+    """
+
+    def __init__(self, run_folder: RunFolder, name: str) -> None:
+        self._run_folder, self._name = run_folder, name
         self._scores: dict[str, list[float]] = {}
+        file = run_folder.path / name
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if text != "".join(whole):
-            file.write_text("".join(whole), encoding="utf-8")
+            run_folder.write(name, "".join(whole))
         for line in map(json.loads, whole):
             known = self._scores.setdefault(line["experience"], [])
             assert line["start"] == len(known), line
@@ -61,14 +69,12 @@ class ScoreBook:
         """Append scores on the next questions.
 
         Raises:
-            OSError: the disk refuses, or the fence does.
+            OSError: the disk refuses, or another attempt holds the folder.
         """
-        self._fence()
         known = self._scores.setdefault(experience, [])
         line = {"experience": experience, "start": len(known), "scores": list(scores)}
+        self._run_folder.append(self._name, f"{json.dumps(line)}\n")
         known += scores
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line)}\n")
 
 
 def check_scoring(settings: ScoringConfig, task: Task) -> None:
@@ -103,19 +109,24 @@ def rungs(num_candidates: int, settings: ScoringConfig) -> list[tuple[int, int]]
         left = max(1, math.ceil(left * settings.keep))
 
 
-def halve(pool: Sequence[Candidate], settings: ScoringConfig, ask: Ask, say: Say) -> list[Scored]:
+def halve(
+    pool: Sequence[Candidate], settings: ScoringConfig, score: ScoreFn, say: Say
+) -> list[Scored]:
     """Score the pool; those that stayed longest come first, the best of them at the front.
 
     A tie goes to fewer tokens, then to the earlier chain and step.
     """
-    unique = {content_hash(one.items): one for one in reversed(pool)}
-    left = sorted(unique.values(), key=lambda one: (one.chain, one.step))
+    unique = {candidate.hash: candidate for candidate in reversed(pool)}
+    left = sorted(unique.values(), key=lambda candidate: (candidate.chain, candidate.step))
     dropped: list[Scored] = []
     scored: list[Scored] = []
     for questions, count in rungs(len(left), settings):
         dropped = scored[count:] + dropped
-        left = [one.candidate for one in scored[:count]] or left
-        scored = [Scored(candidate=one, scores=tuple(ask(one, questions))) for one in left]
+        left = [each.candidate for each in scored[:count]] or left
+        scored = [
+            Scored(candidate=candidate, scores=tuple(score(candidate, questions)))
+            for candidate in left
+        ]
         scored.sort(key=_order)
         say(
             f"scoring: {len(scored)} candidates on {questions} questions, best "
@@ -132,11 +143,12 @@ def select(ranked: Sequence[Scored], settings: SelectionConfig, seed: int) -> li
     """
     able = list(ranked)
     if settings.rule == "random":
-        able = [one for one in ranked if one.candidate.step + 1 >= settings.min_steps]
-        able = shuffled(able, lambda one: content_hash(one.candidate.items), seed)
-        chains = [one.candidate.chain for one in able]
-        turn = {id(one): chains[:place].count(chains[place]) for place, one in enumerate(able)}
-        able.sort(key=lambda one: turn[id(one)])  # a second one of a chain after all first ones
+        able = [each for each in ranked if each.candidate.step + 1 >= settings.min_steps]
+        able = shuffled(able, lambda each: each.candidate.hash, seed)
+        # every chain's first candidate comes before any chain's second
+        chains = [each.candidate.chain for each in able]
+        turn = {id(each): chains[:index].count(chains[index]) for index, each in enumerate(able)}
+        able.sort(key=lambda each: turn[id(each)])
     if len(able) < settings.count:
         raise UserError(
             "experience.selection.count",
@@ -147,6 +159,6 @@ def select(ranked: Sequence[Scored], settings: SelectionConfig, seed: int) -> li
     return able[: settings.count]
 
 
-def _order(one: Scored) -> tuple[float, int, int, int]:
-    candidate = one.candidate
-    return -one.score, candidate.num_tokens, candidate.chain, candidate.step
+def _order(scored: Scored) -> tuple[float, int, int, int]:
+    candidate = scored.candidate
+    return -scored.score, candidate.num_tokens, candidate.chain, candidate.step

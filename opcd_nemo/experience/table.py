@@ -21,11 +21,15 @@ from opcd_nemo.evaluation.statistics import (
     mean_interval,
     pass_at_k,
 )
-from opcd_nemo.experience.workplace import CONTROLS, RANKED, SUMMARY, Workplace
+from opcd_nemo.experience.folder import (
+    RANKED,
+    RUN_ANSWERS,
+    RUN_SUMMARY,
+    PipelineFolder,
+)
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.tasks import Task
 
-ANSWERS = "answers.jsonl"  # of a training run
 _SHOWN = {
     "base": "base",
     "in_context": "in-context (teacher)",
@@ -48,12 +52,12 @@ Value = Callable[[Sequence[Answer]], float]
 """Of the samples of one question."""
 
 
-def summarise(place: Workplace) -> dict[str, Any]:
+def summarise(folder: PipelineFolder) -> dict[str, Any]:
     """All of a round's numbers, from the files of its runs and controls."""
-    rows = _rows(place)
-    plan, seed = place.settings.experience.consolidation, int(place.settings.train.seed)
-    task: Task = build_plug(place.plug("task"))
-    retention: Task = build_plug(place.plug("retention"))
+    rows = _rows(folder)
+    plan, seed = folder.settings.experience.consolidation, int(folder.settings.train.seed)
+    task: Task = build_plug(folder.plug("task"))
+    retention: Task = build_plug(folder.plug("retention"))
     units = {"task": task.unit_of, "retention": retention.unit_of}
     scores = {name: _values(row, "task", _score, units["task"]) for name, row in rows.items()}
     shares = {
@@ -70,8 +74,8 @@ def summarise(place: Workplace) -> dict[str, Any]:
     }
     first = plan.methods[0]
     maps = _maps(task, next(iter(rows["base"].values()))["task"])
-    entry = place.selected()[0]
-    ranked = read_json(place.folder / RANKED)
+    entry = folder.selected()[0]
+    ranked = read_json(folder.path / RANKED)
     return {
         "base": table["base"]["score"]["value"],
         "in_context": table["in_context"]["score"]["value"],
@@ -81,7 +85,7 @@ def summarise(place: Workplace) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "maps_overlap": None if maps is None else maps.get("maps_overlap"),
         "maps": maps,
-        "round": place.settings.round,
+        "round": folder.settings.round,
         "experience": {
             "content_hash": entry.hash,
             "num_tokens": entry.num_tokens,
@@ -95,8 +99,8 @@ def summarise(place: Workplace) -> dict[str, Any]:
             for other in plan.methods[1:]
         },
         "validations": {
-            run: read_json(place.folder / run / SUMMARY).get("validations")
-            for run in place.settings.runs
+            run: read_json(folder.of_run(RUN_SUMMARY, run)).get("validations")
+            for run in folder.settings.runs
         },
     }
 
@@ -131,30 +135,30 @@ def table_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows(place: Workplace) -> dict[str, Row]:
+def _rows(folder: PipelineFolder) -> dict[str, Row]:
     """Every row's evaluations by seed, in the table's order.
 
     A method's student is its checkpoint of the best validation, where its run had validations.
     """
-    plan = place.settings.experience.consolidation
+    plan = folder.settings.experience.consolidation
     first = plan.methods[0]
     extra: dict[str, Row] = {
         name: {seed: _parts(parts) for seed, parts in by_seed.items()}
-        for name, by_seed in read_json(place.folder / CONTROLS).items()
+        for name, by_seed in folder.controls().items()
     }
-    rows = {name: _of_runs(place, first, name) for name in ("base", "in_context")}
+    rows = {name: _of_runs(folder, first, name) for name in ("base", "in_context")}
     students = [name for method in plan.methods for name in (method, f"{method}_in_context")]
     rows |= {name: row for name, row in extra.items() if name in _SHOWN and name not in students}
     for method in plan.methods:
-        rows[method] = {**_of_runs(place, method, "student"), **extra.get(f"{method}_best", {})}
+        rows[method] = {**_of_runs(folder, method, "student"), **extra.get(f"{method}_best", {})}
         rows[f"{method}_in_context"] = extra[f"{method}_in_context"]
     return rows
 
 
-def _of_runs(place: Workplace, method: str, name: str) -> Row:
+def _of_runs(folder: PipelineFolder, method: str, name: str) -> Row:
     found = {}
-    for seed in place.settings.experience.consolidation.seeds:
-        answers = read_answers(place.folder / f"{method}-{seed}" / ANSWERS)
+    for seed in folder.settings.experience.consolidation.seeds:
+        answers = read_answers(folder.of_run(RUN_ANSWERS, f"{method}-{seed}"))
         found[str(seed)] = {part: answers[name, part] for part in ("task", "retention")}
     return found
 

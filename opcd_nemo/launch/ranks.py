@@ -221,6 +221,8 @@ def _check_port(port: int, node: Nodes | None) -> None:
         where = f"0, the ranks meet at {node.rendezvous}"
         raise UserError("parallel.port", port, where)
     with socket.socket() as probe:
+        # ranks that have just ended on this port leave it in use for a minute by TCP's rules alone
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
@@ -228,12 +230,13 @@ def _check_port(port: int, node: Nodes | None) -> None:
             raise UserError("parallel.port", port, free, problem=error.strerror) from error
 
 
-def launch_ranks(words: Sequence[str], parallel: ParallelConfig) -> int:
+def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0) -> int:
     """Start this node's ranks of a layout and wait for them; returns the first failure's code.
 
     Args:
         words: what each rank runs: `python -m opcd_nemo.cli` with these words.
         parallel: a checked layout.
+        number: how many launches this process has done before.
 
     Raises:
         UserError: `parallel.port` is in use.
@@ -250,7 +253,7 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig) -> int:
     if parallel.device != "cpu" and needs_one_connection(parallel):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     settings = LaunchConfig(
-        **_rendezvous(words, parallel, node),
+        **_rendezvous(words, parallel, node, number),
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
@@ -279,19 +282,24 @@ def needs_one_connection(parallel: ParallelConfig) -> bool:
 
 
 def _rendezvous(
-    words: Sequence[str], parallel: ParallelConfig, node: Nodes | None
+    words: Sequence[str], parallel: ParallelConfig, node: Nodes | None, number: int = 0
 ) -> dict[str, Any]:
-    """Where the ranks meet: on this machine, or at the first node, in the order of the nodes."""
+    """Where the ranks meet: on this machine, or at the first node, in the order of the nodes.
+
+    Two launches that follow each other meet at two ports of the first node: a node that goes on
+    sooner would otherwise meet the first node's store of the launch before, which is about to end.
+    """
     if node is None:
         return {
             "min_nodes": 1,
             "max_nodes": 1,
-            "run_id": str(os.getpid()),
+            "run_id": f"{os.getpid()}.{number}",
             "nproc_per_node": parallel.num_ranks,
             "rdzv_backend": "c10d",
             "rdzv_endpoint": f"127.0.0.1:{parallel.port}",
             "local_addr": "127.0.0.1",  # a container may not find its own name
         }
+    host, _, port = node.rendezvous.rpartition(":")
     return {
         "min_nodes": node.count,
         "max_nodes": node.count,
@@ -299,7 +307,7 @@ def _rendezvous(
         "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(words).encode())}",
         "nproc_per_node": node.ranks_per_node(parallel.num_ranks),
         "rdzv_backend": "static",
-        "rdzv_endpoint": node.rendezvous,
+        "rdzv_endpoint": f"{host}:{int(port) + number % 2}",
         "rdzv_configs": {"rank": node.rank, "timeout": parallel.timeout_s},
     }
 

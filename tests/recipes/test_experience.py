@@ -49,7 +49,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_table(smoke: list[str], tmp_path
 
     again = pipeline(smoke, tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "opcd-1 finished before" in again.stdout
+    assert f"finished before ({folder / 'opcd-1/summary.json'})" in again.stdout
     assert (folder / "table.md").read_text() == table
     assert [file.stat().st_mtime_ns for file in kept] == before
     assert len(kept) > 2

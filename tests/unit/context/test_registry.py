@@ -44,10 +44,10 @@ def test_thinking_and_lines_without_the_marker_are_dropped() -> None:
         "- EXPERIENCE ITEM: thought of\n</think>\nSo:\n- EXPERIENCE ITEM:  one \n"
         "no item\n  - EXPERIENCE ITEM: two - EXPERIENCE ITEM: three\n- EXPERIENCE ITEM:   \n"
     )
-    assert parse_items(answer).items == ("one", "two", "three")
-    assert parse_items(f"<think>first</think>\n<think>{answer}").items == ("one", "two", "three")
-    assert parse_items("<think>maybe\n- EXPERIENCE ITEM: a guess that was cut").items == ()
-    assert parse_items("nothing").items == parse_items("").items == ()
+    assert parse_items(answer) == ("one", "two", "three")
+    assert parse_items(f"<think>first</think>\n<think>{answer}") == ("one", "two", "three")
+    assert parse_items("<think>maybe\n- EXPERIENCE ITEM: a guess that was cut") == ()
+    assert parse_items("nothing") == parse_items("") == ()
 
 
 LATEX = (r"\${x}", "${oc.env:HOME}", r"with $\frac{1}{2}$, ${n \choose k}$", r"\\${y}$\\")
@@ -55,7 +55,7 @@ LATEX = (r"\${x}", "${oc.env:HOME}", r"with $\frac{1}{2}$, ${n \choose k}$", r"\
 
 def test_items_may_hold_what_a_configuration_would_interpolate(tmp_path: Path) -> None:
     written = parse_items("\n".join(f"- EXPERIENCE ITEM: {item}" for item in LATEX))
-    assert written.items == LATEX
+    assert written == LATEX
     raw = compose("train", ["context=experience", f"context.path={tmp_path}"])
     registry = Registry(tmp_path)
     registry.add(entry(*LATEX))

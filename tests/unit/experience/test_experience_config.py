@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.config.train import load_config
 from opcd_nemo.context.registry import Entry
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import Settings, load_experience
-from opcd_nemo.experience.workplace import Workplace, configs_before_start, stage_to_check
+from opcd_nemo.experience.folder import PipelineFolder
+from opcd_nemo.experience.run_configs import configs_before_start, run_config, stage_config
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.recipes import CONF, is_for_pipeline
@@ -27,16 +28,16 @@ def raw(tmp_path: Path, *overrides: str) -> DictConfig:
     return compose("experience", [f"exp_manager.exp_dir={tmp_path}", *plain, *overrides])
 
 
-def workplace(tmp_path: Path, *overrides: str) -> Workplace:
-    return Workplace(load_experience(raw(tmp_path, *overrides)))
+def folder_of(tmp_path: Path, *overrides: str) -> PipelineFolder:
+    return PipelineFolder(load_experience(raw(tmp_path, *overrides)))
 
 
-def select(place: Workplace, *items: str) -> Entry:
+def select(pipeline: PipelineFolder, *items: str) -> Entry:
     entry = Entry(items=items, num_tokens=1, lineage={"model": "m"}, scores={})
-    place.registry.add(entry)
-    place.registry.select(entry.hash, "a test")
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
+    pipeline.registry.add(entry)
+    pipeline.registry.select(entry.hash, "a test")
+    pipeline.path.mkdir(parents=True, exist_ok=True)
+    write_json(pipeline.path / "selected.json", {"experience": [entry.hash]})
     return entry
 
 
@@ -180,15 +181,18 @@ def test_the_paper_s_accumulation() -> None:
 
 
 def test_a_context_without_experience_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"context\._target_=.*FixedContext: allowed"):
-        stage_to_check(raw(tmp_path, "context=pirate"))
+    with pytest.raises(UserError) as refused:
+        configs_before_start(raw(tmp_path, "context=pirate"))
+    assert refused.value.key == "context._target_"
+    assert str(refused.value.value).endswith("FixedContext")
 
 
 def test_the_methods_differ_by_sampler_and_loss_alone(tmp_path: Path) -> None:
-    place = workplace(tmp_path, "loss.temperature=0.7")
-    entry = select(place, "one", "two")
+    pipeline = folder_of(tmp_path, "loss.temperature=0.7")
+    entry = select(pipeline, "one", "two")
     runs: dict[str, Any] = {
-        name: load_config(place.run_config(f"{name}-2")) for name in ("opcd", "off_policy", "sft")
+        name: load_config(run_config(pipeline, f"{name}-2"))
+        for name in ("opcd", "off_policy", "sft")
     }
     kinds = {name: run.loss.get("kind", "hard_labels") for name, run in runs.items()}
     assert kinds == {"opcd": "reverse_kl", "off_policy": "forward_kl", "sft": "hard_labels"}
@@ -206,11 +210,11 @@ def test_the_methods_differ_by_sampler_and_loss_alone(tmp_path: Path) -> None:
 
 
 def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
-    place = workplace(tmp_path, "experience.selection.count=2")
-    entries = [select(place, text) for text in ("one", "two")]
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / "selected.json", {"experience": [one.hash for one in entries]})
-    config = load_config(place.run_config("opcd-1"))
+    pipeline = folder_of(tmp_path, "experience.selection.count=2")
+    entries = [select(pipeline, text) for text in ("one", "two")]
+    pipeline.path.mkdir(parents=True, exist_ok=True)
+    write_json(pipeline.path / "selected.json", {"experience": [one.hash for one in entries]})
+    config = load_config(run_config(pipeline, "opcd-1"))
     assert config.context["_target_"].endswith("ExperiencePool")
     assert [Path(path).stem for path in config.context["paths"]] == [one.hash for one in entries]
 
@@ -219,40 +223,40 @@ def test_a_pool_is_given_by_its_entries(tmp_path: Path) -> None:
 def test_a_round_starts_from_the_student_that_was_judged_before_it(
     tmp_path: Path, best: dict[str, int], step: int
 ) -> None:
-    first = workplace(
+    first = folder_of(
         tmp_path,
         "experience.rounds=2",
         "experience.next_round_retention=0.5",
         "experience.replay=true",
     )
-    folder = first.folder / "opcd-1"
+    folder = first.path / "opcd-1"
     folder.mkdir(parents=True)
     write_json(folder / "summary.json", {"steps": 7, **best})
     settings: Settings = replace(first.settings, round=2)
-    second = Workplace(settings)
+    second = PipelineFolder(settings)
     select(second, "one")
-    config = load_config_without_files(second.run_config("opcd-1"))
+    config = load_config_without_files(run_config(second, "opcd-1"))
     assert config.student.path == str(folder / "checkpoints" / f"step={step}.ckpt")
     assert first.is_last("opcd-1") == (step == 7)
     assert config.name == "demo_brevity/round=2/opcd-1"
     assert config.task._target_.endswith("ReplayTask")
-    assert config.task.path == str(second.folder / "turns.jsonl")
-    assert first.stage_config().student.path == "smollm2-135m-instruct"
+    assert config.task.path == str(second.path / "turns.jsonl")
+    assert stage_config(first).student.path == "smollm2-135m-instruct"
 
 
 def test_a_round_keeps_its_selection_whatever_is_selected_later(tmp_path: Path) -> None:
-    first = workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5")
-    second = Workplace(replace(first.settings, round=2))
-    (first.folder / "opcd-1").mkdir(parents=True)
-    write_json(first.folder / "opcd-1" / "summary.json", {"steps": 7})
-    with pytest.raises(ValueError, match=r"no .*selected\.json; allowed: after stage=select"):
-        first.run_config("opcd-1")
+    first = folder_of(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5")
+    second = first.of_round(2)
+    (first.path / "opcd-1").mkdir(parents=True)
+    write_json(first.path / "opcd-1" / "summary.json", {"steps": 7})
+    with pytest.raises(ValueError, match=r"selected\.json: does not exist; allowed"):
+        run_config(first, "opcd-1")
     one = select(first, "one")
     two = select(second, "two")
     assert first.registry.selected() == two
-    assert first.run_config("opcd-1").context["items"] == ["one"]
+    assert run_config(first, "opcd-1").context["items"] == ["one"]
     first.registry.rollback()
-    assert second.run_config("opcd-1").context["items"] == ["two"]
+    assert run_config(second, "opcd-1").context["items"] == ["two"]
     assert (first.selected(), second.selected()) == ([one], [two])
 
 
@@ -262,39 +266,39 @@ def load_config_without_files(config: DictConfig) -> DictConfig:
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
-    workplace(tmp_path).open()
-    stage_to_check(raw(tmp_path, "stage=score", "parallel=tp2"))
+    folder_of(tmp_path).open()
+    configs_before_start(raw(tmp_path, "stage=score", "parallel=tp2"))
     with pytest.raises(ValueError, match=r"optim\.lr was 5e-05, is 1e-06; allowed: the values in"):
-        stage_to_check(raw(tmp_path, "optim.lr=1e-6"))
+        configs_before_start(raw(tmp_path, "optim.lr=1e-6"))
     with pytest.raises(ValueError, match=r"experience\.extraction\.num_steps was 30, is 4"):
-        stage_to_check(raw(tmp_path, "experience.extraction.num_steps=4"))
+        configs_before_start(raw(tmp_path, "experience.extraction.num_steps=4"))
 
 
 def test_a_folder_of_one_round_is_not_continued_as_one_of_several(tmp_path: Path) -> None:
-    workplace(tmp_path).open()
+    folder_of(tmp_path).open()
     with pytest.raises(
-        ValueError, match=r"experience\.rounds was 1, is 2: .*; allowed: the value in"
+        ValueError, match=r"experience\.rounds was 1, is 2: .*; allowed: the values in"
     ):
-        workplace(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5").open()
-    workplace(tmp_path / "b", "experience.rounds=2", "experience.next_round_retention=0.5").open()
-    workplace(tmp_path / "b", "experience.rounds=3", "experience.next_round_retention=0.5").open()
+        folder_of(tmp_path, "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    folder_of(tmp_path / "b", "experience.rounds=2", "experience.next_round_retention=0.5").open()
+    folder_of(tmp_path / "b", "experience.rounds=3", "experience.next_round_retention=0.5").open()
     with pytest.raises(ValueError, match=r"experience\.rounds was 3, is 1"):
-        workplace(tmp_path / "b").open()
+        folder_of(tmp_path / "b").open()
 
 
 def test_the_cap_may_change_until_there_are_candidates(tmp_path: Path) -> None:
     raised = "experience.extraction.cap_tokens=4096"
     prompt = "experience.extraction.with_previous=true"
-    workplace(tmp_path / "a").open()
-    workplace(tmp_path / "b", prompt).open()
+    folder_of(tmp_path / "a").open()
+    folder_of(tmp_path / "b", prompt).open()
     with pytest.raises(ValueError, match="cap_tokens was 2048, is 4096"):
-        workplace(tmp_path / "b", prompt, raised).open()  # earlier prompts were cut by it
-    place = workplace(tmp_path / "a", raised)
-    place.open()
-    (place.folder / "candidates.json").write_text("[]")
-    place.open()
+        folder_of(tmp_path / "b", prompt, raised).open()  # earlier prompts were cut by it
+    pipeline = folder_of(tmp_path / "a", raised)
+    pipeline.open()
+    (pipeline.path / "candidates.json").write_text("[]")
+    pipeline.open()
     with pytest.raises(ValueError, match="cap_tokens was 4096, is 2048"):
-        workplace(tmp_path / "a").open()
+        folder_of(tmp_path / "a").open()
 
 
 @pytest.mark.parametrize(
@@ -320,9 +324,9 @@ def test_a_check_before_the_first_stage_makes_nothing_and_sees_what_was_made(
     assert len(configs) == 1 + len(load_experience(raw(tmp_path)).runs)
     for config in configs:
         load_config(config)
-    stage_to_check(raw(tmp_path, "stage=extract"))
+    configs_before_start(raw(tmp_path, "stage=extract"))
     assert list(tmp_path.iterdir()) == []
-    workplace(tmp_path).open()
+    folder_of(tmp_path).open()
     with pytest.raises(ValueError, match=r"optim\.lr.*another name"):
         configs_before_start(raw(tmp_path, "stage=extract", "optim.lr=0.5"))
 
@@ -332,3 +336,34 @@ def test_rounds_of_online_learning_stop_when_too_much_is_forgotten(tmp_path: Pat
     online = load_experience(raw(tmp_path, "experience=online")).experience
     assert online.rounds > 1
     assert online.next_round_retention == 0.5
+
+
+def test_a_pipeline_with_former_names_of_methods_is_continued_in_its_folders(
+    tmp_path: Path,
+) -> None:
+    pipeline = folder_of(tmp_path)
+    pipeline.open()
+    file = pipeline.root / "experience.yaml"
+    stored: Any = OmegaConf.to_container(OmegaConf.load(file))
+    consolidation = stored["experience"]["consolidation"]
+    settings = consolidation.pop("settings")
+    consolidation["methods"] = ["opcd", "offpolicy", "sft"]
+    consolidation["losses"] = {
+        "offpolicy": settings["off_policy"]["loss"],
+        "sft": settings["sft"]["loss"],
+    }
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(stored)))
+    (pipeline.path / "offpolicy-1").mkdir()
+    write_json(pipeline.path / "offpolicy-1/summary.json", {"steps": 7})
+    write_json(pipeline.path / "controls.json", {"wrong": {}, "offpolicy_in_context": {}})
+
+    pipeline = folder_of(tmp_path)
+    pipeline.check_unchanged()
+    select(pipeline, "one")
+    assert pipeline.student("off_policy-1").parent == pipeline.path / "offpolicy-1/checkpoints"
+    assert run_config(pipeline, "off_policy-1").name == "demo_brevity/offpolicy-1"
+    assert run_config(pipeline, "off_policy-2").name == "demo_brevity/off_policy-2"
+    assert list(pipeline.controls()) == ["wrong", "off_policy_in_context"]
+    with pytest.raises(UserError) as refused:
+        folder_of(tmp_path, "experience.consolidation.methods=[opcd,sft]").check_unchanged()
+    assert "experience.consolidation.methods was" in str(refused.value.problem)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +13,13 @@ import pytest
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.items import as_text
 from opcd_nemo.errors import UserError
+from opcd_nemo.experience.candidates import Candidate, candidates
 from opcd_nemo.experience.config import ExtractionConfig, ScoringConfig, SelectionConfig
-from opcd_nemo.experience.extraction import Candidate, Extraction, Speaker, candidates, waves
+from opcd_nemo.experience.extraction import Extraction, Sampler
 from opcd_nemo.experience.scoring import ScoreBook, halve, rungs, select
 from opcd_nemo.rollout.conversation import TurnPrompts
 from opcd_nemo.storage.heartbeat import HEARTBEAT_ENV
+from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Episode
 from opcd_nemo.tasks.questions import Question, QuestionTask
 from opcd_nemo.types import Prompt, Sample
@@ -78,11 +80,19 @@ def settings(**changes: Any) -> ExtractionConfig:
     return ExtractionConfig(**{**plain, **changes})
 
 
-def is_ours() -> None: ...
+class Lost:
+    """The lock of a folder that another attempt has taken over."""
+
+    def check(self) -> None:
+        raise OSError("the folder is now held by another")
 
 
-def is_lost() -> None:
-    raise OSError("the folder is now held by another")
+def silent(_: str) -> None: ...
+
+
+def taken_over(folder: Path) -> RunFolder:
+    lost: Any = Lost()
+    return RunFolder(folder, lock=lost)
 
 
 def rendered(episode: Episode) -> TurnPrompts:
@@ -91,9 +101,7 @@ def rendered(episode: Episode) -> TurnPrompts:
     return TurnPrompts(question=messages[-1]["content"], student_ids=ids, teacher_ids=ids)
 
 
-def extraction(
-    folder: Path, writer: Any, config: ExtractionConfig, fence: Callable[[], None] = is_ours
-) -> Extraction:
+def extraction(run_folder: RunFolder, writer: Any, config: ExtractionConfig) -> Extraction:
     questions = [
         Question(uid=f"q{n}", text=f"What is {n}?", judge=lambda text: float(text == "42"))
         for n in range(6)
@@ -103,16 +111,16 @@ def extraction(
         check_fits=lambda ids, new: None,
         prompts=lambda episode, step, with_context: rendered(episode),
     )
-    speaker = Speaker(engine=writer, conversation=conversation, sampling=SAMPLING)
+    sampler = Sampler(engine=writer, conversation=conversation, sampling=SAMPLING)
     return Extraction(
-        folder,
+        run_folder,
+        "waves",
         config,
         QuestionTask({"train": questions}, seed=0),
-        player=speaker,
-        writer=speaker,
+        player=sampler,
+        writer=sampler,
         parallel=ALONE,
         seed=0,
-        fence=fence,
     )
 
 
@@ -121,7 +129,7 @@ NOTHING: Any = SimpleNamespace(messages=lambda text: ({"role": "user", "content"
 
 def test_every_chain_meets_problems_and_writes_items(tmp_path: Path) -> None:
     writer = Writer()
-    records = extraction(tmp_path, writer, settings()).run(lambda line: None)
+    records = extraction(RunFolder(tmp_path), writer, settings()).run(silent)
     assert [(one["chain"], one["step"]) for one in records] == [
         (chain, step) for step in range(3) for chain in range(2)
     ]
@@ -134,20 +142,20 @@ def test_every_chain_meets_problems_and_writes_items(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_taken_over_gets_no_wave_and_no_scores(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="now held by"):
-        extraction(tmp_path, Writer(), settings(), is_lost).run(lambda line: None)
+        extraction(taken_over(tmp_path), Writer(), settings()).run(silent)
     with pytest.raises(OSError, match="now held by"):
-        ScoreBook(tmp_path / "scoring.jsonl", is_lost).add("a", [1.0])
-    assert list(tmp_path.iterdir()) == []
+        ScoreBook(taken_over(tmp_path), "scoring.jsonl").add("a", [1.0])
+    assert [path.name for path in tmp_path.rglob("*")] == ["waves"]
 
 
 def test_shared_problems_are_the_same_for_every_chain(tmp_path: Path) -> None:
-    records = extraction(tmp_path, Writer(), settings(shared_problems=True)).run(lambda line: None)
+    records = extraction(RunFolder(tmp_path), Writer(), settings(shared_problems=True)).run(silent)
     assert [one["uid"] for one in records[::2]] == [one["uid"] for one in records[1::2]]
 
 
 def test_earlier_items_are_shown_where_asked_for(tmp_path: Path) -> None:
     writer = Writer()
-    extraction(tmp_path, writer, settings(with_previous=True, num_chains=1)).run(lambda line: None)
+    extraction(RunFolder(tmp_path), writer, settings(with_previous=True, num_chains=1)).run(silent)
     learn = [text for text in writer.asked if text.startswith("LEARN")]
     assert [text.rsplit("|", 1)[1] for text in learn] == [
         "(none)",
@@ -157,10 +165,10 @@ def test_earlier_items_are_shown_where_asked_for(tmp_path: Path) -> None:
 
 
 def test_finished_waves_are_not_repeated(tmp_path: Path) -> None:
-    first = extraction(tmp_path, Writer(), settings()).run(lambda line: None)
-    (tmp_path / "wave=0002.jsonl").unlink()
+    first = extraction(RunFolder(tmp_path), Writer(), settings()).run(silent)
+    (tmp_path / "waves/wave=0002.jsonl").unlink()
     writer = Writer()
-    assert extraction(tmp_path, writer, settings()).run(lambda line: None) == first
+    assert extraction(RunFolder(tmp_path), writer, settings()).run(silent) == first
     assert len(writer.asked) == 4  # two problems, two extractions
 
 
@@ -174,12 +182,12 @@ def test_every_wave_is_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         seen.append(heartbeat.exists())
         heartbeat.unlink(missing_ok=True)
 
-    extraction(tmp_path / "waves", Writer(), settings()).run(say)
+    extraction(RunFolder(tmp_path), Writer(), settings()).run(say)
     assert seen == [True] * 3
 
 
 def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
-    records = extraction(tmp_path, Writer([]), settings(keep="trace")).run(lambda line: None)
+    records = extraction(RunFolder(tmp_path), Writer([]), settings(keep="trace")).run(silent)
     assert records[0]["items"][0].startswith("Problem:\nWhat is")
 
 
@@ -187,14 +195,14 @@ def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
 def test_an_item_above_the_cap_is_refused_in_its_wave(tmp_path: Path, keep: str) -> None:
     writer = Writer()
     with pytest.raises(ValueError, match=r"experience\.extraction\.cap_tokens=5: the newest item"):
-        extraction(tmp_path, writer, settings(keep=keep, cap_tokens=5)).run(lambda line: None)
+        extraction(RunFolder(tmp_path), writer, settings(keep=keep, cap_tokens=5)).run(silent)
     assert len(writer.asked) == 4  # of six problems and as many extractions
 
 
 def test_silent_extractions_are_counted_and_all_silent_is_an_error(tmp_path: Path) -> None:
     lines: list[str] = []
     with pytest.raises(UserError) as refused:
-        extraction(tmp_path, Writer([]), settings()).run(lines.append)
+        extraction(RunFolder(tmp_path), Writer([]), settings()).run(lines.append)
     assert refused.value.key == "experience.extraction"
     assert refused.value.problem == "6 extractions wrote no item"
     assert "2 extractions, 0 items, 2 without any" in lines[0]
@@ -222,10 +230,6 @@ def test_candidates_are_the_prefixes_that_differ(tmp_path: Path) -> None:
     assert candidates(records, 7, len)[1].problems == ("00", "01", "02")
 
 
-def test_waves_are_steps_of_all_chains() -> None:
-    assert waves(settings(num_chains=2, num_steps=2)) == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
-
-
 def pool(*items: str) -> list[Candidate]:
     return [
         Candidate(chain=0, step=step, items=(item,), num_tokens=1, problems=())
@@ -250,7 +254,7 @@ def test_halving_finds_the_best_and_asks_less() -> None:
         asked.append((one.items[0], count))
         return [float(one.items[0]) / 10] * count
 
-    ranked = halve(pool("1", "7", "3", "9", "9", "2", "5", "4"), scoring(), ask, lambda line: None)
+    ranked = halve(pool("1", "7", "3", "9", "9", "2", "5", "4"), scoring(), ask, silent)
     assert [one.candidate.items[0] for one in ranked] == ["9", "7", "5", "4", "3", "2", "1"]
     assert ranked[0].candidate.step == 3  # the same items a second time are not asked again
     assert sum(count for _, count in asked) == 7 * 10 + 4 * 20 + 2 * 40
@@ -261,14 +265,12 @@ def test_a_tie_goes_to_fewer_tokens_then_to_the_earlier() -> None:
         Candidate(chain=0, step=step, items=(str(step),), num_tokens=tokens, problems=())
         for step, tokens in enumerate((5, 3, 3))
     )
-    ranked = halve([one, two, three], scoring(), lambda _, n: [0.5] * n, lambda line: None)
+    ranked = halve([one, two, three], scoring(), lambda _, n: [0.5] * n, silent)
     assert [each.candidate for each in ranked[:2]] == [two, three]
 
 
 def test_random_selection_draws_among_the_long_ones() -> None:
-    ranked = halve(
-        pool(*"abcdefgh"), scoring(num_questions=10), lambda _, n: [0.0] * n, lambda line: None
-    )
+    ranked = halve(pool(*"abcdefgh"), scoring(num_questions=10), lambda _, n: [0.0] * n, silent)
     rule = SelectionConfig(rule="random", min_steps=5, count=2)
     drawn = [tuple(one.candidate.step for one in select(ranked, rule, seed)) for seed in range(20)]
     assert {step for pair in drawn for step in pair} == {4, 5, 6, 7}
@@ -285,7 +287,7 @@ def test_a_random_pool_takes_one_of_every_chain_first() -> None:
         for chain in range(3)
         for step in range(4)
     ]
-    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n, lambda line: None)
+    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n, silent)
     for seed in range(10):
         rule = SelectionConfig(rule="random", min_steps=1, count=3)
         assert {one.candidate.chain for one in select(ranked, rule, seed)} == {0, 1, 2}
@@ -293,12 +295,12 @@ def test_a_random_pool_takes_one_of_every_chain_first() -> None:
 
 def test_a_line_that_a_crash_cut_is_asked_again(tmp_path: Path) -> None:
     file = tmp_path / "scoring.jsonl"
-    book = ScoreBook(file, is_ours)
+    book = ScoreBook(RunFolder(tmp_path), file.name)
     book.add("a", [1.0, 0.0])
     book.add("a", [1.0])
     with file.open("a") as opened:
         opened.write('{"experience": "a", "sta')
-    again = ScoreBook(file, is_ours)
+    again = ScoreBook(RunFolder(tmp_path), file.name)
     assert again.known("a") == [1.0, 0.0, 1.0]
     assert again.known("b") == []
     again.add("b", [0.5])

@@ -11,10 +11,15 @@ import pytest
 from opcd_nemo.context.items import content_hash
 from opcd_nemo.context.registry import COMMANDS, answer
 from opcd_nemo.errors import UserError
+from opcd_nemo.experience import config
 from opcd_nemo.experience.config import Settings, load_experience
-from opcd_nemo.experience.pipeline import run_pipeline, select_experience
-from opcd_nemo.experience.workplace import Workplace
+from opcd_nemo.experience.folder import PipelineFolder
+from opcd_nemo.experience.pipeline import check_pipeline, run_pipeline, run_stage
+from opcd_nemo.experience.stages import STAGES
+from opcd_nemo.experience.stages.context import Stage, StageContext
+from opcd_nemo.experience.stages.select import Select
 from opcd_nemo.launch.compose import compose
+from opcd_nemo.storage.attempt import NODE_RANK_ENV, NUM_NODES_ENV, RENDEZVOUS_ENV
 from opcd_nemo.storage.lock import lock_folder
 
 
@@ -41,12 +46,28 @@ def ranking(*items: str) -> str:
     return json.dumps({"without": 0.25, "num_questions": 8, "ranked": ranked})
 
 
-def written(tmp_path: Path) -> Workplace:
-    place = Workplace(settings(tmp_path))
-    place.folder.mkdir(parents=True)
-    (place.folder / "candidates.json").write_text("[]")
-    (place.folder / "ranked.json").write_text(ranking("best", "worse"))
-    return place
+def written(tmp_path: Path) -> PipelineFolder:
+    folder = PipelineFolder(settings(tmp_path))
+    folder.path.mkdir(parents=True)
+    (folder.path / "candidates.json").write_text("[]")
+    (folder.path / "ranked.json").write_text(ranking("best", "worse"))
+    return folder
+
+
+def select(folder: PipelineFolder) -> None:
+    Select().run(StageContext(folder=folder, say=silent))
+
+
+def silent(_: str) -> None: ...
+
+
+def test_the_stages_are_those_of_the_key_and_each_file_has_one_writer() -> None:
+    assert tuple(stage.name for stage in STAGES) == config.STAGES
+    written: list[str] = []
+    for stage in STAGES:
+        assert {*stage.reads} <= {*written}
+        written += stage.writes
+    assert len(written) == len({*written})
 
 
 def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> None:
@@ -56,8 +77,8 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
         launched.append(tuple(extra))
         return 75 if "run=off_policy-1" in extra else 0
 
-    place = written(tmp_path)
-    assert run_pipeline(place.settings, launch, lambda line: None) == 75
+    folder = written(tmp_path)
+    assert run_pipeline(folder.settings, launch, silent) == 75
     assert launched == [
         ("stage=consolidate", "round=1", "run=opcd-1"),
         ("stage=consolidate", "round=1", "run=off_policy-1"),
@@ -65,39 +86,38 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
 
 
 def test_a_stage_s_ranks_can_take_the_folder_and_no_second_job_can(tmp_path: Path) -> None:
-    place = written(tmp_path)
+    folder = written(tmp_path)
 
     def launch(extra: Sequence[str]) -> int:
-        lock_folder(place.folder).close()
+        lock_folder(folder.path).close()
         return 1
 
-    assert run_pipeline(place.settings, launch, lambda line: None) == 1  # after the selection
-    with (
-        lock_folder(place.folder),
-        pytest.raises(ValueError, match=r"name: .* in use by .*allowed"),
-    ):
-        run_pipeline(settings(tmp_path, "stage=select"), launch, lambda line: None)
+    with lock_folder(folder.path), pytest.raises(UserError) as refused:
+        run_pipeline(settings(tmp_path, "stage=select"), launch, silent)
+    assert refused.value.where == "name"
+    assert run_pipeline(folder.settings, launch, silent) == 1  # after the selection
+    assert (folder.path / "selected.json").is_file()
 
 
 def test_finished_runs_are_left_alone(tmp_path: Path) -> None:
-    place = written(tmp_path)
-    for run in place.settings.runs[:4]:
-        (place.folder / run).mkdir()
-        (place.folder / run / "summary.json").write_text("{}")
+    folder = written(tmp_path)
+    for run in folder.settings.runs[:4]:
+        (folder.path / run).mkdir()
+        (folder.path / run / "summary.json").write_text("{}")
     launched: list[str] = []
 
     def launch(extra: Sequence[str]) -> int:
         launched.append(extra[-1])
         return 1
 
-    assert run_pipeline(place.settings, launch, lambda line: None) == 1
-    assert launched == [f"run={place.settings.runs[4]}"]
+    assert run_pipeline(folder.settings, launch, silent) == 1
+    assert launched == [f"run={folder.settings.runs[4]}"]
 
 
 def test_the_selection_has_its_lineage(tmp_path: Path) -> None:
-    place = written(tmp_path)
-    select_experience(place, lambda line: None)
-    entry = place.registry.selected()
+    folder = written(tmp_path)
+    select(folder)
+    entry = folder.registry.selected()
     assert entry.items == ("best",)
     assert entry.scores["validation"] == 1.0
     assert entry.scores["validation_without"] == 0.25
@@ -105,49 +125,92 @@ def test_the_selection_has_its_lineage(tmp_path: Path) -> None:
     assert lineage["model"] == "smollm2-135m-instruct"
     assert lineage["problems"] == ["train/1"]
     assert (lineage["seed"], lineage["chain"], lineage["step"]) == (1234, 0, 0)
-    assert lineage["prompt_version"] == place.settings.experience.extraction.prompt_version
-    select_experience(place, lambda line: None)  # a second time changes nothing
-    assert len(place.registry.history()) == 1
+    assert lineage["prompt_version"] == folder.settings.experience.extraction.prompt_version
+    select(folder)  # a second time changes nothing
+    assert len(folder.registry.history()) == 1
 
 
 @pytest.mark.parametrize(
-    ("stage", "message"),
+    ("stage", "file", "after"),
     [
-        ("evaluate", "opcd-1, off_policy-1, .* not finished; allowed: after stage=consolidate"),
-        ("select", "no .*ranked.json; allowed: after stage=score"),
+        ("score", "candidates.json", "extract"),
+        ("select", "ranked.json", "score"),
+        ("consolidate", "selected.json", "select"),
+        ("evaluate", "ranked.json", "score"),
     ],
 )
-def test_a_stage_without_its_input_is_one_line(tmp_path: Path, stage: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_pipeline(settings(tmp_path, f"stage={stage}"), lambda _: 0, lambda line: None)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["list"], "registry=None; allowed: a registry's folder"),
-        (["list", "more"], "list more; allowed: list|show"),
-        (["diff", "ab"], "diff ab; allowed: list|show"),
-        (["show", "zz"], "0 entries start with 'zz'; allowed"),
-        (["rollback"], "1 selections; allowed: a rollback after two or more"),
-    ],
-)
-def test_a_wrong_command_of_the_registry_is_one_line(
-    tmp_path: Path, words: list[str], said: str
+def test_a_stage_without_its_input_says_which_stage_writes_it(
+    tmp_path: Path, stage: str, file: str, after: str
 ) -> None:
-    place = written(tmp_path)
-    select_experience(place, lambda line: None)
-    folder = [] if said.startswith("registry") else [f"registry={place.registry.folder}"]
+    of_stage = settings(tmp_path, f"stage={stage}")
     with pytest.raises(UserError) as refused:
-        answer([*words, *folder])
-    assert said in str(refused.value)
+        run_pipeline(of_stage, lambda _: pytest.fail("started"), silent)
+    assert Path(refused.value.key).name == file
+    assert (refused.value.where, refused.value.allowed) == (
+        f"stage={stage}",
+        f"after stage={after}",
+    )
+
+
+def test_a_rank_takes_no_stage_without_ranks(tmp_path: Path) -> None:
+    raw = compose("experience", [f"exp_manager.exp_dir={tmp_path}", "context=experience"])
+    for stage in ("all", "select"):
+        raw.stage = stage
+        with pytest.raises(UserError) as refused:
+            run_stage(raw, silent)
+        assert (refused.value.key, refused.value.value) == ("stage", stage)
+
+
+def test_another_node_leaves_the_selection_to_the_first_and_starts_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path)
+    monkeypatch.setenv(RENDEZVOUS_ENV, "host:1")
+    monkeypatch.setenv(NUM_NODES_ENV, "2")
+    monkeypatch.setenv(NODE_RANK_ENV, "1")
+    launched: list[str] = []
+
+    def launch(extra: Sequence[str]) -> int:
+        launched.append(extra[0])
+        return 1
+
+    assert run_pipeline(folder.settings, launch, silent) == 1
+    assert launched == ["stage=consolidate"]
+    assert not (folder.path / "selected.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "problem"),
+    [
+        (["list", "more"], "opcd registry list", "1 entries are given"),
+        (["diff", "ab"], "opcd registry diff", "1 entries are given"),
+        (["show", "zz"], None, "0 entries start with 'zz'"),
+        (["rollback"], None, "1 selections"),
+    ],
+)
+def test_a_wrong_command_of_the_registry_is_named(
+    tmp_path: Path, words: list[str], key: str | None, problem: str
+) -> None:
+    pipeline = written(tmp_path)
+    select(pipeline)
+    folder = pipeline.registry.folder
+    with pytest.raises(UserError) as refused:
+        answer([*words, f"registry={folder}"])
+    assert refused.value.key == (key or str(folder))
+    assert refused.value.problem == problem
+
+
+def test_a_command_of_the_registry_wants_its_folder() -> None:
+    with pytest.raises(UserError) as refused:
+        answer(["list"])
+    assert (refused.value.key, refused.value.value) == ("registry", None)
 
 
 def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
-    place = written(tmp_path)
-    select_experience(place, lambda line: None)
-    folder = f"registry={place.registry.folder}"
-    short = place.registry.selected().hash[:6]
+    pipeline = written(tmp_path)
+    select(pipeline)
+    folder = f"registry={pipeline.registry.folder}"
+    short = pipeline.registry.selected().hash[:6]
     commands = {"list": [], "show": [short], "diff": [short, short]}
     assert set(commands) < set(COMMANDS)
     shown = [answer([command, *entries, folder]) for command, entries in commands.items()]
@@ -163,15 +226,15 @@ def test_retention_is_judged_on_the_run_whose_student_goes_on(
     opcd = {"retention": {"value": 0.4}, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
     done: list[int] = []
 
-    def stage(place: Workplace, name: str, *_: object) -> int:
-        if name == "evaluate":
-            done.append(place.settings.round)
-            place.folder.mkdir(parents=True)
+    def perform(stage: Stage, folder: PipelineFolder, *_: object) -> int:
+        if stage.name == "evaluate":
+            done.append(folder.settings.round)
+            folder.path.mkdir(parents=True)
             summary = {"rows": {"base": base, "opcd": opcd}}
-            (place.folder / "summary.json").write_text(json.dumps(summary))
+            (folder.path / "summary.json").write_text(json.dumps(summary))
         return 0
 
-    monkeypatch.setattr("opcd_nemo.experience.pipeline._run_stage", stage)
+    monkeypatch.setattr("opcd_nemo.experience.pipeline._perform", perform)
     plan = settings(
         tmp_path,
         "experience.rounds=2",
@@ -184,10 +247,12 @@ def test_retention_is_judged_on_the_run_whose_student_goes_on(
     assert any("retention 0.35 is below" in line for line in lines) == (rounds == 1)
 
 
-def test_a_wrong_first_command_leaves_no_folder_and_starts_nothing(tmp_path: Path) -> None:
+def test_a_wrong_first_command_leaves_no_folder(tmp_path: Path) -> None:
     raw = compose("experience", [f"exp_manager.exp_dir={tmp_path}", "recipe=demo_brevity"])
-    with pytest.raises(ValueError, match=r"context\._target_=.*allowed: context=experience"):
-        run_pipeline(load_experience(raw), lambda extra: pytest.fail("started"), lambda line: None)
+    with pytest.raises(UserError) as refused:
+        check_pipeline(load_experience(raw))
+    assert refused.value.key == "context._target_"
+    assert "context=experience" in refused.value.allowed
     assert list(tmp_path.iterdir()) == []
 
 

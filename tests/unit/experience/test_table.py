@@ -14,8 +14,8 @@ from opcd_nemo.context.registry import Entry
 from opcd_nemo.evaluation.evaluator import Answer
 from opcd_nemo.evaluation.statistics import crossed_interval, mean_interval
 from opcd_nemo.experience.config import load_experience
+from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.table import summarise, table_text
-from opcd_nemo.experience.workplace import Workplace
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.launch.compose import compose
 
@@ -28,19 +28,19 @@ BY_MAP = (0.0, 0.0, 1.0, 1.0, 1.0)
 PARTS = ("task", "retention")
 
 
-def place_of(folder: Path, *more: str) -> Workplace:
+def folder_of(folder: Path, *more: str) -> PipelineFolder:
     raw = compose("experience", [f"exp_manager.exp_dir={folder}", *SETTINGS, *more])
-    place = Workplace(load_experience(raw))
+    pipeline = PipelineFolder(load_experience(raw))
     entry = Entry(items=("one",), num_tokens=3, lineage={}, scores={"validation": 0.5})
-    place.registry.add(entry)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_json(place.folder / "selected.json", {"experience": [entry.hash]})
-    write_json(place.folder / "ranked.json", {"without": 0.25})
-    return place
+    pipeline.registry.add(entry)
+    pipeline.path.mkdir(parents=True, exist_ok=True)
+    write_json(pipeline.path / "selected.json", {"experience": [entry.hash]})
+    write_json(pipeline.path / "ranked.json", {"without": 0.25})
+    return pipeline
 
 
-def answers(place: Workplace, part: str, shift: float) -> list[dict[str, Any]]:
-    episodes = build_plug(place.plug(part)).episodes("test", 0, PLAYS if part == "task" else 4)
+def answers(pipeline: PipelineFolder, part: str, shift: float) -> list[dict[str, Any]]:
+    episodes = build_plug(pipeline.plug(part)).episodes("test", 0, PLAYS if part == "task" else 4)
     return [
         asdict(
             Answer(
@@ -59,28 +59,28 @@ def answers(place: Workplace, part: str, shift: float) -> list[dict[str, Any]]:
     ]
 
 
-def write_runs(place: Workplace) -> None:
-    for run in place.settings.runs:
-        folder, seed = place.folder / run, float(run[-1])
+def write_runs(pipeline: PipelineFolder) -> None:
+    for run in pipeline.settings.runs:
+        folder, seed = pipeline.path / run, float(run[-1])
         folder.mkdir()
         write_json(folder / "summary.json", {"steps": 1})
         lines = [
             {"evaluation": name, "part": part, **one}
             for name in ("base", "in_context", "student")
             for part in PARTS
-            for one in answers(place, part, seed)
+            for one in answers(pipeline, part, seed)
         ]
         (folder / "answers.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
-    row = {str(s): {part: answers(place, part, s) for part in PARTS} for s in SEEDS}
-    write_json(place.folder / "controls.json", {"opcd_in_context": row, "sft_in_context": row})
+    row = {str(s): {part: answers(pipeline, part, s) for part in PARTS} for s in SEEDS}
+    write_json(pipeline.path / "controls.json", {"opcd_in_context": row, "sft_in_context": row})
 
 
 def test_plays_of_one_map_are_one_question_and_every_number_has_its_interval(
     tmp_path: Path,
 ) -> None:
-    place = place_of(tmp_path)
-    write_runs(place)
-    summary = summarise(place)
+    pipeline = folder_of(tmp_path)
+    write_runs(pipeline)
+    summary = summarise(pipeline)
     row = summary["rows"]["opcd"]
     assert row["score"] == asdict(crossed_interval([BY_MAP] * 3))
     assert row["score"]["high"] > 1 > 0 > row["score"]["low"] - 0.1  # of five maps little is known
@@ -100,9 +100,9 @@ def test_plays_of_one_map_are_one_question_and_every_number_has_its_interval(
 
 
 def test_of_one_map_the_interval_is_over_seeds_and_chance_is_not_told(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "task.num_test=1")
-    write_runs(place)
-    summary = summarise(place)
+    pipeline = folder_of(tmp_path, "task.num_test=1")
+    write_runs(pipeline)
+    summary = summarise(pipeline)
     tokens = [sum(range(PLAYS)) / PLAYS + seed for seed in SEEDS]
     found = summary["rows"]["sft"]["response_tokens"]
     assert [*found.values()] == pytest.approx([*asdict(mean_interval(tokens)).values()])

@@ -71,6 +71,8 @@ def test_nodes_meet_at_the_first_and_no_two_runs_meet(monkeypatch: pytest.Monkey
         assert settings["nproc_per_node"] == 1
         assert settings["rdzv_configs"]["rank"] == 1
     assert len(names) == 3
+    following = launch._rendezvous(["train"], layout, node, number=1)
+    assert following["rdzv_endpoint"] == "node1:15001"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.errors import ABSENT, UserError
-from opcd_nemo.experience.workplace import configs_before_start
+from opcd_nemo.experience.run_configs import configs_before_start
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.recipes import CONF
 

@@ -1,0 +1,162 @@
+"""The folder of a pipeline.
+
+<exp_dir>/<name>/              registry/, experience.yaml; rounds > 1: round=1/, round=2/, ...
+extraction/wave=*.jsonl    records; turns.jsonl: what the player was asked
+candidates.json            every prefix of every chain
+scoring.jsonl, ranked.json
+selected.json
+teacher_data/seed=*/       what the teacher wrote for the off-policy methods
+<method>-<seed>/           a training run
+controls.json, summary.json, table.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from opcd_nemo.config.changes import RESULT_KEYS, differences
+from opcd_nemo.config.renamed import former_method, present_method, present_pipeline
+from opcd_nemo.context.registry import Entry, Registry
+from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.experience.config import Settings
+from opcd_nemo.formats.locate import read_json
+from opcd_nemo.storage.attempt import is_first_node
+from opcd_nemo.storage.durable import write_whole
+
+EXTRACTION, TURNS, CANDIDATES = "extraction", "turns.jsonl", "candidates.json"
+SCORES, RANKED, SELECTED = "scoring.jsonl", "ranked.json", "selected.json"
+TEACHER_DATA = "teacher_data"
+CONTROLS, SUMMARY, TABLE = "controls.json", "summary.json", "table.md"
+RUN_SUMMARY, RUN_ANSWERS = "{run}/summary.json", "{run}/answers.jsonl"  # of every training run
+_ORIGIN = "experience.yaml"
+_COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
+_NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
+
+
+class PipelineFolder:
+    """The files of one round of a pipeline.
+
+    Attributes:
+        settings: of the pipeline, with the number of the round.
+        root: the folder of all rounds.
+        path: the round's folder: `root` itself where the pipeline has one round.
+        registry: the experience that the pipeline has selected.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.root: Path = Path(settings.train.exp_manager.exp_dir) / settings.train.name
+        has_rounds = settings.experience.rounds > 1
+        self.path: Path = self.root / (f"round={settings.round}" if has_rounds else "")
+        self.registry = Registry(self.root / "registry")
+
+    def of_round(self, number: int) -> PipelineFolder:
+        """The folder of another round of the same pipeline."""
+        return PipelineFolder(replace(self.settings, round=number, run=None))
+
+    def run_name(self, run: str) -> str:
+        """The name of a run's folder: the former one where a folder of that name exists."""
+        former = former_method(run)
+        return former if (self.path / former).is_dir() else run
+
+    def of_run(self, name: str, run: str) -> Path:
+        """A file of a training run."""
+        return self.path / name.format(run=self.run_name(run))
+
+    def files(self, name: str, run: str | None = None) -> list[Path]:
+        """Where a file is; one that every training run has is in all runs, or in the run given."""
+        if "{run}" not in name:
+            return [self.path / name]
+        return [self.of_run(name, each) for each in (self.settings.runs if run is None else [run])]
+
+    def controls(self) -> dict[str, Any]:
+        """The answers of the evaluation so far, by row and seed."""
+        file = self.path / CONTROLS
+        rows = read_json(file) if file.is_file() else {}
+        return {present_method(row): by_seed for row, by_seed in rows.items()}
+
+    def open(self) -> None:
+        """Make the folder, once all is checked; refuse one that other settings have made.
+
+        Raises:
+            UserError: naming every key that differs.
+        """
+        self.check_unchanged()
+        file = self.root / _ORIGIN
+        self.path.mkdir(parents=True, exist_ok=True)
+        settled = file.exists() and not self._not_yet_used()
+        if is_first_node() and not settled:
+            write_whole(file, OmegaConf.to_yaml(OmegaConf.create(self._origin())))
+
+    def check_unchanged(self) -> None:
+        """Refuse a folder that other settings have made.
+
+        Raises:
+            UserError: naming every key that differs.
+        """
+        file = self.root / _ORIGIN
+        if not file.exists():
+            return
+        saved = present_pipeline(OmegaConf.to_container(OmegaConf.load(file)))
+        origin = self._origin()
+        before, now = (int(made["experience"]["rounds"]) for made in (saved, origin))
+        if (before == 1) != (now == 1):
+            raise self._changed(
+                f"experience.rounds was {before}, is {now}: a pipeline of one round has no folders "
+                "round=1, ..."
+            )
+        free = (*_NOT_COMPARED, *self._not_yet_used())
+        if changed := differences(saved, origin, _COMPARED, free):
+            raise self._changed("; ".join(changed.values()))
+
+    def _changed(self, problem: str) -> UserError:
+        allowed = f"the values in {self.root / _ORIGIN}, or another name"
+        return UserError("name", self.settings.train.name, allowed, problem=problem)
+
+    def _not_yet_used(self) -> tuple[str, ...]:
+        """`cap_tokens` may change until candidates exist: a trace may prove longer than the cap."""
+        with_previous = self.settings.experience.extraction.with_previous
+        made = any([*self.root.glob(CANDIDATES), *self.root.glob(f"round=*/{CANDIDATES}")])
+        return () if with_previous or made else ("experience.extraction.cap_tokens",)
+
+    def _origin(self) -> dict[str, Any]:
+        """What made the folder."""
+        origin: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        origin["experience"] = OmegaConf.to_container(
+            OmegaConf.structured(self.settings.experience)
+        )
+        made: dict[str, Any] = origin
+        return made
+
+    def selected(self) -> list[Entry]:
+        """What this round has selected, whatever the registry has selected since.
+
+        Raises:
+            UserError: nothing yet.
+        """
+        file = self.path / SELECTED
+        if not file.is_file():
+            raise UserError(str(file), ABSENT, "after stage=select", problem="does not exist")
+        return [self.registry.find(entry_hash) for entry_hash in read_json(file)["experience"]]
+
+    def student(self, run: str) -> Path:
+        """A run's student: its checkpoint of the best validation, else the last."""
+        file = self.of_run(RUN_SUMMARY, run)
+        summary = read_json(file)
+        step = summary.get("best_step", summary["steps"])
+        return file.parent / "checkpoints" / f"step={step}.ckpt"
+
+    def is_last(self, run: str) -> bool:
+        """Whether the run's own scores, of its last checkpoint, are its student's."""
+        steps = read_json(self.of_run(RUN_SUMMARY, run))["steps"]
+        return self.student(run).name == f"step={steps}.ckpt"
+
+    def plug(self, name: str) -> dict[str, Any]:
+        """The pipeline's task or retention."""
+        plugs: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        plug: dict[str, Any] = plugs[name]
+        return plug

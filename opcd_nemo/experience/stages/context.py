@@ -1,0 +1,112 @@
+"""What a stage of the pipeline is, and what it works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from omegaconf import DictConfig
+
+from opcd_nemo.config.train import TrainConfig, load_config
+from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
+from opcd_nemo.evaluation.evaluator import Evaluator
+from opcd_nemo.experience.folder import PipelineFolder
+from opcd_nemo.experience.run_configs import experience_context
+from opcd_nemo.formats.stored_model import StoredModel
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.storage.run_folder import RunFolder
+from opcd_nemo.training.build import build_engine, build_evaluator
+from opcd_nemo.training.inputs import Inputs, open_inputs, shared_prefix
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Models of a stage that trains nothing, ready to answer on every rank."""
+
+    folder: PipelineFolder
+    config: TrainConfig
+    inputs: Inputs
+    parallel: Parallel
+    run_folder: RunFolder
+
+    def engine(self, checkpoint: StoredModel, dtype: str) -> RolloutEngine:
+        """An engine of any model with the inputs' vocabulary. Collective over the world."""
+        return build_engine(self.config, self.inputs, checkpoint, self.parallel, dtype)
+
+    def teacher(self) -> RolloutEngine:
+        """The teacher's engine. Collective over the world."""
+        return self.engine(self.inputs.teacher, self.config.teacher.dtype)
+
+    def evaluator(self, items: tuple[str, ...], seed: int) -> Evaluator:
+        """An evaluator whose teacher reads these items."""
+        inputs = self._with_experience(items) if items else self.inputs
+        return build_evaluator(replace(self.config, seed=seed), inputs, self.parallel)
+
+    def _with_experience(self, items: tuple[str, ...]) -> Inputs:
+        source = experience_context(self.folder, items)
+        conversation = replace(self.inputs.conversation, source=source)
+        count = self.config.evaluation.num_questions
+        prefix_ids = shared_prefix(self.inputs.task, conversation, count)
+        return replace(self.inputs, conversation=conversation, prefix_ids=prefix_ids)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the round's folder. Collective over the world."""
+        self.run_folder.write(name, text)
+        self.parallel.barrier()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """The round that a stage belongs to; `say` prints on one rank."""
+
+    folder: PipelineFolder
+    say: Say
+
+    def open_models(
+        self, raw: DictConfig, check: Callable[[Inputs], None] = lambda _: None
+    ) -> Models:
+        """Check a configuration and make its models' groups. Collective over the world.
+
+        Raises:
+            UserError: a key is wrong, `check` refuses the inputs, or another job has the folder.
+        """
+        self.folder.check_unchanged()
+        config = load_config(raw)
+        _, world_size = environment_world()
+        inputs = open_inputs(config, world_size)
+        check(inputs)
+        # last: a folder that wrong input has made would refuse the input that is mended
+        self.folder.open()
+        parallel = init_parallel(config.parallel, config.seed)
+        return Models(
+            folder=self.folder,
+            config=config,
+            inputs=inputs,
+            parallel=parallel,
+            run_folder=RunFolder.hold(self.folder.path, parallel),
+        )
+
+
+class Stage(Protocol):
+    """A part of the pipeline that is done once a round.
+
+    Attributes:
+        name: the value of the key `stage`.
+        reads: files of the round's folder that must exist before.
+        writes: files of the round's folder that exist after; the last is written last. A name with
+            `{run}` is a file of every training run, each of which is launched by itself.
+        needs_ranks: whether ranks run the stage, or the pipeline's process on the first node.
+        repeats: whether the stage runs again when its files exist: it does only what they lack.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    needs_ranks: bool
+    repeats: bool
+
+    def run(self, context: StageContext) -> None:
+        """Do what is not done. Collective over the world where the stage needs ranks."""

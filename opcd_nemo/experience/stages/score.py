@@ -1,0 +1,78 @@
+"""Score: the candidates on validation questions, by successive halving."""
+
+from __future__ import annotations
+
+import json
+
+from opcd_nemo.experience.candidates import Candidate
+from opcd_nemo.experience.folder import CANDIDATES, RANKED, SCORES
+from opcd_nemo.experience.run_configs import stage_config
+from opcd_nemo.experience.scoring import ScoreBook, halve
+from opcd_nemo.experience.stages.context import Models, StageContext
+from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.storage import heartbeat
+
+
+class Score:
+    """Writes the candidates in the order of their scores."""
+
+    name = "score"
+    reads: tuple[str, ...] = (CANDIDATES,)
+    writes: tuple[str, ...] = (SCORES, RANKED)
+    needs_ranks = True
+    repeats = False
+
+    def run(self, context: StageContext) -> None:
+        """Ask the validation questions that were not asked, then rank. Collective."""
+        folder = context.folder
+        settings = folder.settings.experience.scoring
+        models = context.open_models(stage_config(folder))
+        scores = _Scores(models)
+        records = json.loads((folder.path / CANDIDATES).read_text(encoding="utf-8"))
+        pool = [Candidate.from_record(record) for record in records]
+        ranked = halve(pool, settings, scores.of_candidate, context.say)
+        of_none = scores.of("none", (), settings.num_questions)
+        without = sum(of_none) / len(of_none)
+        context.say(f"scoring: {without:.3f} without experience")
+        ranking = {
+            "without": without,
+            "num_questions": settings.num_questions,
+            "ranked": [scored.record() for scored in ranked],
+        }
+        models.write(RANKED, json.dumps(ranking))
+
+
+class _Scores:
+    """Scores on validation questions, out of the book as far as it has them."""
+
+    def __init__(self, models: Models) -> None:
+        is_first = models.parallel.rank == 0
+        self._models = models
+        self._book = ScoreBook(models.run_folder, SCORES) if is_first else None
+        self._engine: RolloutEngine = models.teacher()
+
+    def of_candidate(self, candidate: Candidate, count: int) -> list[float]:
+        """A candidate's scores on the first questions. Collective over the world."""
+        return self.of(candidate.hash, candidate.items, count)
+
+    def of(self, key: str, items: tuple[str, ...], count: int) -> list[float]:
+        """The scores of items, which the book has under `key`. Collective over the world."""
+        written = None if self._book is None else self._book.known(key)
+        known: list[float] = self._models.parallel.gather_objects(written)[0]
+        if len(known) < count:
+            new = self._ask(items, range(len(known), count))
+            if self._book is not None:
+                self._book.add(key, new)
+            known = known + new
+            heartbeat.touch()
+        return known[:count]
+
+    def _ask(self, items: tuple[str, ...], questions: range) -> list[float]:
+        evaluator = self._models.evaluator(items, self._models.config.seed)
+        found = evaluator.task_score(
+            self._engine, "validation", with_context=bool(items), questions=questions
+        )
+        return [
+            sum(answer.score for answer in samples) / len(samples)
+            for samples in found.by_question.values()
+        ]
