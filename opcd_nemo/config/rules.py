@@ -31,11 +31,23 @@ def check_rules(config: TrainConfig) -> None:
     _check_teacher(config)
     _check_evaluation(config.evaluation)
     _check_stop(config)
+    _check_checkpoint_name(config)
     if rollout.teacher_data is not None and rollout.sampler != "teacher":
         raise UserError(
             "rollout.teacher_data",
             rollout.teacher_data,
             f"null with rollout.sampler={rollout.sampler}",
+        )
+
+
+def _check_checkpoint_name(config: TrainConfig) -> None:
+    """Refuse a name that leads out of the run's folder, or by which no run finds its checkpoint."""
+    name = config.exp_manager["checkpoint_callback_params"].get("filename")
+    if not isinstance(name, str) or "{step}" not in name or "/" in name or name.startswith("."):
+        raise UserError(
+            "exp_manager.checkpoint_callback_params.filename",
+            name,
+            "a file name with {step} in it, as '{step}'",
         )
 
 

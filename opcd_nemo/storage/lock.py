@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ class FolderLock:
         Raises:
             OSError: the lock file names another holder, or cannot be read.
         """
-        holder = self._path.read_text(encoding="utf-8")
+        holder = self._path.read_text(encoding="utf-8", errors="replace")
         if holder != self._line:
             raise OSError(errno.ESTALE, f"the folder is now held by {holder.strip()}", self._path)
 
@@ -66,7 +67,7 @@ def lock_folder(folder: Path) -> FolderLock:
     """
     path, attempt = folder.with_name(f".{folder.name}.lock"), this_attempt()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file: IO[str] = path.open("a+", encoding="utf-8")
+    file = _open(path)
     file.seek(0)
     holder = file.read().strip()
     before = _attempt_of(holder)
@@ -94,10 +95,31 @@ def lock_folder(folder: Path) -> FolderLock:
     return FolderLock(path, file, line)
 
 
+def _open(path: Path) -> IO[str]:
+    """A lock file, made where none is; a link under its name is not followed.
+
+    Who may write beside a run's folder could else let the run write over any file of its user.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = None
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        regular = False
+    if descriptor is None or not regular:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise UserError(path, allowed="no such file, or the lock of a run", problem="is no file")
+    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
+
+
 def _replace(path: Path) -> IO[str]:
     """Another file under the lock's name: a lock on the one before no longer counts."""
     fresh = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    file = fresh.open("a+", encoding="utf-8")
+    file = _open(fresh)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fresh.replace(path)
     return file

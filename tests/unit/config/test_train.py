@@ -279,3 +279,9 @@ def test_a_program_of_another_kind_is_no_plug(target: str) -> None:
     with pytest.raises(UserError) as refused:
         check_plug("plug", {"_target_": target})
     assert refused.value.key == "plug._target_"
+
+
+@pytest.mark.parametrize("name", ["'../../{step}'", "'a/{step}'", "same", "'.{step}'", "null", "3"])
+def test_a_checkpoint_has_a_name_of_its_folder_that_a_later_start_finds(name: str) -> None:
+    key = "exp_manager.checkpoint_callback_params.filename"
+    assert refused(f"{key}={name}").key == key

@@ -80,3 +80,27 @@ def test_another_job_follows_one_that_ended(run: Path, monkeypatch: pytest.Monke
     lock_folder(run).close()
     monkeypatch.setenv(ATTEMPT_ENV, "13.0")
     lock_folder(run).close()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_what_is_no_file_under_the_lock_s_name_is_refused(tmp_path: Path, kind: str) -> None:
+    victim, lock = tmp_path / "victim", tmp_path / ".run.lock"
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(victim)
+    if kind == "link":
+        victim.write_text("precious")
+    with pytest.raises(UserError) as caught:
+        lock_folder(tmp_path / "run")
+    assert caught.value.key == str(lock)
+    assert victim.exists() == (kind == "link")
+    assert kind != "link" or victim.read_text() == "precious"
+
+
+def test_a_lock_that_is_no_text_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").write_bytes(b"\xff\xfe\x00 not a text")
+    with lock_folder(tmp_path / "run") as lock:
+        lock.check()
