@@ -139,7 +139,7 @@ def former_method(name: str) -> str:
 
 def present_pipeline(saved: Any) -> dict[str, Any]:
     """A pipeline's stored settings, where every method has its settings and its present name."""
-    present: dict[str, Any] = present_config(saved)
+    present: dict[str, Any] = _present_names(saved)
     consolidation = present["experience"]["consolidation"]
     consolidation["methods"] = list(map(present_method, consolidation["methods"]))
     if "losses" in consolidation:
@@ -149,4 +149,5 @@ def present_pipeline(saved: Any) -> dict[str, Any]:
             present_method(method): {"loss": loss, **rest}
             for method, loss in consolidation.pop("losses").items()
         }
-    return present
+    moved: dict[str, Any] = present_config(present)
+    return moved
