@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from opcd_nemo.metrics import read_metrics
+from tests.fork_server import choose_python
 from tests.recipes.conftest import SMOKE
 from tests.tiny import write_chat_model
 from tests.tree import PYTHONPATH, ROOT
@@ -48,7 +49,8 @@ class Job:
     ) -> None:
         self.run = folder / "run"
         places = (f"student.path={model}", f"exp_manager.exp_dir={folder}", f"parallel={layout}")
-        self._command = [sys.executable, "recipes/train.py", *SMOKE, *SETTINGS, *places, *overrides]
+        words = ("recipes/train.py", *SMOKE, *SETTINGS, *places, *overrides)
+        self._command = [choose_python(), *words]
         folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
 

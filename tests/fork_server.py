@@ -8,9 +8,11 @@ for the interpreter and hands its arguments, environment and files to `python -m
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -27,10 +29,16 @@ SOCKET_ENV = "OPCD_TEST_FORK_SOCKET"
 IMPORTED = ("opcd_nemo.trainer.run", "opcd_nemo.experience.stages", "opcd_nemo.experience.pipeline")
 
 
+def choose_python() -> str:
+    """What runs a program: a fork where a server is, the interpreter elsewhere."""
+    return str(FORKED_PYTHON) if SOCKET_ENV in os.environ else sys.executable
+
+
 def main() -> None:
     """Serve until killed."""
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.freeze()  # forks do not search what was imported, nor copy its pages: a fifth of their time
     selector = selectors.DefaultSelector()
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(sys.argv[1])
@@ -86,6 +94,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.executable = str(FORKED_PYTHON)
+    resource.setrlimit(resource.RLIMIT_FSIZE, request["largest_file"])
     code = 1
     try:
         _run([word for word in request["arguments"] if word not in ("-u", "-P")])

@@ -6,6 +6,7 @@ Signals are passed on and the exit is the fork's. When this process is killed, s
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         "arguments": sys.argv[1:],
         "environment": dict(os.environ),
         "folder": str(Path.cwd()),
+        "largest_file": resource.getrlimit(resource.RLIMIT_FSIZE),
     }
     socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
     pid = int(server.recv(64))

@@ -6,6 +6,7 @@ job (`world 2` or `moves 2`), each line written `ok` or the path of a traceback.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ def main() -> None:
     _megatron_cpu.install()  # ranks that are forked later find it installed
     import tests.distributed.programs  # noqa: F401  # imported before the fork
 
+    gc.freeze()  # ranks do not search what was imported, nor copy its pages
     for line in sys.stdin:
         job, world = line.split()
         answer = _run_job(job, int(world), models, results)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import FORKED_PYTHON, SOCKET_ENV
+from tests.fork_server import choose_python
 from tests.tiny import write_chat_model
 from tests.tree import PYTHONPATH, ROOT
 
@@ -63,7 +63,7 @@ def run_python(
     cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python; `fresh`: with all imports of its own."""
-    python = sys.executable if fresh or SOCKET_ENV not in os.environ else str(FORKED_PYTHON)
+    python = sys.executable if fresh else choose_python()
     return subprocess.run(
         [python, *arguments],
         cwd=cwd,

@@ -110,7 +110,6 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_stay(
         "recipes/train.py",
         *arguments,
         "trainer.max_steps=4",
-        fresh=True,  # a fork would leave the limit behind
     )
     assert failed.returncode == 1
     shard = rf"{re.escape(str(checkpoints))}/\.step=3\.ckpt\.partial/__\d_0\.distcp"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.plan.parameters import rank_parameters
+from tests.fork_server import choose_python
 from tests.model_shapes import SHAPES
 from tests.unit.recipes.test_paper_recipes import RECIPES, recipe
 
@@ -49,13 +49,13 @@ def layouts() -> list[tuple[str, int, int]]:
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[str, Any]:
+def built(fork_server: None) -> dict[str, Any]:
     asked = {
         "layouts": layouts(),
         "recipes": {name: MORE.get(name, []) for name in RECIPES},
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [choose_python(), "-c", PROGRAM],
         input=json.dumps(asked),
         capture_output=True,
         cwd=ROOT,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from tests.fork_server import choose_python
+
 PROBE = Path(__file__).parents[3] / "slurm/allreduce_probe.py"
+pytestmark = pytest.mark.usefixtures("fork_server")
 NODES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 
 
@@ -33,7 +37,7 @@ def verdicts(num_mib: list[str]) -> list[str]:
             "OPCD_MIN_GBPS": "0.0001",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(PROBE), *NODES]
+        command = [choose_python(), str(PROBE), *NODES]
         processes.append(
             subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
         )
