@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NoReturn
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.experience import STAGE_OPTION
 from opcd_nemo.experience.config import load_experience
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.ranks import Main, is_rank, launch_ranks, run_and_exit, run_rank, say
+from opcd_nemo.launch.recipes import for_another_program
 
 _CONFIG = "experience"
 
@@ -32,8 +34,10 @@ def _pipeline(overrides: Sequence[str]) -> int:
     from opcd_nemo.experience.pipeline import check_pipeline, run_pipeline
 
     settings = load_experience(compose(_CONFIG, overrides))
-    parallel = check_pipeline(settings)
-
+    try:
+        parallel = check_pipeline(settings)
+    except UserError as error:
+        raise for_another_program(error, _CONFIG) from error
     number = itertools.count()
 
     def launch(more: Sequence[str]) -> int:

@@ -118,3 +118,11 @@ def test_a_wrong_word_is_one_line(
     assert line.startswith("error: ")
     assert said in line
     assert line.count(",") < 15
+
+
+def test_a_recipe_of_a_training_is_refused_by_the_pipeline() -> None:
+    command = [sys.executable, "-m", "opcd_nemo.cli", "experience", "recipe=demo_json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe=demo_json: is for opcd train; allowed: opcd train")
+    assert done.stderr.count("\n") == 1
