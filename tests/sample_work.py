@@ -31,7 +31,7 @@ def work(**changes: Any) -> Work:
         "student_dtype": "bf16",
         "teacher_dtype": "bf16",
         "fp8": False,
-        "teacher_life": "frozen",
+        "teacher_update": "never",
         "needs_teacher": True,
         "samples_from_teacher": False,
         "layout": layout(),

@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from opcd_nemo.checkpoint.optimizer_shards import whole_parameters
 from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan, write_index
+from opcd_nemo.config.renamed import present_update
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.model.language_model import LanguageModel
@@ -257,7 +258,7 @@ def load(
 
     Raises:
         UserError: the checkpoint is of a model with another shape, or holds no optimizer, or not
-            the weights of a teacher of this life.
+            the weights of a teacher with this `teacher.update`.
     """
     unsharded = dist_checkpointing.load_common_state_dict(str(path))
     saved, wanted = unsharded["model"], student.config
@@ -277,11 +278,12 @@ def load(
         )
     state |= _optimizer_to_load(state["student"], optimizer)
     state |= _teacher_state(teacher)
-    if "teacher" in state and unsharded.get("teacher_life") != teacher.life:
+    saved_update = present_update(unsharded)
+    if "teacher" in state and saved_update != teacher.update:
         raise UserError(
             str(path),
-            allowed=f"the checkpoint's teacher.life={unsharded.get('teacher_life', 'frozen')}",
-            problem=f"holds no weights of a teacher with teacher.life={teacher.life}",
+            allowed=f"the checkpoint's teacher.update={saved_update}",
+            problem=f"holds no weights of a teacher with teacher.update={teacher.update}",
         )
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)
@@ -315,7 +317,7 @@ def _teacher_state(teacher: Teacher) -> dict[str, Any]:
         name: make_sharded_optimizer_tensor(like[name], tensor, "teacher")
         for name, tensor in tensors.items()
     }
-    return {"teacher": sharded, "teacher_life": teacher.life}
+    return {"teacher": sharded, "teacher_update": teacher.update}
 
 
 def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

@@ -14,6 +14,7 @@ from opcd_nemo.errors import UserError
 
 _CONSOLIDATION = "experience.consolidation"
 _KEYS = {
+    "teacher.life": "teacher.update",
     **{
         f"{group}.{name}": f"{group}.sampling.{name}"
         for group in ("rollout", "evaluation", "experience.extraction")
@@ -26,6 +27,11 @@ _KEYS = {
     },
 }
 """Old key -> new key."""
+
+_VALUES = {
+    "teacher.update": {"frozen": "never", "hard_sync": "every_n_steps", "live": "shared"},
+}
+"""New key -> old value -> new value."""
 
 _MODULES = {
     "opcd_nemo.nemo_model": "opcd_nemo.trainer.model",
@@ -64,7 +70,8 @@ def refuse_old_key(key: str, value: object) -> None:
         UserError: the key has another name now.
     """
     if key in _KEYS:
-        raise UserError(key, value, f"{_KEYS[key]}={value}", problem="was renamed")
+        present = _present_value(_KEYS[key], value)
+        raise UserError(key, value, f"{_KEYS[key]}={present}", problem="was renamed")
 
 
 def present_config(config: Any) -> Any:
@@ -73,6 +80,17 @@ def present_config(config: Any) -> Any:
     for old, new in _KEYS.items():
         _move(present, old.split("."), new.split("."))
     return present
+
+
+def present_update(checkpoint: Mapping[str, Any]) -> str:
+    """`teacher.update` of the run that wrote a checkpoint's unsharded part."""
+    old = checkpoint.get("teacher_life", "frozen")
+    return str(checkpoint.get("teacher_update", _present_value("teacher.update", old)))
+
+
+def _present_value(key: str, value: Any) -> Any:
+    """The present word for an old value of a key."""
+    return _VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _present_names(node: Any) -> Any:
@@ -94,7 +112,7 @@ def _move(config: Any, old: list[str], new: list[str]) -> None:
         node = node.get(group) if isinstance(node, dict) else None
     if not isinstance(node, dict) or name not in node:
         return
-    value = node.pop(name)
+    value = _present_value(".".join(new), node.pop(name))
     *groups, name = new
     for group in groups:
         config = config.setdefault(group, {})

@@ -74,18 +74,18 @@ def _check_optim(optim: OptimConfig) -> None:
 
 
 def _check_teacher(config: TrainConfig) -> None:
-    """Refuse what a life of the teacher lacks, has no use for, or contradicts."""
+    """Refuse what the teacher's update lacks, has no use for, or contradicts."""
     student, teacher = config.student, config.teacher
-    with_life = f"with teacher.life={teacher.life}"
-    for key, life, needed in (
-        ("sync_every_n_steps", "hard_sync", "a whole number >= 1"),
+    with_update = f"with teacher.update={teacher.update}"
+    for key, update, needed in (
+        ("sync_every_n_steps", "every_n_steps", "a whole number >= 1"),
         ("ema_decay", "ema", "a number > 0 and < 1"),
     ):
         value = getattr(teacher, key)
-        if (teacher.life == life) != (value is not None):
-            allowed = needed if teacher.life == life else "null"
-            raise UserError(f"teacher.{key}", value, f"{allowed} {with_life}")
-    if teacher.life == "frozen":
+        if (teacher.update == update) != (value is not None):
+            allowed = needed if teacher.update == update else "null"
+            raise UserError(f"teacher.{key}", value, f"{allowed} {with_update}")
+    if teacher.update == "never":
         return
     # the weights are made of the student's: the same parameters in the same precision
     for key, value in (
@@ -94,10 +94,10 @@ def _check_teacher(config: TrainConfig) -> None:
         ("student.keep_layers", student.keep_layers),
     ):
         if value is not None:
-            raise UserError(key, value, f"null {with_life}")
+            raise UserError(key, value, f"null {with_update}")
     if teacher.dtype != student.dtype:
         raise UserError(
-            "teacher.dtype", teacher.dtype, f"student.dtype={student.dtype} {with_life}"
+            "teacher.dtype", teacher.dtype, f"student.dtype={student.dtype} {with_update}"
         )
 
 

@@ -47,16 +47,16 @@ class TeacherConfig:
 
     path: str | None = doc("the model that reads the context; null: the student's", takes=MODEL)
     dtype: str = doc("precision of its parameters", choices=DTYPES)
-    life: str = doc(
+    update: str = doc(
         "how its weights follow the student's: never; copied every n steps; a moving average; "
         "the same weights",
-        choices=("frozen", "hard_sync", "ema", "live"),
+        choices=("never", "every_n_steps", "ema", "shared"),
     )
     sync_every_n_steps: int | None = doc(
-        "with life=hard_sync: steps between two copies", minimum=1, example="10"
+        "with update=every_n_steps: steps between two copies", minimum=1, example="10"
     )
     ema_decay: float | None = doc(
-        "with life=ema: share of the average that a step keeps", above=0, below=1, example="0.99"
+        "with update=ema: share of the average that a step keeps", above=0, below=1, example="0.99"
     )
 
 

@@ -100,7 +100,7 @@ def same_model(run: Run, probe: Probe, limit: float) -> Check:
     if not loss.needs_teacher:
         return Check(name=name, status="skip", found="the loss has no teacher")
     itself = TeacherConfig(
-        path=None, dtype="", life="live", sync_every_n_steps=None, ema_decay=None
+        path=None, dtype="", update="shared", sync_every_n_steps=None, ema_decay=None
     )
     alone = replace(run, teacher=Teacher(run.student, (), itself))
     rollouts = [replace(one, teacher_prompt_ids=one.prompt_ids) for one in probe.rollouts]

@@ -125,7 +125,7 @@ def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     stream = teacher_stream(work, work.tokens.response)
     flops = work.num_microbatches * forward_flops(work.teacher, stream, layout.tp, layout.pp)
     flops /= layout.cp
-    if work.teacher_life != "frozen":
+    if work.teacher_update != "never":
         context = Stream(rows=1, before=0, shared=0, own=work.tokens.held)
         flops += forward_flops(work.teacher, context, layout.tp, layout.pp)
     width = work.teacher.hidden_size * BYTES[work.teacher_dtype]

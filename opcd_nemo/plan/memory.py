@@ -104,8 +104,8 @@ def _held(work: Work) -> dict[str, float]:
     student, teacher = largest_stage(work.student, layout), largest_stage(work.teacher, layout)
     shards = layout.dp if layout.distributed_optimizer else 1
     master = 4 if work.student_dtype == "bf16" else 0
-    own_teacher = work.teacher_life != "live"
-    average = 4 if work.teacher_life == "ema" and work.teacher_dtype == "bf16" else 0
+    own_teacher = work.teacher_update != "shared"
+    average = 4 if work.teacher_update == "ema" and work.teacher_dtype == "bf16" else 0
     return {
         "student weights": student * BYTES[work.student_dtype],
         "teacher weights": own_teacher * teacher * (BYTES[work.teacher_dtype] + average),

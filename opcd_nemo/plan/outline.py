@@ -149,7 +149,7 @@ def _work(
         student_dtype=config.student.dtype,
         teacher_dtype=config.teacher.dtype,
         fp8=config.parallel.fp8 is not None,
-        teacher_life=config.teacher.life,
+        teacher_update=config.teacher.update,
         needs_teacher=loss.needs_teacher,
         samples_from_teacher=config.rollout.sampler == "teacher",
         layout=layout_of(config),

@@ -69,7 +69,7 @@ def _table(title: str, values: Mapping[str, float]) -> list[str]:
 _ADVICE = {
     "rollout prefill": "hold the shared start of prompts, or raise data parallelism",
     "rollout decode": "raise engine.max_batch_size, or tp, which reads the weights in parallel",
-    "teacher": "a smaller teacher, or a context held once (teacher.life=frozen)",
+    "teacher": "a smaller teacher, or a context held once (teacher.update=never)",
     "student": "raise data parallelism, or lower pp, whose bubble grows with few micro-batches",
     "optimizer": "optim.use_distributed_optimizer=true shards it over data-parallel ranks",
     "communication": "lower tp, keep it inside a node, or overlap gradients",

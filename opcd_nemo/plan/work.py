@@ -73,7 +73,7 @@ class Work:
     student_dtype: str
     teacher_dtype: str
     fp8: bool  # the student's linears in training
-    teacher_life: str
+    teacher_update: str
     needs_teacher: bool
     samples_from_teacher: bool
     layout: Layout

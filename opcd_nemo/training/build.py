@@ -28,7 +28,7 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
     engine = _engine(config.engine, student, inputs)
     engines: dict[SamplerName, RolloutEngine] = {"student": engine, "teacher": engine}
     teacher = student
-    if config.teacher.life != "live":
+    if config.teacher.update != "shared":
         teacher = LanguageModel(inputs.teacher_config, parallel, DTYPES[config.teacher.dtype])
         teacher.load(inputs.teacher)
         engines["teacher"] = _engine(config.engine, teacher, inputs)

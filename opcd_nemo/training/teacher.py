@@ -1,4 +1,4 @@
-"""The teacher: it sees the context and scores the student's own tokens. Its weights have a life."""
+"""The teacher: it reads the context and scores the student's tokens; its weights may follow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from opcd_nemo.training.batches import DistillBatch
 class Teacher:
     """Scores without gradient; what is cached of its weights goes when they change.
 
-    `frozen` keeps the weights it was given. `hard_sync` takes the student's every n steps. `ema` is
-    `decay * teacher + (1 - decay) * student` after each step, in fp32, of the weights that the
-    student's forward reads (not of its optimizer's masters). `live` is the student itself.
+    What `update` makes of the weights: `never` keeps those it was given. `every_n_steps` takes the
+    student's every n steps. `ema` is `decay * teacher + (1 - decay) * student` after each step, in
+    fp32, of the weights that the student's forward reads (not of its optimizer's masters). `shared`
+    is the student itself.
     """
 
     def __init__(
@@ -28,25 +29,25 @@ class Teacher:
         """Take the model.
 
         Args:
-            model: the teacher's own, which stays without gradient; for `live` the student's.
+            model: the teacher's own, which stays without gradient; for `shared` the student's.
             prefix_ids: the tokens that the teacher's prompts share (the context).
-            settings: the life of the weights.
+            settings: how the weights follow the student.
         """
-        self.model, self.prefix_ids, self.life = model, tuple(prefix_ids), settings.life
+        self.model, self.prefix_ids, self.update = model, tuple(prefix_ids), settings.update
         self._every, self._decay = settings.sync_every_n_steps or 0, settings.ema_decay or 0.0
         self._prefix: dict[int, KeyValue] | None = None
         self._averages: list[torch.Tensor] = []
         self.version = 0
         """How many steps the student had taken when the weights were last set."""
-        if self.life != "live":
+        if self.update != "shared":
             model.module.requires_grad_(False)
-        if self.life == "ema":  # of an fp32 model these are its parameters, else copies
+        if self.update == "ema":  # of an fp32 model these are its parameters, else copies
             self._averages = [p.detach().float() for p in model.module.parameters()]
 
     @property
     def is_updated(self) -> bool:
         """Whether the weights change while the student learns."""
-        return self.life != "frozen"
+        return self.update != "never"
 
     def head(self, hidden_NH: torch.Tensor) -> Head:
         """The output head over these hidden states, without gradient."""
@@ -73,13 +74,13 @@ class Teacher:
     @torch.no_grad()
     def after_step(self, num_steps: int, student: LanguageModel) -> None:
         """Follow the student, whose optimizer has taken `num_steps` steps."""
-        if self.life == "frozen" or (self.life == "hard_sync" and num_steps % self._every):
+        if self.update == "never" or (self.update == "every_n_steps" and num_steps % self._every):
             return
         mine, theirs = self.model.module.parameters(), student.module.parameters()
-        if self.life == "hard_sync":
+        if self.update == "every_n_steps":
             for parameter, other in zip(mine, theirs, strict=True):
                 parameter.copy_(other)
-        elif self.life == "ema":
+        elif self.update == "ema":
             for average, other in zip(self._averages, theirs, strict=True):
                 average.mul_(self._decay).add_(other, alpha=1 - self._decay)
             self._take_averages()
@@ -88,9 +89,9 @@ class Teacher:
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's shard of what a checkpoint must hold, by parameter name; often nothing."""
         names = [name for name, _ in self.model.module.named_parameters()]
-        if self.life == "ema":
+        if self.update == "ema":
             return dict(zip(names, self._averages, strict=True))
-        if self.life == "hard_sync":
+        if self.update == "every_n_steps":
             return {name: p.detach() for name, p in self.model.module.named_parameters()}
         return {}
 

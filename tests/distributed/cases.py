@@ -52,7 +52,7 @@ UNSPLIT = [name for name, layout in LAYOUTS.items() if layout.cp == 1]
 
 Size = Literal["odd", "even"]
 LossName = Literal["reverse_kl", "forward_kl", "jsd", "hard", "top4_drop", "top4_renorm"]
-Life = Literal["frozen", "hard_sync", "ema", "live"]
+Update = Literal["never", "every_n_steps", "ema", "shared"]
 
 _SHAPES: dict[str, dict[str, int]] = {
     "odd-student": {},
@@ -127,7 +127,7 @@ class TrainCase:
     games: bool = False  # episodes of `TURNS`, else of one turn
     adam: Adam = FAST
     bf16: bool = False
-    life: Life = "frozen"
+    update: Update = "never"
     sync_every: int | None = None
     decay: float | None = None
 
@@ -139,7 +139,7 @@ class TrainCase:
     @property
     def teacher(self) -> str:
         """Name of the teacher's model: one that moves starts as the student."""
-        return f"{self.family}-{self.size}-{'teacher' if self.life == 'frozen' else 'student'}"
+        return f"{self.family}-{self.size}-{'teacher' if self.update == 'never' else 'student'}"
 
 
 TRAIN_CASES = {
@@ -173,17 +173,17 @@ MICRO_BATCHES = {
     for size in (1, 2, 3, 4, 8)
 }
 DECAY = 0.7
-EMA = TrainCase(family="qwen3-tied", distributed_optimizer=True, life="ema", decay=DECAY)
-HARD_SYNC = TrainCase(family="llama-untied", life="hard_sync", sync_every=2)
+EMA = TrainCase(family="qwen3-tied", distributed_optimizer=True, update="ema", decay=DECAY)
+HARD_SYNC = TrainCase(family="llama-untied", update="every_n_steps", sync_every=2)
 TEACHER_CASES = {
     "ema": EMA,
     "ema-bf16": replace(EMA, bf16=True),
     "hard_sync": HARD_SYNC,
     # a teacher copied from the student after every step: what a live one must be equal to
     "copied": replace(HARD_SYNC, sync_every=1, on_policy=True),
-    "live": replace(HARD_SYNC, life="live", sync_every=None, on_policy=True),
-    "copied-tied": replace(EMA, life="hard_sync", decay=None, sync_every=1, on_policy=True),
-    "live-tied": replace(EMA, life="live", decay=None, on_policy=True),
+    "live": replace(HARD_SYNC, update="shared", sync_every=None, on_policy=True),
+    "copied-tied": replace(EMA, update="every_n_steps", decay=None, sync_every=1, on_policy=True),
+    "live-tied": replace(EMA, update="shared", decay=None, on_policy=True),
 }
 TEACHER_STEPS = 4
 TEACHER_LAYOUTS = ["one", "tp2", "pp2", "dp2", "tp2sp"]

@@ -22,7 +22,7 @@ from tests.distributed.shards import full_tensors
 from tests.distributed.training import build_run, make_loss, teacher_state
 from tests.error_limits import relative_error
 
-FROZEN: Any = SimpleNamespace(life="frozen", sync_every_n_steps=None, ema_decay=None)
+FROZEN: Any = SimpleNamespace(update="never", sync_every_n_steps=None, ema_decay=None)
 
 
 def follow(parallel: Parallel, models: Path, case: str) -> dict[str, Any]:

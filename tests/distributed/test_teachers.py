@@ -93,8 +93,8 @@ def test_a_checkpoint_holds_the_teacher(move: str, case: str, results: Results) 
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_a_checkpoint_of_another_life_is_refused(move: str, results: Results) -> None:
+def test_a_checkpoint_of_another_update_is_refused(move: str, results: Results) -> None:
     assert results(move)["ema"]["refused"].endswith(
-        "holds no weights of a teacher with teacher.life=hard_sync; "
-        "allowed: the checkpoint's teacher.life=ema"
+        "holds no weights of a teacher with teacher.update=every_n_steps; "
+        "allowed: the checkpoint's teacher.update=ema"
     )

@@ -177,10 +177,10 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
     optimizer = Recorder(student, settings, max_steps=cases.STEPS)
     optimizer.model = student
     teacher = student
-    if case.life != "live":
+    if case.update != "shared":
         teacher = build(parallel, models / case.teacher, dtype=dtype)
-    life: Any = SimpleNamespace(
-        life=case.life, sync_every_n_steps=case.sync_every, ema_decay=case.decay
+    settings_of_teacher: Any = SimpleNamespace(
+        update=case.update, sync_every_n_steps=case.sync_every, ema_decay=case.decay
     )
     engines: Any = dict.fromkeys(("student", "teacher"), FixedEngine())
     if case.on_policy:
@@ -193,7 +193,7 @@ def build_run(parallel: Parallel, models: Path, case: TrainCase) -> Run:
         task=fixed[0],
         conversation=fixed[1],
         student=student,
-        teacher=Teacher(teacher, cases.CONTEXT, life),
+        teacher=Teacher(teacher, cases.CONTEXT, settings_of_teacher),
         engines=engines,
         optimizer=optimizer,
         sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=5),
@@ -278,7 +278,9 @@ def move_checkpoint(
     common = checkpoint.load(path, run.student, run.optimizer, run.teacher)
     loaded_teacher = teacher_state(run), full_tensors(run.teacher.model, lambda p: p.data)[0]
     loaded, _ = full_tensors(run.student, lambda p: p.data)
-    refused = _refusal_of_another_life(parallel, models, case, path) if case.life == "ema" else ""
+    refused = (
+        _refusal_of_another_update(parallel, models, case, path) if case.update == "ema" else ""
+    )
     stats = distill_step(run, 2).means()
     resumed, unequal = full_tensors(run.student, lambda p: p.data)
     return {
@@ -295,9 +297,13 @@ def move_checkpoint(
     }
 
 
-def _refusal_of_another_life(parallel: Parallel, models: Path, case: TrainCase, path: Path) -> str:
+def _refusal_of_another_update(
+    parallel: Parallel, models: Path, case: TrainCase, path: Path
+) -> str:
     """What a run says whose teacher is another than the checkpoint's."""
-    other = build_run(parallel, models, replace(case, life="hard_sync", decay=None, sync_every=1))
+    other = build_run(
+        parallel, models, replace(case, update="every_n_steps", decay=None, sync_every=1)
+    )
     try:
         checkpoint.load(path, other.student, other.optimizer, other.teacher)
     except ValueError as error:

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.changes import differences
-from opcd_nemo.config.renamed import present_config
+from opcd_nemo.config.renamed import present_config, present_update
 from opcd_nemo.config.stored import parse_stored
 from opcd_nemo.config.train import load_config
 from opcd_nemo.errors import UserError
@@ -21,11 +21,14 @@ def as_before(config: dict[str, Any]) -> dict[str, Any]:
     old = copy.deepcopy(config)
     for name in ("rollout", "evaluation"):
         old[name] |= old[name].pop("sampling")
+    lives = {"never": "frozen", "every_n_steps": "hard_sync", "ema": "ema", "shared": "live"}
+    old["teacher"]["life"] = lives[old["teacher"].pop("update")]
     return old
 
 
-def test_a_stored_configuration_gets_the_present_keys() -> None:
-    now: Any = OmegaConf.to_container(compose("train", []), resolve=True)
+@pytest.mark.parametrize("teacher", ["same", "hard_sync", "ema", "live"])
+def test_a_stored_configuration_gets_the_present_keys(teacher: str) -> None:
+    now: Any = OmegaConf.to_container(compose("train", [f"teacher={teacher}"]), resolve=True)
     old = as_before(now)
     assert old["rollout"]["temperature"] == 1.0
     assert present_config(old) == now
@@ -63,3 +66,15 @@ def test_an_old_key_on_the_command_line_names_the_new_one(key: str) -> None:
         load_config(compose("train", [f"+{key}=3"]))
     assert (refused.value.key, refused.value.problem) == (key, "was renamed")
     assert refused.value.allowed == f"{group}.sampling.{name}=3"
+
+
+def test_an_old_value_on_the_command_line_names_the_new_one() -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(compose("train", ["+teacher.life=hard_sync"]))
+    assert refused.value.allowed == "teacher.update=every_n_steps"
+
+
+def test_the_teacher_of_an_old_checkpoint_has_its_present_word() -> None:
+    assert present_update({"teacher_life": "live"}) == "shared"
+    assert present_update({"teacher_update": "every_n_steps"}) == "every_n_steps"
+    assert present_update({}) == "never"

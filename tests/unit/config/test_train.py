@@ -120,8 +120,8 @@ def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
         ("evaluation.num_questions=0", "a whole number >= 1"),
         ("evaluation.leakage_phrases=[]", "a list of one phrase or more, each with a word in it"),
         ("evaluation.min_retention=0.5", "null with evaluation.every_n_steps=0"),
-        ("teacher.life=slow", "frozen, hard_sync, ema, live"),
-        ("teacher.ema_decay=0.9", "null with teacher.life=frozen"),
+        ("teacher.update=slow", "never, every_n_steps, ema, shared"),
+        ("teacher.ema_decay=0.9", "null with teacher.update=never"),
         ("teacher.sync_every_n_steps=1.5", "a whole number >= 1, or null"),
         ("task._target_=nope.Task", "an importable class"),
         ("loss._target_=os.system", "a class or function of Python with annotated arguments"),
@@ -136,37 +136,42 @@ def test_a_refusal_names_the_key_and_what_is_allowed(override: str, allowed: str
 
 
 @pytest.mark.parametrize(
-    ("life", "override", "allowed"),
+    ("teacher", "override", "allowed"),
     [
         ("ema", "teacher.ema_decay=1", "a number > 0 and < 1, or null"),
         ("ema", "teacher.ema_decay=0", "a number > 0 and < 1, or null"),
         ("ema", "teacher.ema_decay=nan", "a number > 0 and < 1, or null"),
-        ("ema", "teacher.ema_decay=null", "a number > 0 and < 1 with teacher.life=ema"),
-        ("ema", "teacher.sync_every_n_steps=2", "null with teacher.life=ema"),
-        ("hard_sync", "teacher.ema_decay=0.5", "null with teacher.life=hard_sync"),
+        ("ema", "teacher.ema_decay=null", "a number > 0 and < 1 with teacher.update=ema"),
+        ("ema", "teacher.sync_every_n_steps=2", "null with teacher.update=ema"),
+        ("hard_sync", "teacher.ema_decay=0.5", "null with teacher.update=every_n_steps"),
         ("hard_sync", "teacher.sync_every_n_steps=0", "a whole number >= 1, or null"),
         (
             "hard_sync",
             "teacher.sync_every_n_steps=null",
-            "a whole number >= 1 with teacher.life=hard_sync",
+            "a whole number >= 1 with teacher.update=every_n_steps",
         ),
-        ("live", "teacher.sync_every_n_steps=2", "null with teacher.life=live"),
+        ("live", "teacher.sync_every_n_steps=2", "null with teacher.update=shared"),
     ],
 )
-def test_a_life_of_the_teacher_takes_its_own_keys(life: str, override: str, allowed: str) -> None:
-    error = refused(f"teacher={life}", override)
+def test_an_update_of_the_teacher_takes_its_own_keys(
+    teacher: str, override: str, allowed: str
+) -> None:
+    error = refused(f"teacher={teacher}", override)
     assert (error.key, error.allowed) == (override.partition("=")[0], allowed)
 
 
-@pytest.mark.parametrize("life", ["hard_sync", "ema", "live"])
-def test_a_teacher_that_moves_has_the_students_parameters(life: str) -> None:
+@pytest.mark.parametrize(
+    ("teacher", "update"), [("hard_sync", "every_n_steps"), ("ema", "ema"), ("live", "shared")]
+)
+def test_a_teacher_that_is_updated_has_the_students_parameters(teacher: str, update: str) -> None:
     for override, value in (
         ("teacher.path=other", "null"),
         ("student.keep_layers=[0]", "null"),
         ("teacher.dtype=fp32", "student.dtype=bf16"),
     ):
-        assert refused(f"teacher={life}", override).allowed == f"{value} with teacher.life={life}"
-    assert load_config(compose("train", [f"teacher={life}"])).teacher.life == life
+        allowed = refused(f"teacher={teacher}", override).allowed
+        assert allowed == f"{value} with teacher.update={update}"
+    assert load_config(compose("train", [f"teacher={teacher}"])).teacher.update == update
 
 
 def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:

@@ -89,8 +89,8 @@ def test_held_bytes_are_two_weights_and_twelve_of_the_optimizer() -> None:
     whole = layout(dp=4, distributed_optimizer=False)
     assert parts(model=QWEN, layout=whole)["optimizer"] == 12 * count
     assert parts(model=QWEN, student_dtype="fp32")["optimizer"] == 8 * count
-    assert parts(model=QWEN, teacher_life="live")["teacher weights"] == 0
-    assert parts(model=QWEN, teacher_life="ema")["teacher weights"] == 6 * count
+    assert parts(model=QWEN, teacher_update="shared")["teacher weights"] == 0
+    assert parts(model=QWEN, teacher_update="ema")["teacher weights"] == 6 * count
 
 
 def test_activations_shrink_with_what_is_split_or_recomputed() -> None:
@@ -181,7 +181,9 @@ def test_fp8_speeds_up_the_linears_alone() -> None:
 
 def test_moving_teacher_reads_its_context_every_step() -> None:
     frozen = duration.teacher_seconds(work(model=QWEN), accelerator())[0]
-    assert duration.teacher_seconds(work(model=QWEN, teacher_life="ema"), accelerator())[0] > frozen
+    assert (
+        duration.teacher_seconds(work(model=QWEN, teacher_update="ema"), accelerator())[0] > frozen
+    )
 
 
 def test_every_number_of_an_accelerator_has_an_effect() -> None:

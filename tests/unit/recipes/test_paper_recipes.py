@@ -69,7 +69,7 @@ COMMON = {
     "rollout.sampling.top_k": 0,
     "rollout.anchor_fraction": 0.0,
     "warmup.steps": 0,
-    "teacher.life": "frozen",
+    "teacher.update": "never",
     "student.dtype": "bf16",
     "retention._target_": "opcd_nemo.tasks.instructions.instructions",  # the paper asks IF-Eval
     "retention.level": "prompt",
