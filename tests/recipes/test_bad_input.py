@@ -29,7 +29,7 @@ MISTAKES = {
     "a wrong type": (["optim.lr=fast"], ["optim.lr=fast; allowed: a number > 0"]),
     "sizes that do not divide the world": (
         ["parallel=dp2", "parallel.tensor_model_parallel_size=3"],
-        ["tensor_model_parallel_size=3", "world size 2", "allowed: a world size that"],
+        ["tensor_model_parallel_size=3", "the 2 ranks of the run", "allowed: a world size that"],
     ),
     "layers that stages do not divide": (
         ["parallel=single", "parallel.num_ranks=3", "parallel.pipeline_model_parallel_size=3"],
@@ -45,7 +45,7 @@ MISTAKES = {
     ),
     "an architecture that is not supported": (
         ["student.path={folder}/other_architecture"],
-        ["student.path=", "model_type is 'mamba'; allowed: llama, qwen2, qwen3"],
+        ["student.path=", "model_type=mamba; allowed: llama, qwen2, qwen3"],
     ),
     "a tokenizer without chat template": (
         ["student.path={folder}/no_template"],
