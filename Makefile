@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help docs demo demo-games test test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z test-lanes check \
-	format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
+.PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
+	test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
@@ -20,6 +20,10 @@ DEV := $(VENV)/installed-dev
 PYTHON312 ?= python3.12
 CORES := 0.18.0 0.19.2
 CORE_TESTS := $(addprefix tests/,$(addprefix unit/,model training checkpoint formats) distributed golden)
+# what starts no process and composes few configurations
+QUICK := $(addprefix tests/unit/,checkpoint config/test_renamed.py config/test_schema.py context engines \
+	evaluation/test_[erv]*.py formats/test_sh*.py formats/test_tok*.py launch/test_exits.py model rollout/test_[cs]*.py storage \
+	tasks/test_[rt]*.py test_floors.py test_losses.py test_metrics.py)
 WHEEL := $(CURDIR)/build/wheel-test
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -37,6 +41,9 @@ test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
 	$(PYTEST) tests/distributed
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-recipes-a-to-e test-recipes-f-to-z
+
+test-quick: $(DEV) ## the core of the unit tests, at most a minute of CPU time
+	$(PYTEST) $(QUICK)
 
 # what leaves a core idle, two at a time
 test-unit: $(DEV)
