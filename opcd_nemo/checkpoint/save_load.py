@@ -24,8 +24,10 @@ from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan,
 from opcd_nemo.config.renamed import present_update
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import SaveError, UserError
+from opcd_nemo.formats.torch_dist import DistributedTensors
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
+from opcd_nemo.storage.archive import FolderFiles
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
@@ -258,8 +260,10 @@ def load(
 
     Raises:
         UserError: the checkpoint is of a model with another shape, or holds no optimizer, or not
-            the weights of a teacher with this `teacher.update`.
+            the weights of a teacher with this `teacher.update`; or its index is none.
     """
+    # torch's reader unpickles the index: only what the project's reader of indices lets through
+    DistributedTensors(FolderFiles(path))
     unsharded = dist_checkpointing.load_common_state_dict(str(path))
     saved, wanted = unsharded["model"], student.config
     for key, value in asdict(wanted).items():

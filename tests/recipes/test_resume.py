@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from opcd_nemo.metrics import read_metrics
-from opcd_nemo.storage.durable import find_damage, read_manifest
+from opcd_nemo.storage.durable import (
+    files_in,
+    find_damage,
+    measure,
+    read_manifest,
+    write_manifest,
+)
 from opcd_nemo.storage.lock import lock_folder
 from tests.crash import Job, outcome
 from tests.recipes.conftest import Train, run_python
@@ -53,6 +61,31 @@ def test_a_changed_key_is_refused(resume: Run, folders: tuple[Path, Path]) -> No
     line = refused.stderr.splitlines()[-1]
     assert "loss.temperature was 1.0, is 0.5" in line
     assert "resume.allow_changes=[loss.temperature,optim.weight_decay]" in line
+
+
+class Payload:
+    """What unpickling this does."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.victim,)
+
+
+def test_a_strangers_index_is_not_unpickled(
+    resume: Run, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[1], tmp_path / "runs")
+    for checkpoint in (tmp_path / "runs/run/checkpoints").glob("step=*.ckpt"):
+        index = checkpoint / ".metadata"
+        index.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+        files = {name: measure(checkpoint / name) for name in files_in(checkpoint)}
+        write_manifest(checkpoint, files)  # who can write the index can write the manifest
+    refused = resume(tmp_path / "runs", 4)
+    assert refused.returncode == 2, refused.stderr
+    assert ".metadata: refused" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_second_job_on_the_folder_is_refused(resume: Run, folders: tuple[Path, Path]) -> None:
