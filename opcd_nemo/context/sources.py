@@ -161,7 +161,8 @@ class ExperienceContext(OneContext):
         """Take items, or read an entry.
 
         Args:
-            path: an entry's file, or a registry's folder (its selected entry).
+            path: an entry's file, or a registry's folder (its selected entry), as
+                `context.path=runs/demo_games/registry`.
             items: the items themselves, in place of a path, with their `lineage`.
             lineage: as of an entry; null with a path.
             template: `Context.wrap`.

@@ -38,9 +38,9 @@ def multiple_choice(
     come: a training row cannot give away a test row by another letter.
 
     Args:
-        train: The JSONL, CSV or parquet file to learn from.
+        train: The JSONL, CSV or parquet file to learn from, as `task.train=data/train.parquet`.
         validation: A file, or a share of `train` taken by a hash of the problem.
-        test: Likewise.
+        test: A file, or a share of `train`, as `task.test=data/test.parquet` or `task.test=0.1`.
         question_column: Dotted for what is inside.
         option_columns: One column an option, in the order of their letters.
         answer_column: The right option's number.

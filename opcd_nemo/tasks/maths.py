@@ -49,9 +49,9 @@ def file_problems(
     """Read problems from JSONL, CSV or parquet files; math-verify compares final answers.
 
     Args:
-        train: The file to learn from.
+        train: The JSONL, CSV or parquet file to learn from, as `task.train=data/train.parquet`.
         validation: A file, or a share of `train` taken by a hash of the problem.
-        test: Likewise.
+        test: A file, or a share of `train`, as `task.test=data/test.parquet` or `task.test=0.1`.
         problem_column: Dotted for what is inside, such as `prompt.0.content`.
         answer_column: Likewise.
         answer_form: Where a row's answer stands: the whole text, after `####`, in the last box.
