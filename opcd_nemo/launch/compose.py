@@ -27,6 +27,7 @@ def compose(config_name: str, words: Sequence[str]) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
+    OmegaConf.register_new_resolver("fast_dtype", _fast_dtype, replace=True)
     overrides = [as_override(word) for word in words]
     try:
         with initialize_config_dir(str(CONF), version_base=None):
@@ -43,6 +44,13 @@ def compose(config_name: str, words: Sequence[str]) -> DictConfig:
         key = str(error.full_key)
         raise UserError(key, ABSENT, "a key that exists", problem=problem) from error
     return of_program(config_name, config, words)
+
+
+def _fast_dtype() -> str:
+    """What `${fast_dtype:}` in a configuration means on this machine."""
+    from opcd_nemo.distributed.groups import fast_dtype  # torch: not for `opcd --help`
+
+    return fast_dtype()
 
 
 def _resolve(config: DictConfig) -> None:

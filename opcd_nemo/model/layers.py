@@ -74,6 +74,9 @@ class PackedWeight:
     oneDNN reorders a plain weight in every call. Packed once per rollout, the linears of a decode
     step take half the time, and a row's result does not depend on the number of rows
     (docs/log.md): a sample stays the same bits in any batch.
+
+    oneDNN packs bf16 only for processors with AVX-512 or AVX-NE-CONVERT. On others the copy is
+    fp32: products of the same bf16 values, summed in fp32 as well, rounded to bf16 once.
     """
 
     _TYPICAL_ROWS = 32  # packs 2-6 times faster than a hint of 8, and multiplies as fast
@@ -81,17 +84,28 @@ class PackedWeight:
     def __init__(self, weight: torch.Tensor) -> None:
         """Reorder a copy of `weight`."""
         pack = torch.ops.mkldnn._reorder_linear_weight
-        self._weight = pack(weight.detach(), self._TYPICAL_ROWS)
+        weight = weight.detach()
+        self._dtype = weight.dtype if can_pack(weight.dtype) else torch.float32
+        self._weight = pack(weight.to(self._dtype), self._TYPICAL_ROWS)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ weight.T + bias`, without gradient."""
+        """`x @ weight.T + bias`, without gradient, in the type of `x`."""
         alone = len(x) == 1
+        dtype, x = x.dtype, x.to(self._dtype)
         if alone:  # a single row takes another path in oneDNN, with other roundings
             x = x.expand(2, *x.shape[1:])
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, bias, "none", [], ""
-        )
+            x, self._weight, None if bias is None else bias.to(self._dtype), "none", [], ""
+        ).to(dtype)
         return out[:1] if alone else out
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this type for this processor."""
+    if dtype != torch.bfloat16:
+        return True
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # megatron-core is untyped

@@ -63,7 +63,7 @@ def train(raw: DictConfig, say: Say) -> Path:
     config = prepared.config
     parallel = init_parallel(config.parallel, config.seed)
     shown = say if rank == 0 else _silent
-    shown(_first_line(parallel))
+    shown(f"{_first_line(parallel)}; student: {config.student.dtype}")
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     with RunFolder.hold(folder, parallel) as run_folder:
         _train(prepared, parallel, run_folder, started, shown)

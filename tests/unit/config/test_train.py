@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.config.train import TrainConfig, load_config
+from opcd_nemo.distributed.groups import fast_dtype
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.recipes import CONF
@@ -169,7 +170,7 @@ def test_a_teacher_that_is_updated_has_the_students_parameters(teacher: str, upd
         ("student.keep_layers=[0]", "null"),
         ("teacher.dtype=fp32", "student.dtype=bf16"),
     ):
-        allowed = refused(f"teacher={teacher}", override).allowed
+        allowed = refused(f"teacher={teacher}", "student.dtype=bf16", override).allowed
         assert allowed == f"{value} with teacher.update={update}"
     assert load_config(compose("train", [f"teacher={teacher}"])).teacher.update == update
 
@@ -183,7 +184,7 @@ def test_loads_typed(composed: DictConfig) -> None:
     config = load_config(composed)
     assert isinstance(config, TrainConfig)
     assert config.optim.betas == [0.9, 0.999]
-    assert config.teacher.dtype == config.student.dtype == "bf16"
+    assert config.teacher.dtype == config.student.dtype == fast_dtype()
     assert config.evaluation.sampling.max_new_tokens == config.rollout.sampling.max_new_tokens
     assert config.task["seed"] == config.seed
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from opcd_nemo.model import layers
-from opcd_nemo.model.layers import ColumnLinear, RMSNorm, RowLinear
+from opcd_nemo.model.layers import ColumnLinear, PackedWeight, RMSNorm, RowLinear
 from tests.error_limits import check, relative_error
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -74,3 +74,22 @@ def test_the_local_layer_takes_our_linears(form: Any, monkeypatch: pytest.Monkey
     made = mlp.keywords["submodules"] if form is functools.partial else mlp.submodules
     assert (made.linear_fc1, made.linear_fc2) == (ColumnLinear, RowLinear)
     assert parts.linear_fc1 is torch.nn.Linear, "megatron-core's spec stays as it was"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 33])
+def test_a_packed_weight_multiplies_on_every_processor(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40, dtype=dtype)
+    x, bias = torch.randn(rows, 40, dtype=dtype), torch.randn(24, dtype=dtype)
+    out = PackedWeight(weight).linear(x, bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double(),
+        exact,
+        rtol=2**-7 if dtype != torch.float32 else 1e-5,
+        atol=1e-2 if dtype != torch.float32 else 1e-5,
+    )
+    alone = PackedWeight(weight).linear(x[:1], bias)
+    assert alone.equal(out[:1])  # a row does not depend on the number of rows
