@@ -36,7 +36,6 @@ class LogitMap:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values."""
         check_finite_positive("scale", self.scale)
         if self.softcap is not None:
             check_finite_positive("softcap", self.softcap)
@@ -57,7 +56,6 @@ class Sharpening:
     logit_map: LogitMap = IDENTITY
 
     def __post_init__(self) -> None:
-        """Checks the values."""
         check_finite_positive("temperature", self.temperature)
 
     @property
@@ -91,7 +89,6 @@ class Objective:
     teacher: Sharpening = field(default_factory=Sharpening)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind is {self.kind!r}; allowed: {', '.join(get_args(Kind))}")
         if not 0.0 < self.beta < 1.0:

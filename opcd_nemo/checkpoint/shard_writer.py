@@ -71,7 +71,6 @@ class ShardWriter:
     def __init__(
         self, folder: Path, name: str, pieces: list[Piece], files: Mapping[str, bytes]
     ) -> None:
-        """Nothing is written yet."""
         self._folder, self._name, self._pieces, self._files = folder, name, pieces, files
         self._thread: threading.Thread | None = None
         self._is_awaited = threading.Event()

@@ -47,7 +47,7 @@ def newest_within(
         count: the tokens of a text.
 
     Raises:
-        ValueError: not even the newest item fits.
+        UserError: not even the newest item fits.
     """
     if not items:
         return ()

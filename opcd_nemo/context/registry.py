@@ -47,7 +47,6 @@ class Registry:
     """Entries and which of them is selected."""
 
     def __init__(self, folder: Path) -> None:
-        """Take a folder; it is made with the first entry."""
         self.folder = folder
 
     def add(self, entry: Entry) -> Path:
@@ -74,7 +73,7 @@ class Registry:
         """Select again what was selected before the present selection; each goes a step further.
 
         Raises:
-            ValueError: there was no other selection before.
+            UserError: there was no other selection before.
         """
         hashes = self._not_rolled_back()
         if len(hashes) < 2:
@@ -108,7 +107,7 @@ class Registry:
         """Return the selected entry.
 
         Raises:
-            ValueError: none is.
+            UserError: none is.
         """
         history = self.history()
         if not history:
@@ -123,7 +122,7 @@ class Registry:
         """Return the entry whose hash starts so.
 
         Raises:
-            ValueError: none does, or several do, or its file is not what it was.
+            UserError: none does, or several do, or its file is not what it was.
         """
         known = self._files()
         found = [file for file in known if file.stem.startswith(entry_hash)] if entry_hash else []
@@ -148,7 +147,7 @@ def read_entry(path: Path) -> Entry:
     """Read an entry, or the one selected in a registry's folder.
 
     Raises:
-        ValueError: it is not there, or it is not what its hash says.
+        UserError: it is not there, or it is not what its hash says.
     """
     if path.is_dir():
         return Registry(path).selected()

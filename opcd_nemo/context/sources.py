@@ -97,7 +97,6 @@ class OneContext:
     """The same context for every episode."""
 
     def __init__(self, context: Context, lineage: Mapping[str, Any]) -> None:
-        """Take the context."""
         self._context, self.lineage = context, lineage
 
     def context(self, uid: str, step: int) -> Context:
@@ -117,7 +116,6 @@ class NoContext(OneContext):
     """Nothing: the teacher reads what the student reads."""
 
     def __init__(self) -> None:
-        """Take nothing."""
         super().__init__(Context(system=None, demonstrations=()), {"written_by": "nobody"})
 
 
@@ -125,7 +123,7 @@ class FixedContext(OneContext):
     """The same system prompt for every episode."""
 
     def __init__(self, *, system: str) -> None:
-        """Raises: ValueError when `system` is blank."""
+        """Raises: UserError when `system` is blank."""
         _require_text("context.system", system)
         super().__init__(Context(system=system, demonstrations=()), _lineage(type(self)))
 
@@ -137,7 +135,7 @@ class FewShotContext(OneContext):
         """Take demonstrations as mappings with the keys `question` and `answer`.
 
         Raises:
-            ValueError: no demonstration, other keys, or a blank text.
+            UserError: no demonstration, other keys, or a blank text.
         """
         if system is not None:
             _require_text("context.system", system)
@@ -168,7 +166,7 @@ class ExperienceContext(OneContext):
             template: `Context.wrap`.
 
         Raises:
-            ValueError: both or neither of path and items, or an entry that cannot be read.
+            UserError: both or neither of path and items, or an entry that cannot be read.
         """
         _check_template(template)
         if (path is None) == (items is None):
@@ -219,7 +217,7 @@ class ExperiencePool:
         """Read the entries, or take `pool`: mappings with the keys `items` and `lineage`.
 
         Raises:
-            ValueError: both or neither, none in it, or an entry that cannot be read.
+            UserError: both or neither, none in it, or an entry that cannot be read.
         """
         if (paths is None) == (pool is None) or not (paths or pool):
             raise UserError(

@@ -183,7 +183,7 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
     """Resolve `parallel.device`; returns the device and why it was chosen.
 
     Raises:
-        ValueError: CUDA is asked for and there are fewer GPUs than ranks.
+        UserError: CUDA is asked for and there are fewer GPUs than ranks.
     """
     gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -214,7 +214,7 @@ def check_layout(world_size: int, tp: int, pp: int, cp: int) -> None:
     """Refuse a world that the sizes do not divide.
 
     Raises:
-        ValueError: naming the keys and the world size.
+        UserError: naming the keys and the world size.
     """
     if world_size % (tp * pp):
         raise UserError(
@@ -237,7 +237,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp: int, cp: int)
     """Refuse a batch that does not come out even over ranks and micro-batches.
 
     Raises:
-        ValueError: naming the keys and the data-parallel ranks.
+        UserError: naming the keys and the data-parallel ranks.
     """
     ranks = f"{dp} data-parallel ranks"
     unit = micro_batch_size * dp
@@ -261,7 +261,7 @@ def choose_layer_spec(layer_spec: str, device: torch.device) -> LayerSpec:
     """Resolve `parallel.layer_spec`.
 
     Raises:
-        ValueError: Transformer Engine is asked for on a CPU, or is not installed.
+        UserError: Transformer Engine is asked for on a CPU, or is not installed.
     """
     there = has_transformer_engine()
     if layer_spec == "te" and (device.type == "cpu" or not there):
@@ -292,7 +292,7 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     """Start the process group and Megatron's groups. Collective over the world.
 
     Raises:
-        ValueError: the layout does not fit the world, or the rendezvous port is in use.
+        UserError: the layout does not fit the world, or the rendezvous port is in use.
     """
     rank, world_size = environment_world()
     check_layout(

@@ -30,7 +30,7 @@ def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
     """Check what needs no weights; the layout to start for the rest, None where nothing is left.
 
     Raises:
-        ValueError: a key is wrong.
+        UserError: a key is wrong.
         CheckFailed: a check failed.
     """
     run, settings = split_settings(raw, "doctor", DoctorConfig)
@@ -56,7 +56,7 @@ def examine(raw: DictConfig, say: Say) -> list[Check]:
     """Check a run's configuration on this rank; rank 0 shows the table. Collective over the world.
 
     Raises:
-        ValueError: a key is wrong.
+        UserError: a key is wrong.
         CheckFailed: a check failed, on every rank.
     """
     run, settings = split_settings(raw, "doctor", DoctorConfig)

@@ -28,7 +28,6 @@ class RecordedEngine:
     """
 
     def __init__(self, engine: RolloutEngine, folder: Path, parallel: Parallel) -> None:
-        """Keep the samples of `engine` in `folder`."""
         self._engine, self._folder = engine, folder
         self._writes = parallel.tp_rank == parallel.pp_rank == 0
         folder.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,6 @@ class Evaluator:
         parallel: Parallel,
         prefix_ids: Sequence[int],
     ) -> None:
-        """Keep what every evaluation shares."""
         self._task, self._retention = task, retention
         self._conversation, self._plan = conversation, plan
         self._parallel, self._prefix_ids = parallel, tuple(prefix_ids)

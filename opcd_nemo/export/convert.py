@@ -43,7 +43,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
         What was written: a path, or the page of the hub's commit.
 
     Raises:
-        ValueError: a key is wrong, the source is damaged, or the target is there already.
+        UserError: a key is wrong, the source is damaged, or the target is there already.
     """
     config = read_schema(ExportConfig, settings)
     address = parse_address(config.to) if config.to.startswith(SCHEME) else None

@@ -48,7 +48,7 @@ def read_provenance(path: str) -> Provenance:
     """What is known of the model at `path`.
 
     Raises:
-        ValueError: nothing is there, or it is not readable.
+        UserError: nothing is there, or it is not readable.
     """
     found = resolve_model_path(path)
     kind = model_kind(found)
@@ -101,7 +101,7 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
     """The inverse of `describe_context`; of a pool the first context.
 
     Raises:
-        ValueError: it is not what `describe_context` makes, or its hash is not its content's.
+        UserError: it is not what `describe_context` makes, or its hash is not its content's.
     """
     try:
         described = described["pool"][0] if "pool" in described else described
@@ -134,7 +134,7 @@ def base_licence(path: str) -> dict[str, Any]:
     """What the base model's own files say of its licence; the texts of its licence files.
 
     Raises:
-        ValueError: the base model is not there.
+        UserError: the base model is not there.
     """
     found = resolve_model_path(base_path(path))
     kind = model_kind(found)

@@ -93,7 +93,7 @@ class GgufFile:
         """Read the header.
 
         Raises:
-            ValueError: Not a GGUF file of version 2 or 3, or cut short.
+            UserError: Not a GGUF file of version 2 or 3, or cut short.
         """
         self.path = path
         self.metadata: dict[str, Any] = {}

@@ -121,7 +121,7 @@ def write_hf_folder(
         write_others: Puts further files (tokenizer, generation settings) into the folder.
 
     Raises:
-        ValueError: `path` is already there and not an empty folder.
+        UserError: `path` is already there and not an empty folder.
     """
     path = Path(path)
     shapes = tensor_shapes(config)

@@ -31,7 +31,7 @@ def resolve_model_path(path: str) -> Path:
             importing it).
 
     Raises:
-        ValueError: Nothing of that kind is there.
+        UserError: Nothing of that kind is there.
     """
     path = present_model(path)
     if path == GAME_MODEL:
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: The file is not there or holds something else.
+        UserError: The file is not there or holds something else.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"), str(path))
@@ -87,7 +87,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: The text holds something else.
+        UserError: The text holds something else.
     """
     try:
         value = json.loads(text)

@@ -26,7 +26,7 @@ class MegatronWeights:
         """Find out which stored tensors make which of the model's.
 
         Raises:
-            ValueError: a tensor is missing, unexpected, or too small for the model.
+            UserError: a tensor is missing, unexpected, or too small for the model.
         """
         self._tensors, self._config = tensors, config
         if config.num_layers > len(tensors.names()):
@@ -90,7 +90,7 @@ class MegatronWeights:
         """Read one tensor; the others of the same Megatron parameter are kept for the next call.
 
         Raises:
-            ValueError: it is damaged, or larger than the model's.
+            UserError: it is damaged, or larger than the model's.
         """
         megatron_name, layer = self._source[name]
         if self._last[0] != megatron_name:

@@ -45,7 +45,7 @@ class CheckedFiles:
         """Read the manifest.
 
         Raises:
-            ValueError: there is none, or it names other files.
+            UserError: there is none, or it names other files.
         """
         self.where = files.where
         self._files, self._sizes = files, files.sizes()
@@ -61,7 +61,7 @@ class CheckedFiles:
         """`count` bytes of a file from `start`.
 
         Raises:
-            ValueError: the file is not as the manifest says.
+            UserError: the file is not as the manifest says.
         """
         if name not in self._sizes:
             raise UserError(self.where, allowed="what its manifest says", problem=f"has no {name}")
@@ -88,7 +88,7 @@ def open_training_checkpoint(path: Path) -> Files:
     """The files of a checkpoint of train.py.
 
     Raises:
-        ValueError: it has no manifest.
+        UserError: it has no manifest.
     """
     return CheckedFiles(FolderFiles(path))
 
@@ -97,7 +97,7 @@ def open_package(path: Path) -> Files:
     """The files of a `.nemo`, or of a folder that one was unpacked to.
 
     Raises:
-        ValueError: a file that a package does not have (pickled weights, for one), or as of
+        UserError: a file that a package does not have (pickled weights, for one), or as of
             `archive.TarFiles`.
     """
     files = open_files(path)
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
     """Read a checkpoint's plain part.
 
     Raises:
-        ValueError: it is damaged, or not one of train.py.
+        UserError: it is damaged, or not one of train.py.
     """
     plain = read_plain(open_training_checkpoint(path))
     try:
@@ -168,7 +168,7 @@ def base_path(path: str) -> str:
     """Where the tokenizer of a model is: follows training checkpoints to what they started from.
 
     Raises:
-        ValueError: something on the way is not there, or the way does not end.
+        UserError: something on the way is not there, or the way does not end.
     """
     for _ in range(_MAX_HOPS):
         found = resolve_model_path(path)

@@ -62,7 +62,7 @@ def keep_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """Shape of a model that keeps only `layers` (0-based) of a checkpoint.
 
     Raises:
-        ValueError: Empty, out of range or not strictly increasing.
+        UserError: Empty, out of range or not strictly increasing.
     """
     increasing = all(left < right for left, right in pairwise(layers))
     if not layers or not increasing or layers[0] < 0 or layers[-1] >= config.num_layers:
@@ -78,7 +78,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """Read a `config.json` of transformers 4 or 5.
 
     Raises:
-        ValueError: A setting that megatron-core would not compute as transformers does.
+        UserError: A setting that megatron-core would not compute as transformers does.
     """
     architecture = raw.get("model_type")
     if architecture not in CLASS_NAMES:
@@ -117,7 +117,7 @@ def end_tokens(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
     """The `eos_token_id` of a config: absent, one id or several.
 
     Raises:
-        ValueError: Something else.
+        UserError: Something else.
     """
     value = raw.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]

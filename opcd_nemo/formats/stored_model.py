@@ -55,7 +55,7 @@ class StoredModel:
         """Check that the weights are those of the configured model.
 
         Raises:
-            ValueError: A tensor is missing, unexpected or of another shape.
+            UserError: A tensor is missing, unexpected or of another shape.
         """
         self.path = path
         self.config = config
@@ -121,7 +121,7 @@ def open_model(path: str) -> StoredModel:
     """Open what `locate.model_kind` knows, or the bundled model.
 
     Raises:
-        ValueError: Missing, incomplete, or a model that is not supported.
+        UserError: Missing, incomplete, or a model that is not supported.
     """
     found = resolve_model_path(path)
     kind = model_kind(found)

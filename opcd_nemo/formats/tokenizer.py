@@ -75,7 +75,7 @@ class ChatTokenizer:
             where: Path for error messages.
 
         Raises:
-            ValueError: The template does not compile, or nothing ends a response.
+            UserError: The template does not compile, or nothing ends a response.
         """
         self.chat_template_source = chat_template
         self._arguments: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class ChatTokenizer:
         """Open the tokenizer of what `model_files.model_kind` knows, or of the bundled model.
 
         Raises:
-            ValueError: No tokenizer or no chat template there, or of a kind not supported.
+            UserError: No tokenizer or no chat template there, or of a kind not supported.
         """
         found = resolve_model_path(base_path(path))
         kind = model_kind(found)
@@ -118,7 +118,7 @@ class ChatTokenizer:
         """Token ids of a chat; `add_generation_prompt` opens the assistant's turn.
 
         Raises:
-            ValueError: The template refuses the messages.
+            UserError: The template refuses the messages.
         """
         try:
             text = self._template.render(
@@ -141,7 +141,7 @@ class ChatTokenizer:
         """The same tokenizer, whose template sees these variables besides.
 
         Raises:
-            ValueError: the template knows no such variable, or gets it from elsewhere.
+            UserError: the template knows no such variable, or gets it from elsewhere.
         """
         tree = self._template.environment.parse(self.chat_template_source)
         known = find_undeclared_variables(tree) - _GIVEN - set(self._special_tokens)
@@ -183,7 +183,7 @@ def write_tokenizer(path: str, folder: Path) -> None:
     Files of a Hugging Face folder are copied; a GGUF file's vocabulary becomes a `tokenizer.json`.
 
     Raises:
-        ValueError: as of `ChatTokenizer.from_path`.
+        UserError: as of `ChatTokenizer.from_path`.
     """
     found = resolve_model_path(base_path(path))
     kind = model_kind(found)

@@ -100,7 +100,7 @@ class DistributedTensors:
         """Read the index; `folder` is where in `files` the checkpoint is, with its `/`.
 
         Raises:
-            ValueError: there is no index, or it is not one.
+            UserError: there is no index, or it is not one.
         """
         self._files, self._folder = files, folder
         self.where = f"{files.where}: {folder}"
@@ -130,7 +130,7 @@ class DistributedTensors:
         """Put a tensor together from the pieces that the ranks wrote.
 
         Raises:
-            ValueError: a piece is missing, damaged or of another shape.
+            UserError: a piece is missing, damaged or of another shape.
         """
         entry = self._tensors[name]
         self._check_pieces(name, entry)
@@ -230,7 +230,7 @@ def read_plain(files: Files, folder: str = "") -> dict[str, Any]:
     """What a checkpoint holds beside tensors.
 
     Raises:
-        ValueError: it is not there, or holds more than plain values.
+        UserError: it is not there, or holds more than plain values.
     """
     raw = read_whole(files, f"{folder}{PLAIN}")
     try:

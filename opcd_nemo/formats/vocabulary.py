@@ -78,7 +78,7 @@ class SentencePieceVocabulary:
                 tokens (transformers' `legacy`), not before the text alone.
 
         Raises:
-            ValueError: Not a SentencePiece model.
+            UserError: Not a SentencePiece model.
         """
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
@@ -135,7 +135,7 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
     """Byte-level BPE from the metadata of a GGUF file, as the model's own `tokenizer.json` has it.
 
     Raises:
-        ValueError: Another kind of tokenizer.
+        UserError: Another kind of tokenizer.
     """
     metadata = file.metadata
     kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")

@@ -184,7 +184,6 @@ class PackedAttention:
         cache: KVCache | None = None,
         record: dict[int, KeyValue] | None = None,
     ) -> None:
-        """Keep what `attend` needs."""
         self.cos_TD, self.sin_TD = tables
         self._packing, self._prefix = packing, prefix
         self._cache, self._record = cache, record
@@ -252,7 +251,6 @@ class CoreAttention(torch.nn.Module):
     """The `core_attention` of our layer specs: rotary embedding, then the state's attention."""
 
     def __init__(self, config: Any, layer_number: int, **_: object) -> None:
-        """Take the keyword arguments that Megatron gives every core attention."""
         super().__init__()
         self.layer_number = layer_number
 

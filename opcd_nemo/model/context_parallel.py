@@ -109,7 +109,6 @@ class SplitAttention:
         *,
         prefix: dict[int, KeyValue] | None = None,
     ) -> None:
-        """Keep what `attend` needs."""
         self.cos_TD, self.sin_TD = tables
         self._share, self._gather, self._prefix = share, gather, prefix
         self._shared = packing.prefix_tokens

@@ -27,7 +27,7 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
     """The work of a run, and in words where its shapes and lengths come from.
 
     Raises:
-        ValueError: a key is wrong, or lengths are neither given nor to be found.
+        UserError: a key is wrong, or lengths are neither given nor to be found.
     """
     if _are_there(config) and settings.student_config is None:
         inputs = open_inputs(config, config.parallel.num_ranks)
@@ -169,7 +169,7 @@ def layout_of(config: TrainConfig) -> Layout:
     """The layout of a configuration.
 
     Raises:
-        ValueError: tp, pp and cp do not divide the ranks, or these the batch.
+        UserError: tp, pp and cp do not divide the ranks, or these the batch.
     """
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

@@ -22,7 +22,7 @@ def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
     """Say what a run takes, or rank the layouts of its ranks.
 
     Raises:
-        ValueError: a key is wrong, or something that the arithmetic needs is missing.
+        UserError: a key is wrong, or something that the arithmetic needs is missing.
     """
     raw, settings = split_settings(raw, "plan", PlanConfig)
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)

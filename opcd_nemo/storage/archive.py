@@ -56,7 +56,6 @@ class FolderFiles:
     """The files below a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is opened yet."""
         self.where = str(folder)
         self._folder = folder
 

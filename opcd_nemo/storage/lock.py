@@ -21,7 +21,6 @@ class FolderLock:
     """A folder held by this process, until it closes the lock, ends, or is taken over."""
 
     def __init__(self, path: Path, file: IO[str], line: str) -> None:
-        """Take what `lock_folder` made."""
         self._path, self._file, self._line = path, file, line
 
     def check(self) -> None:
@@ -42,7 +41,6 @@ class FolderLock:
         self._file.close()
 
     def __enter__(self) -> FolderLock:
-        """Return the lock."""
         return self
 
     def __exit__(
@@ -51,7 +49,6 @@ class FolderLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go of the folder."""
         self.close()
 
 

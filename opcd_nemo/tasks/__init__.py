@@ -76,7 +76,7 @@ class Task(Protocol):
         epoch. The other splits ignore `step` and give their first `n`, always in the same order.
 
         Raises:
-            ValueError: `n` is below 1 or above the number of prompts.
+            UserError: `n` is below 1 or above the number of prompts.
         """
         ...
 
@@ -86,7 +86,7 @@ class Task(Protocol):
         Drawn like training prompts.
 
         Raises:
-            ValueError: as in `episodes`.
+            UserError: as in `episodes`.
         """
         ...
 

@@ -92,7 +92,6 @@ class QuestionTask:
     """
 
     def __init__(self, questions: Mapping[Split, Sequence[Question]], *, seed: int) -> None:
-        """Take the questions of every split, the held-out ones in the order of their use."""
         self._questions = questions
         self._seed = seed
 

@@ -27,7 +27,6 @@ class Limit:
     """Ends this process when what runs inside takes too long."""
 
     def __init__(self, cpu_s: float) -> None:
-        """Take the limit in CPU-seconds."""
         self._cpu_s = cpu_s
 
     def __enter__(self) -> None:

@@ -83,7 +83,6 @@ class Sampler:
     """Draws trees."""
 
     def __init__(self, tokenizer: Tokenizer, maps: Sequence[Maps]) -> None:
-        """Take the training maps of every game."""
         self._tokenizer, self._maps = tokenizer, list(maps)
         self._header, _ = notes_template().removeprefix("{opening}").split("{experience}")
 

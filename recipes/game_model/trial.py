@@ -32,7 +32,6 @@ class Trial:
     """Asks a model."""
 
     def __init__(self, config: ModelConfig, weights: Weights, sampler: Sampler, seed: int) -> None:
-        """Take the model and what encodes its prompts."""
         self._config, self._weights, self._sampler = config, weights, sampler
         self._generator = torch.Generator().manual_seed(seed)
         self._rng = Random(seed)
