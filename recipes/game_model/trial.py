@@ -66,7 +66,7 @@ class Trial:
         kinds: dict[str, tuple[int, int]] = {}
         without = 0
         for text, setting in zip(self._answers(asked, 24), settings, strict=True):
-            items = parse_items(text).items
+            items = parse_items(text)
             without += not items
             for item in items:
                 right, written = kinds.get(item.split()[0], (0, 0))
