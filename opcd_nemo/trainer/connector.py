@@ -107,7 +107,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             given = type(trainer.strategy).__name__
             raise UserError("trainer.strategy", given, "a MegatronStrategy, or no trainer")
         with open_dict(config):
-            if config.teacher.path is None and config.teacher.update == "never":
+            if config.teacher.path is None and config.teacher["update"] == "never":
                 config.teacher.path = config.student.path  # any other starts as the student
             config.student.path, config.student.keep_layers = path, None
             if override_config_path is None:

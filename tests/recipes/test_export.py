@@ -110,7 +110,7 @@ def test_nemo_restores_it_on_another_layout_and_saves_it_again(
     [
         ("task._target_", "os.system", "of opcd_nemo"),
         ("trainer.callbacks", [{"_target_": "subprocess.call"}], "of opcd_nemo"),
-        ("target", "subprocess.Popen", "of opcd_nemo"),
+        ("target", "subprocess.Popen", "OPCDModel"),
         ("name", "${oc.env:HOME}", "interpolation"),
     ],
 )
@@ -170,7 +170,7 @@ MISTAKES = {
     "from=/nowhere to=b": "/nowhere: the model is not there",
     "to=b": "from: no value is given: the model to convert; allowed: a Hugging Face",
     "from=smollm2-135m-instruct to=recipes": "already there",
-    "from=a to=b format=nemo": "ending in .nemo",
+    "from=a to=b format=nemo": "ends in .nemo",
     "from=a to=b fromat=hf": "fromat=hf: no such key",
     "from=a to=b dtype=int8": "dtype=int8; allowed: null, bf16, fp32",
 }
