@@ -159,6 +159,8 @@ def config(words: Sequence[str]) -> int:
         index = rest.index("--program")
         program = rest[index + 1] if index + 1 < len(rest) else ""
         del rest[index : index + 2]
+    elif rest and rest[0] in CONFIGS:  # opcd config experience recipe=...
+        program = rest.pop(0)
     if program not in CONFIGS:
         raise unknown_name("--program", CONFIGS, value=program, name=program, what="configuration")
     return show_config(program, rest)

@@ -80,6 +80,8 @@ def as_override(word: str) -> str:
         if key.startswith("~") and name:
             return word
         raise UserError(word, ABSENT, "key=value", problem="is no key with a value")
+    if not name:
+        raise UserError(word, ABSENT, "key=value", problem="has no key")
     if not value:
         raise UserError(key, "", f"{key}=value; the empty text is {key}=\"''\"", problem="is empty")
     _check_choice(name, value)

@@ -126,3 +126,12 @@ def test_a_recipe_of_a_training_is_refused_by_the_pipeline() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe=demo_json: is for opcd train; allowed: opcd train")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_configuration_is_asked_for_by_its_command_s_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "experience", "recipe=demo_games"]) == 0
+    by_name = capsys.readouterr().out
+    assert main(["config", "--program", "experience", "recipe=demo_games"]) == 0
+    assert capsys.readouterr().out == by_name

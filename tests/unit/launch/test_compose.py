@@ -97,3 +97,10 @@ def test_a_mistake_is_named(word: str, key: str, value: object, problem: str) ->
 def test_a_key_may_be_taken_away() -> None:
     assert as_override("~optim.lr") == "~optim.lr"
     assert "lr" not in compose("train", ["~optim.lr"]).optim
+
+
+@pytest.mark.parametrize("word", ["=3", "+=3", "~=", "=", "foo", "~", ""])
+def test_a_word_without_a_key_is_one_line(word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose("train", [word])
+    assert "key=value" in caught.value.allowed
