@@ -14,7 +14,7 @@ import yaml
 
 from opcd_nemo.config.schema import Described, described
 from opcd_nemo.launch.compose import choices
-from opcd_nemo.launch.recipes import CONF
+from opcd_nemo.launch.recipes import CONF, is_for_pipeline
 
 if TYPE_CHECKING:
     from opcd_nemo.cli.commands import Command
@@ -100,7 +100,12 @@ def _groups(config_name: str) -> Iterator[str]:
     defaults = default_choices(config_name)
     width = max(map(len, defaults))
     for group, default in defaults.items():
-        names = (f"{name}*" if name == default else name for name in choices(group))
+        fitting = choices(group)
+        if group == "recipe":
+            files = {name: CONF / group / f"{name}.yaml" for name in fitting}
+            for_pipeline = config_name == "experience"
+            fitting = [name for name in fitting if is_for_pipeline(files[name]) == for_pipeline]
+        names = (f"{name}*" if name == default else name for name in fitting)
         yield from _paragraph(f"  {group:{width}}  ", ", ".join(names))
 
 
