@@ -234,7 +234,8 @@ def test_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
 def test_checkpoints_that_are_kept_need_room(
     manager: str, bytes_each: int, count: int, folder: Path
 ) -> None:
-    config = load_config(compose("train", settings(folder, f"exp_manager={manager}")))
+    words = settings(folder, f"exp_manager={manager}", "student.dtype=bf16")
+    config = load_config(compose("train", words))
     tiny = text.open_side(str(folder / "tiny"))
     parameters = _checkpoints_gib(config, tiny) * 2**30 / (bytes_each * count)
     assert parameters == pytest.approx(2 * (320 * 24) + 2 * _layer_parameters() + 24)
