@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tests.tree import PYTHONPATH
 
 # for what tests start; after what is there, which mutations of kernels come by
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), PYTHONPATH)))
+
+logging.getLogger("opcd_nemo").setLevel(logging.INFO)  # `caplog` has what a command shows
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from opcd_nemo.storage.archive import FolderFiles
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 # gate and up under keys of their own: one key would put the padding of gate between them
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
@@ -203,7 +206,7 @@ def save_weights(folder: Path, student: LanguageModel) -> None:
     _complete(shards, folder, lambda parts: _write_index(folder, index, parts), parallel)
 
 
-def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+def newest(folder: Path, parallel: Parallel) -> Path | None:
     """The checkpoint of the latest step whose files are as its manifest says.
 
     Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
@@ -213,7 +216,7 @@ def newest(folder: Path, parallel: Parallel, say: Callable[[str], None]) -> Path
         damage = find_damage(path, parallel)
         if damage is None:
             return path
-        say(f"checkpoint set aside: {damage}")
+        logger.info("checkpoint set aside: %s", damage)
         if parallel.rank == 0:
             durable.set_aside(path, ".damaged")
         parallel.barrier()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from omegaconf import DictConfig
@@ -19,7 +20,8 @@ from opcd_nemo.model.language_model import LanguageModel, choose_dtype
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.types import Message, Prompt
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 HELP = "/context shows the context, /reset forgets the chat, /quit (or end of input) ends"
 
 
@@ -119,23 +121,23 @@ def open_chat(settings: DictConfig) -> Chat:
     )
 
 
-def run_chat(settings: DictConfig, lines: Iterable[str], say: Say) -> None:
+def run_chat(settings: DictConfig, lines: Iterable[str]) -> None:
     """Answer every line, until `/quit` or the last one; errors as of `open_chat`."""
     chat = open_chat(settings)
     sides = "no context" if chat.context is None else "with and without its context"
-    say(f"{settings['from']}: {sides}; {HELP}")
+    logger.info("%s: %s; %s", settings["from"], sides, HELP)
     for line in filter(None, map(str.strip, lines)):
         if line == "/quit":
             return
         if line == "/reset":
             chat.reset()
         elif line == "/context":
-            say("no context" if chat.context is None else _shown(chat.context))
+            logger.info("%s", "no context" if chat.context is None else _shown(chat.context))
         elif line.startswith("/"):
-            say(f"{line}: no such command; {HELP}")
+            logger.info("%s: no such command; %s", line, HELP)
         else:
             for answer in chat.ask(line):
-                say(answer)
+                logger.info("%s", answer)
 
 
 def _context(source: str, system: str | None) -> Context | None:

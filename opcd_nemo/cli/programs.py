@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opcd_nemo.config.spelling import unknown_name
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from opcd_nemo.config.train import ParallelConfig
     from opcd_nemo.launch.ranks import Main
-
-    Say = Callable[[str], None]
 
 CONFIGS = ("train", "experience", "doctor", "plan", "export", "chat")
 
@@ -41,10 +42,10 @@ def doctor(words: Sequence[str]) -> int:
 
         return examine
 
-    def check(raw: DictConfig, say: Say) -> ParallelConfig | None:
+    def check(raw: DictConfig) -> ParallelConfig | None:
         from opcd_nemo.doctor.examination import before_launch
 
-        return before_launch(raw, say)
+        return before_launch(raw)
 
     run_in_ranks(["doctor", *words], load, "doctor", check)
 
@@ -69,8 +70,8 @@ def export(words: Sequence[str]) -> int:
     def load() -> Main:
         from opcd_nemo.export.convert import export
 
-        def main(settings: DictConfig, say: Say) -> None:
-            say(f"written: {export(settings, lambda: compose('train', []))}")
+        def main(settings: DictConfig) -> None:
+            logger.info("written: %s", export(settings, lambda: compose("train", [])))
 
         return main
 
@@ -84,8 +85,8 @@ def chat(words: Sequence[str]) -> int:
     def load() -> Main:
         from opcd_nemo.cli.chat import run_chat
 
-        def main(settings: DictConfig, say: Say) -> None:
-            run_chat(settings, _typed_lines(), say)
+        def main(settings: DictConfig) -> None:
+            run_chat(settings, _typed_lines())
 
         return main
 
@@ -114,14 +115,14 @@ def maps(words: Sequence[str]) -> int:
         from opcd_nemo.errors import UserError
         from opcd_nemo.tasks.games.task import GameTask
 
-        def main(settings: DictConfig, say: Say) -> None:
+        def main(settings: DictConfig) -> None:
             plug: Any = OmegaConf.to_container(settings.task, resolve=True)
             check_plug("task", plug)
             task = build_plug(plug)
             if not isinstance(task, GameTask):
                 games = "task=frozen_lake, task=sokoban"
                 raise UserError("task._target_", plug["_target_"], games, problem="no game")
-            say(json.dumps(task.report(), indent=1))
+            logger.info("%s", json.dumps(task.report(), indent=1))
 
         return main
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,10 +23,10 @@ from opcd_nemo.storage.attempt import ranks_here
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.training.inputs import Inputs, open_inputs
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
+def before_launch(raw: DictConfig) -> ParallelConfig | None:
     """Check what needs no weights; the layout to start for the rest, None where nothing is left.
 
     Raises:
@@ -34,25 +34,25 @@ def before_launch(raw: DictConfig, say: Say) -> ParallelConfig | None:
         CheckFailed: a check failed.
     """
     run, settings = split_settings(raw, "doctor", DoctorConfig)
-    _stop_if_nothing_imports(say)
+    _stop_if_nothing_imports()
     config = load_config(run)
     checks, _ = without_weights(config, settings, config.parallel.num_ranks)
     if settings.environment_only or failed(checks):
-        say(table(checks))
+        logger.info("%s", table(checks))
         stop_if_failed(checks)
         return None
     return config.parallel
 
 
-def _stop_if_nothing_imports(say: Say) -> None:
+def _stop_if_nothing_imports() -> None:
     """Show the rows that need no megatron-core where it cannot be imported: the engines need it."""
     checks = [packages(installed_versions()), imports()]
     if failed(checks[1:]):
-        say(table(checks))
+        logger.info("%s", table(checks))
         stop_if_failed(checks)
 
 
-def examine(raw: DictConfig, say: Say) -> list[Check]:
+def examine(raw: DictConfig) -> list[Check]:
     """Check a run's configuration on this rank; rank 0 shows the table. Collective over the world.
 
     Raises:
@@ -66,7 +66,7 @@ def examine(raw: DictConfig, say: Say) -> list[Check]:
     if inputs is not None and not settings.environment_only and not failed(checks):
         checks += _with_models(config, inputs, settings)
     if rank == 0:
-        say(table(checks))
+        logger.info("%s", table(checks))
     stop_if_failed(checks)
     return checks
 

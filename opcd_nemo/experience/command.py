@@ -10,7 +10,7 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.experience import STAGE_OPTION
 from opcd_nemo.experience.config import load_experience
 from opcd_nemo.launch.compose import compose
-from opcd_nemo.launch.ranks import Main, is_rank, launch_ranks, run_and_exit, run_rank, say
+from opcd_nemo.launch.ranks import Main, is_rank, launch_ranks, run_and_exit, run_rank
 from opcd_nemo.launch.recipes import for_another_program
 
 _CONFIG = "experience"
@@ -43,4 +43,4 @@ def _pipeline(overrides: Sequence[str]) -> int:
     def launch(more: Sequence[str]) -> int:
         return launch_ranks([_CONFIG, STAGE_OPTION, *overrides, *more], parallel, next(number))
 
-    return run_pipeline(settings, launch, say)
+    return run_pipeline(settings, launch)

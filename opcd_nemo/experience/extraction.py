@@ -8,7 +8,8 @@ that a run that was killed repeats its last wave alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Message, Prompt
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 _WRITING = 500_000_000  # the index of an extraction's prompt starts here: its own randomness
 
 
@@ -70,7 +72,7 @@ class Extraction:
         self._player, self._writer = player, writer
         self._parallel, self._seed = parallel, seed
 
-    def run(self, say: Say) -> list[dict[str, Any]]:
+    def run(self) -> list[dict[str, Any]]:
         """Do every wave that is not done; returns the records of all. Collective over the world.
 
         Raises:
@@ -87,7 +89,7 @@ class Extraction:
                 text = "".join(f"{json.dumps(record)}\n" for record in found)
                 self._run_folder.write(self._file(wave), text)
                 heartbeat.touch()
-                say(f"extraction: wave {wave}: {_summary(found)}")
+                logger.info("extraction: wave %s: %s", wave, _summary(found))
             records += found
         if not any(record["items"] for record in records):
             raise UserError(

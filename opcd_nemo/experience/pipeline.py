@@ -6,13 +6,13 @@ itself, on the first node.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from omegaconf import DictConfig
 
 from opcd_nemo.config.train import ParallelConfig, load_config
-from opcd_nemo.distributed.groups import environment_world
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.folder import SUMMARY, PipelineFolder
@@ -24,7 +24,8 @@ from opcd_nemo.launch.exits import EXIT_BAD_INPUT
 from opcd_nemo.launch.ranks import check_run
 from opcd_nemo.storage.attempt import is_first_node
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Launch = Callable[[Sequence[str]], int]
 """Starts ranks with these words after the command's own; returns their exit code."""
 
@@ -40,30 +41,30 @@ def check_pipeline(settings: Settings) -> ParallelConfig:
         load_config(config)
     if settings.stage != "all" and not _named(settings.stage).needs_ranks:
         return load_config(configs[0]).parallel
-    parallel = check_run(configs[0], lambda _: None)
+    parallel = check_run(configs[0])
     assert parallel is not None
     return parallel
 
 
-def run_pipeline(settings: Settings, launch: Launch, say: Say) -> int:
+def run_pipeline(settings: Settings, launch: Launch) -> int:
     """Do what is not done of the stages asked for; returns the exit code of the first failure.
 
     Raises:
         UserError: a key is wrong, or what a stage reads does not exist.
     """
     if settings.stage != "all":
-        return _perform(_named(settings.stage), PipelineFolder(settings), launch, say)
+        return _perform(_named(settings.stage), PipelineFolder(settings), launch)
     for number in range(1, settings.experience.rounds + 1):
         folder = PipelineFolder(replace(settings, round=number))
         for stage in STAGES:
-            if code := _perform(stage, folder, launch, say):
+            if code := _perform(stage, folder, launch):
                 return code
-        if number < settings.experience.rounds and not _retained(folder, say):
+        if number < settings.experience.rounds and not _retained(folder):
             break
     return 0
 
 
-def run_stage(raw: DictConfig, say: Say) -> None:
+def run_stage(raw: DictConfig) -> None:
     """Do the stage that the configuration names, on a rank. Collective over the world.
 
     Raises:
@@ -73,34 +74,30 @@ def run_stage(raw: DictConfig, say: Say) -> None:
     names = ", ".join(stage.name for stage in STAGES if stage.needs_ranks)
     if settings.stage not in names.split(", "):
         raise UserError("stage", settings.stage, f"{names}, under torchrun or srun")
-    rank, _ = environment_world()
     stage, folder = _named(settings.stage), PipelineFolder(settings)
     _require_inputs(stage, folder)
-    stage.run(StageContext(folder=folder, say=say if rank == 0 else _silent))
-
-
-def _silent(_: str) -> None: ...
+    stage.run(StageContext(folder=folder))
 
 
 def _named(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
-def _perform(stage: Stage, folder: PipelineFolder, launch: Launch, say: Say) -> int:
+def _perform(stage: Stage, folder: PipelineFolder, launch: Launch) -> int:
     folder.check_unchanged()
     if is_first_node():  # on the others a file that this node has just written may be unseen
         _require_inputs(stage, folder)
     for run in _parts(stage, folder.settings):
         (last,) = folder.files(stage.writes[-1], run)
         if last.is_file() and not stage.repeats:
-            say(f"{stage.name}: finished before ({last})")
+            logger.info("%s: finished before (%s)", stage.name, last)
         elif stage.needs_ranks:
             if run is not None:
-                say(f"{stage.name}: {run}")
+                logger.info("%s: %s", stage.name, run)
             if code := launch(_words(stage, folder.settings.round, run)):
-                return _failed(run or stage.name, code, say)
+                return _failed(run or stage.name, code)
         elif is_first_node():
-            stage.run(StageContext(folder=folder, say=say))
+            stage.run(StageContext(folder=folder))
     return 0
 
 
@@ -133,13 +130,13 @@ def _require_inputs(stage: Stage, folder: PipelineFolder) -> None:
                 )
 
 
-def _failed(what: str, code: int, say: Say) -> int:
+def _failed(what: str, code: int) -> int:
     if code != EXIT_BAD_INPUT:
-        say(f"{what} failed with exit code {code}; the same command goes on from here")
+        logger.info("%s failed with exit code %s; the same command goes on from here", what, code)
     return code
 
 
-def _retained(folder: PipelineFolder, say: Say) -> bool:
+def _retained(folder: PipelineFolder) -> bool:
     """Whether the next round may start from this round's student."""
     settings = folder.settings
     rows = read_json(folder.path / SUMMARY)["rows"]
@@ -151,8 +148,12 @@ def _retained(folder: PipelineFolder, say: Say) -> bool:
     assert share is not None  # with several rounds
     if now >= share * base:
         return True
-    say(
-        f"stopped after round {settings.round}: retention {now:.2f} is below "
-        f"experience.next_round_retention={share} of the base's {base:.2f}"
+    logger.info(
+        "stopped after round %s: retention %.2f is below experience.next_round_retention=%s "
+        "of the base's %.2f",
+        settings.round,
+        now,
+        share,
+        base,
     )
     return False

@@ -7,6 +7,7 @@ costs little more than its last rung. Scores are written down, and no question i
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Task
 from opcd_nemo.tasks.draws import shuffled
 
+logger = logging.getLogger(__name__)
+
 ScoreFn = Callable[[Candidate, int], list[float]]
 """The candidate's scores on so many validation questions, from the first on."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +111,7 @@ def rungs(num_candidates: int, settings: ScoringConfig) -> list[tuple[int, int]]
         left = max(1, math.ceil(left * settings.keep))
 
 
-def halve(
-    pool: Sequence[Candidate], settings: ScoringConfig, score: ScoreFn, say: Say
-) -> list[Scored]:
+def halve(pool: Sequence[Candidate], settings: ScoringConfig, score: ScoreFn) -> list[Scored]:
     """Score the pool; those that stayed longest come first, the best of them at the front.
 
     A tie goes to fewer tokens, then to the earlier chain and step.
@@ -128,9 +128,12 @@ def halve(
             for candidate in left
         ]
         scored.sort(key=_order)
-        say(
-            f"scoring: {len(scored)} candidates on {questions} questions, best "
-            f"{scored[0].score:.3f}, worst {scored[-1].score:.3f}"
+        logger.info(
+            "scoring: %s candidates on %s questions, best %.3f, worst %.3f",
+            len(scored),
+            questions,
+            scored[0].score,
+            scored[-1].score,
         )
     return scored + dropped
 

@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any, TextIO
 
+_LOG = "opcd_nemo"  # the parent of every module's logger
+
 
 class _LastingOutput(io.TextIOWrapper):
     """Text output that goes nowhere once its reader is gone: `opcd train ... | head`."""
@@ -54,6 +56,23 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+class _Screen(logging.Handler):
+    """Lines of the log without a prefix: warnings on stderr, the rest on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        stream.write(f"{record.getMessage()}\n")
+        stream.flush()
+
+
+def show_log(*, first_rank: bool) -> None:
+    """Show this package's log on the screen; of the other ranks only their warnings."""
+    log = logging.getLogger(_LOG)
+    log.setLevel(logging.INFO if first_rank else logging.WARNING)
+    log.handlers = [_Screen()]
+    log.propagate = False  # NeMo and Hydra have handlers at the root, which print dates as well
 
 
 def quiet_imports() -> None:

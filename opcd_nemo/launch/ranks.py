@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 from omegaconf import DictConfig
 
-from opcd_nemo.config.train import ParallelConfig, load_config
+from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
-from opcd_nemo.launch.output import keep_output_open, quiet_imports
+from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
@@ -41,18 +41,17 @@ from opcd_nemo.training.prepared import prepare_run
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-Main = Callable[[DictConfig, Callable[[str], None]], object]
-LaunchCheck = Callable[[DictConfig, Callable[[str], None]], ParallelConfig | None]
+Main = Callable[[DictConfig], object]
+LaunchCheck = Callable[[DictConfig], ParallelConfig | None]
 _PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide no library
 
 
-def check_run(raw: DictConfig, _: Callable[[str], None]) -> ParallelConfig | None:
+def check_run(raw: DictConfig) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
-    config = load_config(raw)
-    device, _reason = choose_device(config.parallel.device, ranks_here(config.parallel.num_ranks))
-    choose_layer_spec(config.parallel.layer_spec, device)
-    prepare_run(raw, config.parallel.num_ranks)
-    return config.parallel
+    parallel = prepare_run(raw).config.parallel
+    device, _reason = choose_device(parallel.device, ranks_here(parallel.num_ranks))
+    choose_layer_spec(parallel.layer_spec, device)
+    return parallel
 
 
 def is_rank() -> bool:
@@ -94,7 +93,7 @@ def run_alone(
         config = compose(config_name, overrides)
         quiet_libraries()
         try:
-            code = load_main()(config, say)
+            code = load_main()(config)
         except UserError as error:
             raise for_another_program(error, config_name) from error
         return code if isinstance(code, int) else 0
@@ -111,6 +110,7 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
         os.environ.setdefault(cache, "64")
     quiet_imports()
     keep_output_open()
+    show_log(first_rank=os.environ.get("RANK", "0") == "0")
     try:
         code = run()
     except Exception as error:  # the interpreter must not end on its own, see below
@@ -145,7 +145,7 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
 
     def task(config: DictConfig) -> None:
         try:
-            main(of_program(config_name, config), say)
+            main(of_program(config_name, config))
         except Exception as error:
             failures.append(error)
 
@@ -181,11 +181,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def say(line: str) -> None:
-    """Print a line of a command's output at once."""
-    print(line, flush=True)  # noqa: T201
-
-
 def _checked(
     overrides: Sequence[str], check: LaunchCheck, config_name: str
 ) -> tuple[int, ParallelConfig | None]:
@@ -206,7 +201,7 @@ def _check(
 ) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
     try:
-        parallel = check(compose(config_name, overrides), say)
+        parallel = check(compose(config_name, overrides))
         if parallel is not None:
             _check_port(parallel.port, this_node())
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,10 +15,12 @@ from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import outline
 from opcd_nemo.plan.report import plan_report, sweep_report
 
+logger = logging.getLogger(__name__)
+
 _NOT_NEEDED = "not-needed-for-a-plan"
 
 
-def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
+def plan(raw: DictConfig) -> None:
     """Say what a run takes, or rank the layouts of its ranks.
 
     Raises:
@@ -35,10 +37,10 @@ def plan(raw: DictConfig, say: Callable[[str], None]) -> None:
             raise UserError(
                 "accelerator.tflops", allowed=f"one of {known} as dtype", problem=f"no {dtype}"
             )
-    say(plan_report(work, accelerator, origin))
+    logger.info("%s", plan_report(work, accelerator, origin))
     if settings.sweep:
-        say("")
-        say(sweep_report(work, accelerator, settings.show))
+        logger.info("")
+        logger.info("%s", sweep_report(work, accelerator, settings.show))
 
 
 def _fill(node: Any) -> None:

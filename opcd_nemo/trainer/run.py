@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.training.prepared import COMMITS, PreparedRun, prepare_run
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
 
 
-def train(raw: DictConfig, say: Say) -> Path:
-    """Run the configured training; `say` prints on rank 0. Collective over the world.
+def train(raw: DictConfig) -> Path:
+    """Run the configured training. Collective over the world.
 
     Returns:
         The run's folder: metrics.jsonl, summary.json, curves.png, samples.md, answers.jsonl,
@@ -58,44 +60,44 @@ def train(raw: DictConfig, say: Say) -> Path:
         StoppedByFile: the folder has a file STOP; a checkpoint is saved.
     """
     started = time.perf_counter()
-    rank, world_size = environment_world()
+    _, world_size = environment_world()
     prepared = prepare_run(raw, world_size)
     config = prepared.config
     parallel = init_parallel(config.parallel, config.seed)
-    shown = say if rank == 0 else _silent
-    shown(f"{_first_line(parallel)}; student: {config.student.dtype}")
+    logger.info("%s; student: %s", _first_line(parallel), config.student.dtype)
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     with RunFolder.hold(folder, parallel) as run_folder:
-        _train(prepared, parallel, run_folder, started, shown)
+        _train(prepared, parallel, run_folder, started)
     return folder
 
 
 def _train(
-    prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, started: float, say: Say
+    prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, started: float
 ) -> None:
     checkpoints = prepared.config.exp_manager["checkpoint_callback_params"]
     strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
     _set_aside_old_run(run_folder, prepared.config, parallel)
-    continued = _continue_from(run_folder.path, prepared, parallel, say)
+    continued = _continue_from(run_folder.path, prepared, parallel)
     if prepared.commits:
         run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))
     _start_exp_manager(trainer, prepared.raw, run_folder.path)
     strategy.setup_environment()
     model = OPCDModel(prepared.raw, trainer, prepared)
     scores = model.scores_before_training()
-    say(
-        f"in-context gap before training: without context {scores['base'][0].score:.2f}, "
-        f"with context {scores['in_context'][0].score:.2f}"
+    logger.info(
+        "in-context gap before training: without context %.2f, with context %.2f",
+        scores["base"][0].score,
+        scores["in_context"][0].score,
     )
     _fit(trainer, model, strategy, continued)
     _save_final(trainer, strategy, checkpoints["save_weights_only"])
     scores["student"] = model.scores("student", with_context=False)
-    _report(model, prepared, scores, started, say)
+    _report(model, prepared, scores, started)
     if checkpoints["save_nemo_on_train_end"]:
         package = run_folder.path / f"{run_folder.path.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
-        say(f"written: {package}")
+        logger.info("written: %s", package)
     parallel.barrier()
     if model.summary is not None:  # on rank 0
         # a cluster's script takes this file, no exit code, for success
@@ -129,9 +131,6 @@ def _save_final(trainer: pl.Trainer, strategy: MegatronStrategy, weights_only: b
         return
     trainer.save_checkpoint(path, weights_only)
     strategy.finish_save()
-
-
-def _silent(_: str) -> None: ...
 
 
 def _first_line(parallel: Parallel) -> str:
@@ -197,9 +196,7 @@ def _set_aside_old_run(run_folder: RunFolder, config: TrainConfig, parallel: Par
         )
 
 
-def _continue_from(
-    folder: Path, prepared: PreparedRun, parallel: Parallel, say: Say
-) -> Path | None:
+def _continue_from(folder: Path, prepared: PreparedRun, parallel: Parallel) -> Path | None:
     """The checkpoint to continue from, when that is asked for. Collective over the world.
 
     Raises:
@@ -212,7 +209,7 @@ def _continue_from(
         clean(folder / "checkpoints")
         for marker in (folder / "checkpoints").glob("*-unfinished"):  # NeMo's, of a killed run
             marker.unlink()
-    path = checkpoint.newest(folder / "checkpoints", parallel, say)
+    path = checkpoint.newest(folder / "checkpoints", parallel)
     metrics, step = folder / METRICS, 0
     if path is not None:
         common = checkpoint.read_common(path)
@@ -220,7 +217,7 @@ def _continue_from(
             present_config(common["opcd"]["config"]), prepared.origin, config.resume.allow_changes
         )
         step = common["global_step"]
-        say(f"continuing from {path}")
+        logger.info("continuing from %s", path)
     if parallel.rank == 0 and metrics.exists():
         drop_metrics_from(metrics, step)
     parallel.barrier()
@@ -232,7 +229,6 @@ def _report(
     prepared: PreparedRun,
     scores: Mapping[str, tuple[Evaluation, Evaluation]],
     started: float,
-    say: Say,
 ) -> None:
     """Write the run's files on rank 0 and show the table. Collective over the world."""
     parallel = model.run.parallel
@@ -260,5 +256,5 @@ def _report(
     summary = write_report(model.run_folder, outcome, config_yaml)
     model.describe_weights(summary)
     for line in summary_lines(summary, model.validations):
-        say(line)
-    say(f"written: {model.run_folder.path}")
+        logger.info("%s", line)
+    logger.info("written: %s", model.run_folder.path)

@@ -39,8 +39,12 @@ class PreparedRun:
     commits: Mapping[str, str]
 
 
-def prepare_run(raw: DictConfig, world_size: int) -> PreparedRun:
+def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
     """Check a composed configuration and open what it names.
+
+    Args:
+        raw: the configuration of `train`.
+        world_size: the number of ranks; None: `parallel.num_ranks`.
 
     Raises:
         UserError: a key is wrong, or what it names does not exist or does not fit.
@@ -55,7 +59,7 @@ def prepare_run(raw: DictConfig, world_size: int) -> PreparedRun:
         # the rest was checked just now, and a written-out context is this program's own text
         context: Any = OmegaConf.to_container(frozen.context, resolve=True)
         config = replace(config, context=context)
-    inputs = open_inputs(config, world_size)
+    inputs = open_inputs(config, world_size or config.parallel.num_ranks)
     origin = run_origin(frozen, inputs.context_hash)
     return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin, commits=commits)
 

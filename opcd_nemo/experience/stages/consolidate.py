@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.folder import RUN_ANSWERS, RUN_SUMMARY, SELECTED
 from opcd_nemo.experience.run_configs import run_config
 from opcd_nemo.experience.stages.context import StageContext
+
+logger = logging.getLogger(__name__)
 
 
 class Consolidate:
@@ -35,6 +39,6 @@ class Consolidate:
         folder.open()
         summary = folder.of_run(RUN_SUMMARY, run)
         if summary.is_file():
-            context.say(f"consolidate: finished before ({summary})")
+            logger.info("consolidate: finished before (%s)", summary)
             return
-        train(run_config(folder, run), context.say)
+        train(run_config(folder, run))

@@ -19,8 +19,6 @@ from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.build import build_engine, build_evaluator
 from opcd_nemo.training.inputs import Inputs, open_inputs, shared_prefix
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
@@ -63,7 +61,6 @@ class StageContext:
     """The round that a stage belongs to; `say` prints on one rank."""
 
     folder: PipelineFolder
-    say: Say
 
     def open_models(
         self, raw: DictConfig, check: Callable[[Inputs], None] = lambda _: None

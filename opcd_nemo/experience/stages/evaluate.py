@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from opcd_nemo.experience.table import summarise, table_text
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.storage import heartbeat
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluate:
@@ -76,7 +79,7 @@ def _evaluate(models: Models, context: StageContext) -> None:
         }
         models.write(CONTROLS, json.dumps(rows))
         heartbeat.touch()
-        context.say(f"evaluate: {job.row}, seed {job.seed}: {task.score:.3f}")
+        logger.info("evaluate: %s, seed %s: %.3f", job.row, job.seed, task.score)
 
 
 def _jobs(folder: PipelineFolder, config: TrainConfig) -> list[EvaluationJob]:
@@ -124,5 +127,5 @@ def _write_table(models: Models, context: StageContext) -> None:
     for where in ("",) if folder.path == folder.root else ("", "../"):
         models.run_folder.write(f"{where}{SUMMARY}", shown)
         models.run_folder.write(f"{where}{TABLE}", f"{text}\n")
-    context.say(text)
-    context.say(f"written: {folder.path}")
+    logger.info("%s", text)
+    logger.info("written: %s", folder.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 from opcd_nemo.experience.candidates import candidates
@@ -13,6 +14,8 @@ from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.scoring import check_scoring
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.training.inputs import Inputs
+
+logger = logging.getLogger(__name__)
 
 
 class Extract:
@@ -36,7 +39,7 @@ class Extract:
             check_scoring(experience.scoring, inputs.task)
 
         models = context.open_models(raw, check)
-        records = _extraction(models, settings).run(context.say)
+        records = _extraction(models, settings).run()
         encode = models.inputs.tokenizer.encode
         found = candidates(records, settings.cap_tokens, lambda text: len(encode(text)))
         turns = [
@@ -46,7 +49,7 @@ class Extract:
         ]
         models.write(TURNS, "".join(f"{json.dumps(turn)}\n" for turn in turns))
         models.write(CANDIDATES, json.dumps([candidate.record() for candidate in found]))
-        context.say(f"extraction: {len(found)} candidates from {len(records)} extractions")
+        logger.info("extraction: %s candidates from %s extractions", len(found), len(records))
 
 
 def _extraction(models: Models, settings: ExtractionConfig) -> Extraction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from opcd_nemo.experience.candidates import Candidate
 from opcd_nemo.experience.folder import CANDIDATES, RANKED, SCORES
@@ -11,6 +12,8 @@ from opcd_nemo.experience.scoring import ScoreBook, halve
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
+
+logger = logging.getLogger(__name__)
 
 
 class Score:
@@ -30,10 +33,10 @@ class Score:
         scores = _Scores(models)
         records = json.loads((folder.path / CANDIDATES).read_text(encoding="utf-8"))
         pool = [Candidate.from_record(record) for record in records]
-        ranked = halve(pool, settings, scores.of_candidate, context.say)
+        ranked = halve(pool, settings, scores.of_candidate)
         of_none = scores.of("none", (), settings.num_questions)
         without = sum(of_none) / len(of_none)
-        context.say(f"scoring: {without:.3f} without experience")
+        logger.info("scoring: %.3f without experience", without)
         ranking = {
             "without": without,
             "num_questions": settings.num_questions,

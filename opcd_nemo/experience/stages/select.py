@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from opcd_nemo.context.registry import Entry
@@ -13,6 +14,8 @@ from opcd_nemo.experience.scoring import Scored, select
 from opcd_nemo.experience.stages.context import StageContext
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class Select:
@@ -45,7 +48,7 @@ class Select:
                 entry = _entry(folder, scored, record["questions"], ranking["without"])
                 folder.registry.add(entry)
                 hashes.append(entry.hash)
-                context.say(_about(entry, scored))
+                logger.info("%s", _about(entry, scored))
             reason = f"{settings.rule}, round {folder.settings.round}"
             folder.registry.select(hashes[0], reason)
             run_folder.write(SELECTED, json.dumps({"experience": hashes}))

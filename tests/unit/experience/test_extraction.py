@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,9 +88,6 @@ class Lost:
         raise OSError("the folder is now held by another")
 
 
-def silent(_: str) -> None: ...
-
-
 def taken_over(folder: Path) -> RunFolder:
     lost: Any = Lost()
     return RunFolder(folder, lock=lost)
@@ -129,7 +127,7 @@ NOTHING: Any = SimpleNamespace(messages=lambda text: ({"role": "user", "content"
 
 def test_every_chain_meets_problems_and_writes_items(tmp_path: Path) -> None:
     writer = Writer()
-    records = extraction(RunFolder(tmp_path), writer, settings()).run(silent)
+    records = extraction(RunFolder(tmp_path), writer, settings()).run()
     assert [(one["chain"], one["step"]) for one in records] == [
         (chain, step) for step in range(3) for chain in range(2)
     ]
@@ -142,20 +140,20 @@ def test_every_chain_meets_problems_and_writes_items(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_taken_over_gets_no_wave_and_no_scores(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="now held by"):
-        extraction(taken_over(tmp_path), Writer(), settings()).run(silent)
+        extraction(taken_over(tmp_path), Writer(), settings()).run()
     with pytest.raises(OSError, match="now held by"):
         ScoreBook(taken_over(tmp_path), "scoring.jsonl").add("a", [1.0])
     assert [path.name for path in tmp_path.rglob("*")] == ["waves"]
 
 
 def test_shared_problems_are_the_same_for_every_chain(tmp_path: Path) -> None:
-    records = extraction(RunFolder(tmp_path), Writer(), settings(shared_problems=True)).run(silent)
+    records = extraction(RunFolder(tmp_path), Writer(), settings(shared_problems=True)).run()
     assert [one["uid"] for one in records[::2]] == [one["uid"] for one in records[1::2]]
 
 
 def test_earlier_items_are_shown_where_asked_for(tmp_path: Path) -> None:
     writer = Writer()
-    extraction(RunFolder(tmp_path), writer, settings(with_previous=True, num_chains=1)).run(silent)
+    extraction(RunFolder(tmp_path), writer, settings(with_previous=True, num_chains=1)).run()
     learn = [text for text in writer.asked if text.startswith("LEARN")]
     assert [text.rsplit("|", 1)[1] for text in learn] == [
         "(none)",
@@ -165,10 +163,10 @@ def test_earlier_items_are_shown_where_asked_for(tmp_path: Path) -> None:
 
 
 def test_finished_waves_are_not_repeated(tmp_path: Path) -> None:
-    first = extraction(RunFolder(tmp_path), Writer(), settings()).run(silent)
+    first = extraction(RunFolder(tmp_path), Writer(), settings()).run()
     (tmp_path / "waves/wave=0002.jsonl").unlink()
     writer = Writer()
-    assert extraction(RunFolder(tmp_path), writer, settings()).run(silent) == first
+    assert extraction(RunFolder(tmp_path), writer, settings()).run() == first
     assert len(writer.asked) == 4  # two problems, two extractions
 
 
@@ -178,16 +176,19 @@ def test_every_wave_is_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RANK", raising=False)
     seen: list[bool] = []
 
-    def say(_: str) -> None:
-        seen.append(heartbeat.exists())
-        heartbeat.unlink(missing_ok=True)
+    class Watch(logging.Handler):
+        def emit(self, _: logging.LogRecord) -> None:
+            seen.append(heartbeat.exists())
+            heartbeat.unlink(missing_ok=True)
 
-    extraction(RunFolder(tmp_path), Writer(), settings()).run(say)
+    watch = Watch()
+    monkeypatch.setattr(logging.getLogger("opcd_nemo"), "handlers", [watch])
+    extraction(RunFolder(tmp_path), Writer(), settings()).run()
     assert seen == [True] * 3
 
 
 def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
-    records = extraction(RunFolder(tmp_path), Writer([]), settings(keep="trace")).run(silent)
+    records = extraction(RunFolder(tmp_path), Writer([]), settings(keep="trace")).run()
     assert records[0]["items"][0].startswith("Problem:\nWhat is")
 
 
@@ -195,17 +196,18 @@ def test_the_raw_trace_is_kept_as_an_ablation(tmp_path: Path) -> None:
 def test_an_item_above_the_cap_is_refused_in_its_wave(tmp_path: Path, keep: str) -> None:
     writer = Writer()
     with pytest.raises(ValueError, match=r"experience\.extraction\.cap_tokens=5: the newest item"):
-        extraction(RunFolder(tmp_path), writer, settings(keep=keep, cap_tokens=5)).run(silent)
+        extraction(RunFolder(tmp_path), writer, settings(keep=keep, cap_tokens=5)).run()
     assert len(writer.asked) == 4  # of six problems and as many extractions
 
 
-def test_silent_extractions_are_counted_and_all_silent_is_an_error(tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_silent_extractions_are_counted_and_all_silent_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UserError) as refused:
-        extraction(RunFolder(tmp_path), Writer([]), settings()).run(lines.append)
+        extraction(RunFolder(tmp_path), Writer([]), settings()).run()
     assert refused.value.key == "experience.extraction"
     assert refused.value.problem == "6 extractions wrote no item"
-    assert "2 extractions, 0 items, 2 without any" in lines[0]
+    assert "2 extractions, 0 items, 2 without any" in caplog.text
 
 
 def test_candidates_are_the_prefixes_that_differ(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_halving_finds_the_best_and_asks_less() -> None:
         asked.append((one.items[0], count))
         return [float(one.items[0]) / 10] * count
 
-    ranked = halve(pool("1", "7", "3", "9", "9", "2", "5", "4"), scoring(), ask, silent)
+    ranked = halve(pool("1", "7", "3", "9", "9", "2", "5", "4"), scoring(), ask)
     assert [one.candidate.items[0] for one in ranked] == ["9", "7", "5", "4", "3", "2", "1"]
     assert ranked[0].candidate.step == 3  # the same items a second time are not asked again
     assert sum(count for _, count in asked) == 7 * 10 + 4 * 20 + 2 * 40
@@ -265,12 +267,12 @@ def test_a_tie_goes_to_fewer_tokens_then_to_the_earlier() -> None:
         Candidate(chain=0, step=step, items=(str(step),), num_tokens=tokens, problems=())
         for step, tokens in enumerate((5, 3, 3))
     )
-    ranked = halve([one, two, three], scoring(), lambda _, n: [0.5] * n, silent)
+    ranked = halve([one, two, three], scoring(), lambda _, n: [0.5] * n)
     assert [each.candidate for each in ranked[:2]] == [two, three]
 
 
 def test_random_selection_draws_among_the_long_ones() -> None:
-    ranked = halve(pool(*"abcdefgh"), scoring(num_questions=10), lambda _, n: [0.0] * n, silent)
+    ranked = halve(pool(*"abcdefgh"), scoring(num_questions=10), lambda _, n: [0.0] * n)
     rule = SelectionConfig(rule="random", min_steps=5, count=2)
     drawn = [tuple(one.candidate.step for one in select(ranked, rule, seed)) for seed in range(20)]
     assert {step for pair in drawn for step in pair} == {4, 5, 6, 7}
@@ -287,7 +289,7 @@ def test_a_random_pool_takes_one_of_every_chain_first() -> None:
         for chain in range(3)
         for step in range(4)
     ]
-    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n, silent)
+    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n)
     for seed in range(10):
         rule = SelectionConfig(rule="random", min_steps=1, count=3)
         assert {one.candidate.chain for one in select(ranked, rule, seed)} == {0, 1, 2}

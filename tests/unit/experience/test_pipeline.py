@@ -55,10 +55,7 @@ def written(tmp_path: Path) -> PipelineFolder:
 
 
 def select(folder: PipelineFolder) -> None:
-    Select().run(StageContext(folder=folder, say=silent))
-
-
-def silent(_: str) -> None: ...
+    Select().run(StageContext(folder=folder))
 
 
 def test_the_stages_are_those_of_the_key_and_each_file_has_one_writer() -> None:
@@ -78,7 +75,7 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
         return 75 if "run=off_policy-1" in extra else 0
 
     folder = written(tmp_path)
-    assert run_pipeline(folder.settings, launch, silent) == 75
+    assert run_pipeline(folder.settings, launch) == 75
     assert launched == [
         ("stage=consolidate", "round=1", "run=opcd-1"),
         ("stage=consolidate", "round=1", "run=off_policy-1"),
@@ -93,9 +90,9 @@ def test_a_stage_s_ranks_can_take_the_folder_and_no_second_job_can(tmp_path: Pat
         return 1
 
     with lock_folder(folder.path), pytest.raises(UserError) as refused:
-        run_pipeline(settings(tmp_path, "stage=select"), launch, silent)
+        run_pipeline(settings(tmp_path, "stage=select"), launch)
     assert refused.value.where == "name"
-    assert run_pipeline(folder.settings, launch, silent) == 1  # after the selection
+    assert run_pipeline(folder.settings, launch) == 1  # after the selection
     assert (folder.path / "selected.json").is_file()
 
 
@@ -110,7 +107,7 @@ def test_finished_runs_are_left_alone(tmp_path: Path) -> None:
         launched.append(extra[-1])
         return 1
 
-    assert run_pipeline(folder.settings, launch, silent) == 1
+    assert run_pipeline(folder.settings, launch) == 1
     assert launched == [f"run={folder.settings.runs[4]}"]
 
 
@@ -144,7 +141,7 @@ def test_a_stage_without_its_input_says_which_stage_writes_it(
 ) -> None:
     of_stage = settings(tmp_path, f"stage={stage}")
     with pytest.raises(UserError) as refused:
-        run_pipeline(of_stage, lambda _: pytest.fail("started"), silent)
+        run_pipeline(of_stage, lambda _: pytest.fail("started"))
     assert Path(refused.value.key).name == file
     assert (refused.value.where, refused.value.allowed) == (
         f"stage={stage}",
@@ -157,7 +154,7 @@ def test_a_rank_takes_no_stage_without_ranks(tmp_path: Path) -> None:
     for stage in ("all", "select"):
         raw.stage = stage
         with pytest.raises(UserError) as refused:
-            run_stage(raw, silent)
+            run_stage(raw)
         assert (refused.value.key, refused.value.value) == ("stage", stage)
 
 
@@ -174,7 +171,7 @@ def test_another_node_leaves_the_selection_to_the_first_and_starts_its_ranks(
         launched.append(extra[0])
         return 1
 
-    assert run_pipeline(folder.settings, launch, silent) == 1
+    assert run_pipeline(folder.settings, launch) == 1
     assert launched == ["stage=consolidate"]
     assert not (folder.path / "selected.json").exists()
 
@@ -220,7 +217,11 @@ def test_the_registry_s_commands_show_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kept", "rounds"), [(0.45, 2), (0.35, 1)])
 def test_retention_is_judged_on_the_run_whose_student_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float, rounds: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kept: float,
+    rounds: int,
 ) -> None:
     base = {"retention": {"value": 0.8}, "retention_by_seed": {"1": 0.8, "2": 0.8}}
     opcd = {"retention": {"value": 0.4}, "retention_by_seed": {"1": kept, "2": 0.8 - kept}}
@@ -241,10 +242,9 @@ def test_retention_is_judged_on_the_run_whose_student_goes_on(
         "experience.next_round_retention=0.5",
         "experience.consolidation.seeds=[1,2]",
     )
-    lines: list[str] = []
-    assert run_pipeline(plan, lambda _: 0, lines.append) == 0
+    assert run_pipeline(plan, lambda _: 0) == 0
     assert done == [1, 2][:rounds]
-    assert any("retention 0.35 is below" in line for line in lines) == (rounds == 1)
+    assert ("retention 0.35 is below" in caplog.text) == (rounds == 1)
 
 
 def test_a_wrong_first_command_leaves_no_folder(tmp_path: Path) -> None:
@@ -257,8 +257,9 @@ def test_a_wrong_first_command_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "hints"), [(2, 0), (1, 1), (75, 1)])
-def test_bad_input_of_a_stage_is_not_gone_on_with(tmp_path: Path, code: int, hints: int) -> None:
-    lines: list[str] = []
-    assert run_pipeline(settings(tmp_path), lambda extra: code, lines.append) == code
-    assert sum("the same command goes on" in line for line in lines) == hints
+def test_bad_input_of_a_stage_is_not_gone_on_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int, hints: int
+) -> None:
+    assert run_pipeline(settings(tmp_path), lambda extra: code) == code
+    assert caplog.text.count("the same command goes on") == hints
     assert list(tmp_path.iterdir()) == []

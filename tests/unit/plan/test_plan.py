@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,21 @@ def accelerator(name: str = "h100", **changes: Any) -> Accelerator:
     return replace(found, **changes)
 
 
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+
+
 def said(*overrides: str) -> str:
-    lines: list[str] = []
-    plan(compose("plan", list(overrides)), lines.append)
-    return "\n".join(lines)
+    lines, log = _Lines(), logging.getLogger("opcd_nemo")
+    log.addHandler(lines)
+    plan(compose("plan", list(overrides)))
+    log.removeHandler(lines)
+    return "\n".join(lines.seen)
 
 
 def refused(*overrides: str) -> str:
