@@ -52,7 +52,7 @@ def whole_parameters(
     sharded = {part.data: part for part in weights.values() if hasattr(part, "replica_id")}
     # every rank walks over all parameters in the same order: a send and its receive then meet
     found: dict[int, dict[str, Any]] = {}
-    for place, (parameter, stretches) in enumerate(_stretches(optimizer, parallel.dp)):
+    for number, (parameter, stretches) in enumerate(_stretches(optimizer, parallel.dp)):
         owner = max(stretches, key=lambda stretch: stretch.stop - stretch.start).dp_rank
         held = {}
         if any(stretch.dp_rank == parallel.dp_rank for stretch in stretches):
@@ -62,7 +62,7 @@ def whole_parameters(
             for key in _KEYS
         }
         if owner == parallel.dp_rank:
-            found[place] = {key: _like(sharded[parameter], key, whole[key]) for key in _KEYS}
+            found[number] = {key: _like(sharded[parameter], key, whole[key]) for key in _KEYS}
     parallel.flush()
     return found
 

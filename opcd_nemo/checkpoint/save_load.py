@@ -187,10 +187,10 @@ def _as_bytes(value: object) -> bytes:
 
 def _spread(weights: dict[str, Any], parallel: Parallel) -> None:
     """Let the data-parallel ranks, which hold the same weights, take turns in writing them."""
-    for place, part in enumerate(weights.values()):
+    for number, part in enumerate(weights.values()):
         if hasattr(part, "replica_id"):
             *others, dp_rank = part.replica_id
-            part.replica_id = (*others, (dp_rank + place) % parallel.dp)
+            part.replica_id = (*others, (dp_rank + number) % parallel.dp)
 
 
 def save_weights(folder: Path, student: LanguageModel) -> None:

@@ -60,7 +60,9 @@ class Written:
 
 def write_index(folder: Path, index: Index, parts: Sequence[Written]) -> None:
     """Add the file that tells readers where the pieces of every rank lie."""
-    index.storage_data = {one.index: one.storage_data for part in parts for one in part.results}
+    index.storage_data = {
+        written.index: written.storage_data for part in parts for written in part.results
+    }
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(index, file)
 

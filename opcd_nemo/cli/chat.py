@@ -150,5 +150,5 @@ def _context(source: str, system: str | None) -> Context | None:
 
 def _shown(context: Context) -> str:
     lines = [text for text in (context.system, context.experience) if text is not None]
-    lines += [f"Q: {asked}\nA: {answered}" for asked, answered in context.demonstrations]
+    lines += [f"Q: {question}\nA: {answer}" for question, answer in context.demonstrations]
     return "\n".join(lines)

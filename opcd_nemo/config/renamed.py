@@ -121,8 +121,11 @@ def _move(config: Any, old: list[str], new: list[str]) -> None:
 
 _STYLES = ("brevity", "bullets", "json", "pirate")
 CHOICES: dict[str, str] = {
-    **{f"recipe=demo_{one}_offpolicy": f"recipe=demo_{one} method=off_policy" for one in _STYLES},
-    **{f"recipe=demo_{one}_sft": f"recipe=demo_{one} method=sft" for one in _STYLES},
+    **{
+        f"recipe=demo_{style}_offpolicy": f"recipe=demo_{style} method=off_policy"
+        for style in _STYLES
+    },
+    **{f"recipe=demo_{style}_sft": f"recipe=demo_{style} method=sft" for style in _STYLES},
     "method=offpolicy": "method=off_policy",
     "rollout=student": "method=opcd",
     "rollout=teacher": "method=off_policy, method=sft, or rollout.sampler=teacher",

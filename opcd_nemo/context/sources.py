@@ -15,7 +15,7 @@ from opcd_nemo.context.registry import read_entry
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import Message
 
-_PLACES = re.compile(r"\{(experience|question|opening|situation)\}")
+_SLOTS = re.compile(r"\{(experience|question|opening|situation)\}")
 _BY_A_PERSON = "a person, in the configuration"
 
 
@@ -38,9 +38,9 @@ class Context:
         messages: list[Message] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
-        for asked, answered in self.demonstrations:
-            messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": answered})
+        for problem, solution in self.demonstrations:
+            messages.append({"role": "user", "content": problem})
+            messages.append({"role": "assistant", "content": solution})
         messages.append({"role": "user", "content": self.wrapped(question)})
         return tuple(messages)
 
@@ -55,7 +55,7 @@ class Context:
             "opening": opening,
             "situation": situation,
         }
-        return _PLACES.sub(lambda place: texts[place[1]], self.wrap)  # once: texts may hold braces
+        return _SLOTS.sub(lambda slot: texts[slot[1]], self.wrap)  # once: texts may hold braces
 
     @property
     def content_hash(self) -> str:
@@ -273,8 +273,8 @@ def _name(kind: type) -> str:
 
 def _check_template(template: str) -> None:
     _require_text("context.template", template)
-    places = sorted(_PLACES.findall(template))
-    if places not in (["experience", "question"], ["experience", "opening", "situation"]):
+    slots = sorted(_SLOTS.findall(template))
+    if slots not in (["experience", "question"], ["experience", "opening", "situation"]):
         raise UserError(
             "context.template",
             repr(template),

@@ -263,12 +263,12 @@ def choose_layer_spec(layer_spec: str, device: torch.device) -> LayerSpec:
     Raises:
         UserError: Transformer Engine is asked for on a CPU, or is not installed.
     """
-    there = has_transformer_engine()
-    if layer_spec == "te" and (device.type == "cpu" or not there):
+    installed = has_transformer_engine()
+    if layer_spec == "te" and (device.type == "cpu" or not installed):
         why = "it needs a GPU" if device.type == "cpu" else "Transformer Engine is not installed"
         raise UserError("parallel.layer_spec", "te", "auto or local here", problem=why)
     if layer_spec == "auto":
-        return "te" if device.type != "cpu" and there else "local"
+        return "te" if device.type != "cpu" and installed else "local"
     return "te" if layer_spec == "te" else "local"
 
 

@@ -103,11 +103,13 @@ def extensions_fit(device: str, reason: str, installed: Mapping[str, bool]) -> C
         reason: why it was chosen, and its communication library.
         installed: by the import names transformer_engine, apex and triton.
     """
-    present = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in installed.items())
+    present = ", ".join(
+        f"{name} {'yes' if importable else 'no'}" for name, importable in installed.items()
+    )
     found = f"{device} ({reason}; {present})"
     if device == "cpu":
         return judge("device", not installed["transformer_engine"], found, _NO_CPU)
-    missing = [name for name, there in installed.items() if not there]
+    missing = [name for name, importable in installed.items() if not importable]
     mend = f"without {', '.join(missing)} it is slower: start from the image of the Dockerfile"
     return judge("device", not missing, found, mend, otherwise="warn")
 

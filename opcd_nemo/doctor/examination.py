@@ -115,15 +115,17 @@ def without_weights(
 def _asked(config: TrainConfig, task: Task, count: int) -> list[Episode]:
     """Whole training steps of `count` prompts or more, and the questions of the evaluations."""
     evaluation = config.evaluation
-    asked = task.episodes("test", 0, evaluation.num_questions)
+    questions = task.episodes("test", 0, evaluation.num_questions)
     if evaluation.every_n_steps:
-        asked = [*asked, *task.episodes("validation", 0, evaluation.num_questions)]
+        questions = [*questions, *task.episodes("validation", 0, evaluation.num_questions)]
     found: dict[str, Episode] = {}
     for step in range(config.trainer["max_steps"]):
-        found |= {one.uid: one for one in task.episodes("train", step, _prompts(config))}
+        found |= {
+            episode.uid: episode for episode in task.episodes("train", step, _prompts(config))
+        }
         if len(found) >= count:
             break
-    return [*found.values(), *asked]
+    return [*found.values(), *questions]
 
 
 def _prompts(config: TrainConfig) -> int:

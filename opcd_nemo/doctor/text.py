@@ -37,8 +37,8 @@ def open_sides(config: TrainConfig) -> tuple[Side, Side]:
     student = open_side(config.student.path)
     teacher = student if config.teacher.path is None else open_side(config.teacher.path)
     arguments = config.student.chat_template_arguments
-    own = student.tokenizer.chat_template_source
-    if teacher.tokenizer.chat_template_source == own:  # another one may know no such variable
+    template = student.tokenizer.chat_template_source
+    if teacher.tokenizer.chat_template_source == template:  # another one may know no such variable
         teacher = replace(teacher, tokenizer=teacher.tokenizer.with_arguments(arguments))
     return replace(student, tokenizer=student.tokenizer.with_arguments(arguments)), teacher
 
@@ -73,7 +73,7 @@ def ends(student: Side, teacher: Side) -> Check:
         found = f"the student ends with {ids[0]}, the teacher with {ids[1]}"
         return judge("end of sequence", False, found, "make eos_token_id of both models the same")
     unknown = {*student.model.eos_token_ids, *teacher.model.eos_token_ids} - set(ids[0])
-    words = [student.tokenizer.decode([one], skip_special=False) for one in ids[0]]
+    words = [student.tokenizer.decode([token_id], skip_special=False) for token_id in ids[0]]
     found = f"{ids[0]} {words}"
     if unknown:
         found += f"; config.json also has {sorted(unknown)}, which ends no response here"
@@ -83,15 +83,17 @@ def ends(student: Side, teacher: Side) -> Check:
 
 def templates(student: Side, teacher: Side, chat: Sequence[Message]) -> Check:
     """Whether the teacher reads the chat as its own template would write it."""
-    ours, own = student.tokenizer.render(chat), teacher.tokenizer.render(chat)
-    if ours == own:
+    ours, theirs = student.tokenizer.render(chat), teacher.tokenizer.render(chat)
+    if ours == theirs:
         same = student.tokenizer.chat_template_source == teacher.tokenizer.chat_template_source
         how = "one template" if same else "two templates that write the same"
         return judge(
             "chat template", True, f"{how}, {len(ours)} tokens of context and question", ""
         )
-    place = next((i for i, (a, b) in enumerate(zip(ours, own, strict=False)) if a != b), "the end")
-    found = f"the teacher's own template differs from the student's, from token {place} on"
+    index = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), "the end"
+    )
+    found = f"the teacher's own template differs from the student's, from token {index} on"
     mend = "a run renders both sides with the student's: give both models the template you want"
     return judge("chat template", False, found, mend, otherwise="warn")
 

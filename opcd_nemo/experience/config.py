@@ -18,7 +18,7 @@ from opcd_nemo.errors import UserError
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
 METHODS = ("opcd", "off_policy", "sft")
-_PLACES = re.compile(r"\{(trace|outcome|experience)\}")
+_SLOTS = re.compile(r"\{(trace|outcome|experience)\}")
 
 
 @dataclass(kw_only=True)
@@ -50,12 +50,12 @@ class ExtractionConfig:
     def filled(self, trace: str, outcome: str | None, experience: str) -> str:
         """The prompt about one trace."""
         texts = {"trace": trace, "outcome": outcome or "", "experience": experience}
-        return _PLACES.sub(lambda place: texts[place[1]], self.prompt)
+        return _SLOTS.sub(lambda slot: texts[slot[1]], self.prompt)
 
     @property
-    def places(self) -> frozenset[str]:
+    def slots(self) -> frozenset[str]:
         """What the prompt shows."""
-        return frozenset(_PLACES.findall(self.prompt))
+        return frozenset(_SLOTS.findall(self.prompt))
 
 
 @dataclass(kw_only=True)
@@ -156,7 +156,7 @@ def _rename_methods(given: DictConfig) -> None:
     """Read old names of methods as the present ones."""
     methods = OmegaConf.select(given, "experience.consolidation.methods")
     if isinstance(methods, ListConfig):
-        given.experience.consolidation.methods = [present_method(str(one)) for one in methods]
+        given.experience.consolidation.methods = [present_method(str(method)) for method in methods]
     if isinstance(given.get("run"), str):
         given.run = present_method(given.run)
 
@@ -167,15 +167,15 @@ def load_experience(raw: DictConfig) -> Settings:
     Raises:
         UserError: a key is misspelt, missing, wrongly typed, or contradicts another.
     """
-    own = [key for key in ("stage", "round", "run", "experience") if key in raw]
+    pipeline_keys = [key for key in ("stage", "round", "run", "experience") if key in raw]
     resolved = raw.copy()
     OmegaConf.resolve(resolved)
-    given = OmegaConf.masked_copy(resolved, own)
+    given = OmegaConf.masked_copy(resolved, pipeline_keys)
     _rename_methods(given)
     keys = read_schema(PipelineKeys, given)
     train = raw.copy()
     with open_dict(train):
-        for key in own:
+        for key in pipeline_keys:
             train.pop(key)
     settings = Settings(
         stage=keys.stage, round=keys.round, run=keys.run, experience=keys.experience, train=train
@@ -222,9 +222,9 @@ def _check_extraction(experience: ExperienceConfig) -> None:
             selection.min_steps,
             f"at most experience.extraction.num_steps={extraction.num_steps}",
         )
-    if "trace" not in extraction.places:
+    if "trace" not in extraction.slots:
         raise UserError("experience.extraction.prompt", extraction.prompt, "a text with {trace}")
-    if extraction.with_previous and "experience" not in extraction.places:
+    if extraction.with_previous and "experience" not in extraction.slots:
         raise UserError(
             "experience.extraction.with_previous", True, "false without {experience} in the prompt"
         )

@@ -157,7 +157,7 @@ class Extraction:
         items: tuple[str, ...] = ()
         if self._settings.with_previous:
             of_chain = [record for record in before if record["chain"] == play.chain]
-            items = self._within_cap(tuple(item for one in of_chain for item in one["items"]))
+            items = self._within_cap(tuple(item for record in of_chain for item in record["items"]))
         trace = play.episode.trace()
         text = self._settings.filled(trace.text, trace.outcome, as_text(items) or "(none)")
         conversation = self._writer.conversation

@@ -106,7 +106,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
         return text.decode()
     if kind == "checkpoint":
         config = present_config(read_checkpoint(found).config)
-        check_stored({key: one for key, one in config.items() if key not in _PLUGS}, str(found))
+        check_stored({key: value for key, value in config.items() if key not in _PLUGS}, str(found))
         return OmegaConf.to_yaml(OmegaConf.create(nemo_config(config)))
     made: Any = OmegaConf.to_container(default_config(), resolve=True)
     made["student"]["path"] = source

@@ -108,7 +108,7 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
         pairs = described["demonstrations"]
         context = Context(
             system=_text(described["system"]),
-            demonstrations=tuple((str(asked), str(answered)) for asked, answered in pairs),
+            demonstrations=tuple((str(question), str(answer)) for question, answer in pairs),
             experience=_text(described.get("experience")),
             wrap=_text(described.get("wrap")),
         )

@@ -35,12 +35,12 @@ class MegatronWeights:
                 allowed=f"those of {config.num_layers} layers",
             )
         self._source: dict[str, tuple[str, int | None]] = {}
-        there = set(tensors.names())
+        present = set(tensors.names())
         used: set[str] = set()
         for name in parameter_names(config, _SPEC):
             layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
             stored = self._stored(name)
-            if missing := [one for one in stored if one not in there]:
+            if missing := [part for part in stored if part not in present]:
                 raise UserError(
                     f"{tensors.where}{missing[0]} is missing", allowed="every tensor of the model"
                 )
@@ -50,7 +50,7 @@ class MegatronWeights:
             self._source |= dict.fromkeys(made, (name, layer))
         if config.tied_embeddings:
             used.add("output_layer.weight")
-        unexpected = sorted(name for name in there - used if not name.startswith(_OTHER_STATE))
+        unexpected = sorted(name for name in present - used if not name.startswith(_OTHER_STATE))
         if unexpected:
             raise UserError(
                 f"{tensors.where}{unexpected[0]} is unexpected", allowed="only the model's tensors"
@@ -65,12 +65,12 @@ class MegatronWeights:
         shapes = tensor_shapes(self._config)
         wanted = list(shapes[made[0]])
         if len(made) > len(self._stored(name)) == 1:  # query, key and value rows in one
-            wanted[0] = sum(shapes[one][0] for one in made)
-        for one in self._stored(name):
-            found = self._tensors.shape(one)
+            wanted[0] = sum(shapes[part][0] for part in made)
+        for part in self._stored(name):
+            found = self._tensors.shape(part)
             if len(found) != len(wanted) or any(a < b for a, b in zip(found, wanted, strict=True)):
                 raise UserError(
-                    f"{self._tensors.where}{one} has shape {found}",
+                    f"{self._tensors.where}{part} has shape {found}",
                     allowed=f"{tuple(wanted)}, and padding",
                 )
 
@@ -94,7 +94,7 @@ class MegatronWeights:
         """
         megatron_name, layer = self._source[name]
         if self._last[0] != megatron_name:
-            parts = [self._tensors.tensor(one) for one in self._stored(megatron_name)]
+            parts = [self._tensors.tensor(part) for part in self._stored(megatron_name)]
             found = hf_tensors(
                 [torch.cat(parts) if len(parts) > 1 else parts[0]],
                 self._config,

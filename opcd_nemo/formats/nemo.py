@@ -49,9 +49,9 @@ class CheckedFiles:
         """
         self.where = files.where
         self._files, self._sizes = files, files.sizes()
-        there = [name for name in self._sizes if name != MANIFEST]
+        members = [name for name in self._sizes if name != MANIFEST]
         text = read_whole(files, MANIFEST)
-        self._unchecked = durable.parse_manifest(text, there, self.where)
+        self._unchecked = durable.parse_manifest(text, members, self.where)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file."""

@@ -61,17 +61,17 @@ class StoredModel:
         self.config = config
         self._weights = weights
         shapes = tensor_shapes(config)
-        there = set(weights.names())
-        if missing := sorted(shapes.keys() - there):
+        stored = set(weights.names())
+        if missing := sorted(shapes.keys() - stored):
             raise UserError(
                 path,
                 allowed=f"every tensor of a {CLASS_NAMES[config.architecture]}",
                 problem=f"tensor {missing[0]!r} is missing ({len(missing)} in all)",
             )
-        unused = {name for name in there if name.endswith("rotary_emb.inv_freq")}
+        unused = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
         if config.tied_embeddings:
             unused.add("lm_head.weight")
-        if unexpected := sorted(there - shapes.keys() - unused):
+        if unexpected := sorted(stored - shapes.keys() - unused):
             raise UserError(
                 path,
                 allowed=f"only tensors of a dense {CLASS_NAMES[config.architecture]}",

@@ -91,8 +91,8 @@ class ChatTokenizer:
         token_ids = vocabulary.token_ids()
         self.vocab_size = max(token_ids.values()) + 1
         eos_token = self._special_tokens.get("eos_token")
-        own = [token_ids[eos_token]] if eos_token in token_ids else []
-        self.eos_ids = tuple(dict.fromkeys([*own, *sorted(eos_ids)]))
+        named = [token_ids[eos_token]] if eos_token in token_ids else []
+        self.eos_ids = tuple(dict.fromkeys([*named, *sorted(eos_ids)]))
         if not self.eos_ids:
             raise UserError(where, allowed="a known token", problem=f"eos_token is {eos_token!r}")
 

@@ -331,10 +331,14 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
     A process that ends without an exception leaves no time of its own; the exceptions of the
     others, who lost their peer, are later than its end though earlier than its discovery.
     """
-    silent = {rank: one for rank, one in failures.items() if not isinstance(one.message, dict)}
+    silent = {
+        rank: failure for rank, failure in failures.items() if not isinstance(failure.message, dict)
+    }
     if silent:
         return min(silent.items(), key=lambda item: item[1].timestamp)
-    written = {rank: Path(one.error_file).stat().st_mtime_ns for rank, one in failures.items()}
+    written = {
+        rank: Path(failure.error_file).stat().st_mtime_ns for rank, failure in failures.items()
+    }
     rank = min(written, key=written.__getitem__)  # `timestamp` is in whole seconds
     return rank, failures[rank]
 

@@ -111,7 +111,7 @@ def _decode_step(
     layers = model.num_layers / layout.pp
     cache = rows * length * layers * key_value_width(model, layout.tp) * BYTES[dtype]
     read = largest_stage(model, layout) * BYTES[dtype] + cache
-    stream = Stream(rows=rows, before=length, shared=0, own=1)
+    stream = Stream(rows=rows, before=length, shared=0, unshared=1)
     flops = forward_flops(model, stream, layout.tp, layout.pp) + head_flops(model, rows, layout.tp)
     return layers * accelerator.layer_latency_s + max(
         read / (1e9 * accelerator.memory_gb_per_s * accelerator.bandwidth_share),
@@ -126,7 +126,7 @@ def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     flops = work.num_microbatches * forward_flops(work.teacher, stream, layout.tp, layout.pp)
     flops /= layout.cp
     if work.teacher_update != "never":
-        context = Stream(rows=1, before=0, shared=0, own=work.tokens.held)
+        context = Stream(rows=1, before=0, shared=0, unshared=work.tokens.held)
         flops += forward_flops(work.teacher, context, layout.tp, layout.pp)
     width = work.teacher.hidden_size * BYTES[work.teacher_dtype]
     hidden = stream.tokens / layout.cp * width
@@ -151,11 +151,11 @@ def student_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     attention = attention_flops(work.student, stream, layout.tp)
     others = 3 * work.student.num_layers / layout.pp * attention
     dtype, share = work.student_dtype, accelerator.training_share
-    one = (passes - others) / accelerator.flops("fp8" if work.fp8 else dtype, share)
+    pass_s = (passes - others) / accelerator.flops("fp8" if work.fp8 else dtype, share)
     others += loss_flops(work, stream.rows * work.tokens.response)
-    one = (one + others / accelerator.flops(dtype, share)) / layout.cp
+    pass_s = (pass_s + others / accelerator.flops(dtype, share)) / layout.cp
     bubble = 1 + (layout.pp - 1) / count
-    seconds = count * bubble * one
+    seconds = count * bubble * pass_s
     hidden = stream.tokens / layout.cp * work.student.hidden_size * BYTES[work.student_dtype]
     exchange = _tensor_exchange(work, accelerator, hidden, work.student, passes=2)
     exchange += 2 * _context_exchange(work, accelerator, stream, of_teacher=False)

@@ -161,7 +161,7 @@ def _scores(model: ModelConfig, stream: Stream, tp: int) -> float:
     """Attention scores of one layer on this rank."""
     heads = query_width(model, tp) / model.head_dim
     pairs = stream.shared * (stream.before + stream.shared)
-    pairs += stream.rows * stream.own * (stream.before + stream.shared + stream.own)
+    pairs += stream.rows * stream.unshared * (stream.before + stream.shared + stream.unshared)
     return heads * pairs
 
 
@@ -197,7 +197,7 @@ def layer_activations(work: Work, stream: Stream, accelerator: Accelerator) -> f
     hidden = 4 * model.hidden_size / _sequence_shards(work)
     mlp = 0.0 if layout.recompute_mlp else _mlp_channels(work)
     keys = key_value_width(model, layout.tp)
-    repeated = stream.rows * (stream.before + stream.shared + stream.own)
+    repeated = stream.rows * (stream.before + stream.shared + stream.unshared)
     kept = stream.tokens / layout.cp * (hidden + 2 * queries + mlp + keys) * size
     if not accelerator.fused_attention or layout.cp > 1:
         kept += repeated * keys * size  # rows see the shared start

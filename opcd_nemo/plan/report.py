@@ -85,12 +85,12 @@ def layouts(work: Work) -> Iterator[Layout]:
 
     tp up to 8 that pads no KV group, with sequence parallelism; pp that divides all layers; cp.
     """
-    own, sizes = work.layout, (1, 2, 4, 8)
+    given, sizes = work.layout, (1, 2, 4, 8)
     for tp, pp, cp, micro in product(sizes, sizes, sizes, (*sizes, 16)):
-        dp = own.num_ranks // (tp * pp)
+        dp = given.num_ranks // (tp * pp)
         models = work.student, work.teacher
         good = (
-            own.num_ranks % (tp * pp * cp) == 0
+            given.num_ranks % (tp * pp * cp) == 0
             and work.sequences % (micro * dp // cp) == 0
             and work.sequences % dp == 0
             and not any(model.num_query_groups % tp for model in models)
@@ -98,7 +98,7 @@ def layouts(work: Work) -> Iterator[Layout]:
         )
         if good:
             yield replace(
-                own,
+                given,
                 tp=tp,
                 pp=pp,
                 dp=dp,
@@ -112,14 +112,14 @@ def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
     """The best layouts first: those that fit by the time of a step, then the others by memory."""
     rows = []
     for layout in layouts(work):
-        one = work.on(layout)
-        memory, duration = peak_memory(one, accelerator), run_duration(one, accelerator)
-        room = fits(one, accelerator)
+        placed = work.on(layout)
+        memory, duration = peak_memory(placed, accelerator), run_duration(placed, accelerator)
+        room = fits(placed, accelerator)
         slowest = max(duration.step, key=duration.step.__getitem__)
         rank = (not room, duration.step_s if room else memory.total)
         hours = layout.num_ranks * duration.run_s / 3600
         line = (
-            f"{one.layout.name():39} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
+            f"{placed.layout.name():39} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
             f"{duration.step_s:10.2f} {hours:10.2f}  {slowest}"
         )
         rows.append((rank, line))

@@ -114,12 +114,12 @@ class Stream:
     rows: int
     before: float
     shared: float
-    own: float
+    unshared: float
 
     @property
     def tokens(self) -> float:
         """That go through the linears."""
-        return self.shared + self.rows * self.own
+        return self.shared + self.rows * self.unshared
 
 
 def student_stream(work: Work, response: float) -> Stream:
@@ -129,24 +129,26 @@ def student_stream(work: Work, response: float) -> Stream:
     """
     tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.trained_rows)
     shared = tokens.shared if rows > 1 else 0
-    return Stream(rows=rows, before=0, shared=shared, own=tokens.prompt - shared + response - 1)
+    return Stream(
+        rows=rows, before=0, shared=shared, unshared=tokens.prompt - shared + response - 1
+    )
 
 
 def teacher_stream(work: Work, response: float) -> Stream:
     """The same micro-batch as the teacher reads it, its context held."""
     tokens, rows = work.tokens, min(work.layout.micro_batch_size, work.trained_rows)
-    own = tokens.teacher_prompt - tokens.held + response - 1
-    return Stream(rows=rows, before=tokens.held, shared=0, own=own)
+    unshared = tokens.teacher_prompt - tokens.held + response - 1
+    return Stream(rows=rows, before=tokens.held, shared=0, unshared=unshared)
 
 
 def prompt_stream(work: Work, rows: int, *, with_context: bool) -> Stream:
     """Prompts whose keys and values fill a cache."""
     tokens = work.tokens
     if with_context:
-        own = tokens.teacher_prompt - tokens.held
-        return Stream(rows=rows, before=tokens.held, shared=0, own=own)
+        unshared = tokens.teacher_prompt - tokens.held
+        return Stream(rows=rows, before=tokens.held, shared=0, unshared=unshared)
     shared = tokens.shared if rows > 1 else 0
-    return Stream(rows=rows, before=0, shared=shared, own=tokens.prompt - shared)
+    return Stream(rows=rows, before=0, shared=shared, unshared=tokens.prompt - shared)
 
 
 def linear_parameters(model: ModelConfig, tp: int) -> int:
@@ -171,7 +173,7 @@ def key_value_width(model: ModelConfig, tp: int) -> int:
 def attention_flops(model: ModelConfig, stream: Stream, tp: int) -> float:
     """Two products of one layer's core attention: whole rectangles, masked halves included."""
     pairs = stream.shared * (stream.before + stream.shared)
-    pairs += stream.rows * stream.own * (stream.before + stream.shared + stream.own)
+    pairs += stream.rows * stream.unshared * (stream.before + stream.shared + stream.unshared)
     return 4 * query_width(model, tp) * pairs
 
 

@@ -37,12 +37,12 @@ class StepBoundary(pl.Callback):
 
     def on_train_start(self, *_: Any) -> None:
         """Take the signals, after Lightning, which would end the run on SIGTERM without a word."""
-        self._before = {one: signal.signal(one, self._remember) for one in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def on_train_end(self, *_: Any) -> None:
         """Give them back."""
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = number

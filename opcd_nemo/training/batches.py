@@ -142,10 +142,10 @@ def _teacher_streams(
     bare: list[int] = []
     for index, row in enumerate(rows):
         (held if starts_with(row.teacher_prompt_ids, prefix) else bare).append(index)
-    places: list[list[int]] = []
+    indices: list[list[int]] = []
     count = 0
     for row in rows:
-        places.append(list(range(count, count + len(row.response_ids))))
+        indices.append(list(range(count, count + len(row.response_ids))))
         count += len(row.response_ids)
     streams = []
     for chosen, skipped in ((held, len(prefix)), (bare, 0)):
@@ -160,6 +160,6 @@ def _teacher_streams(
                 first_position=skipped,
                 multiple=multiple,
             )
-            tokens = torch.tensor([p for i in chosen for p in places[i]], device=device)
+            tokens = torch.tensor([p for i in chosen for p in indices[i]], device=device)
             streams.append(TeacherStream(batch=batch, tokens_N=tokens, has_prefix=skipped > 0))
     return tuple(streams)

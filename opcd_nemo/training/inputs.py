@@ -98,11 +98,11 @@ def shared_prefix(task: Task, conversation: Conversation, num_questions: int) ->
     Seen in two made-up questions, after the first paragraph that two real ones share.
     """
     nothing = NoContext().context("", 0)
-    asked = [
+    questions = [
         episode.turn(nothing).student_messages[-1]["content"]
         for episode in task.episodes("test", 0, min(2, num_questions))
     ]
-    openings = [text.partition("\n\n")[0] for text in asked]
+    openings = [text.partition("\n\n")[0] for text in questions]
     alike = len(openings) == 2 and openings[0] == openings[1]
     opening = f"{openings[0]}\n\n" if alike else ""
     return shared_start(
@@ -191,7 +191,7 @@ def _check_prompts(
     """Render the longest turns of what is asked first; all are checked again when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
-    asked: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
+    questions: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
         ("evaluation.num_questions", evaluation.num_questions, partial(task.episodes, "test", 0)),
         (
             "evaluation.num_retention",
@@ -211,7 +211,7 @@ def _check_prompts(
         evaluation.sampling.max_new_tokens,
         evaluation.retention_max_new_tokens,
     )
-    for key, count, draw in asked:
+    for key, count, draw in questions:
         if count == 0:
             continue
         value = attrgetter(key)(config)

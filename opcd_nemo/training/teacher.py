@@ -115,6 +115,6 @@ class Teacher:
         self.version, self._prefix = num_steps, None
 
     def _in_order(self, batch: DistillBatch, parts: list[torch.Tensor]) -> torch.Tensor:
-        places = torch.cat([stream.tokens_N for stream in batch.teacher])
+        indices = torch.cat([stream.tokens_N for stream in batch.teacher])
         hidden = torch.cat(parts)
-        return torch.empty_like(hidden).index_copy_(0, places, hidden)
+        return torch.empty_like(hidden).index_copy_(0, indices, hidden)

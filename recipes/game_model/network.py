@@ -47,12 +47,12 @@ def _begin_alike(embedding: Tensor, tokenizer: Tokenizer) -> None:
         parts = re.findall(r"[A-Za-z]+|[^A-Za-z\s]", token)
         if len(token) == 1 or token.startswith("<|") or not parts:
             continue
-        own = embedding[index].clone()
+        whole = embedding[index].clone()
         for part in parts:
             stem = part[:4]
             if stem not in stems:
-                stems[stem] = embedding[vocabulary[stem]].clone() if len(stem) == 1 else own.clone()
-        embedding[index] = 0.4 * own + 0.9 * sum(stems[p[:4]] for p in parts) / len(parts) ** 0.5
+                stems[stem] = (embedding[vocabulary[stem]] if len(stem) == 1 else whole).clone()
+        embedding[index] = 0.4 * whole + 0.9 * sum(stems[p[:4]] for p in parts) / len(parts) ** 0.5
 
 
 def _head(config: ModelConfig, weights: Weights, layer: int, head: int) -> Any:
@@ -179,29 +179,29 @@ def make_batch(trees: Sequence[Tree]) -> Batch:
     targets: list[int] = []
     counts: list[float] = []
     for b, tree in enumerate(trees):
-        place = len(tree.trunk)
-        ids[b, :place] = torch.tensor(tree.trunk)
-        positions[b, :place] = torch.arange(place)
+        start = len(tree.trunk)
+        ids[b, :start] = torch.tensor(tree.trunk)
+        positions[b, :start] = torch.arange(start)
         rows += [b] * len(tree.marks)
         columns += tree.marks
         targets += tree.marks.values()
         counts += [MARK_WEIGHT] * len(tree.marks)
         for number, answer in enumerate(tree.answers, start=1):
-            end = place + len(answer.tokens) - 1
-            ids[b, place:end] = torch.tensor(answer.tokens[:-1])
-            positions[b, place:end] = answer.fork + torch.arange(end - place)
-            branch[b, place:end] = number
-            fork[b, place:end] = answer.fork
+            end = start + len(answer.tokens) - 1
+            ids[b, start:end] = torch.tensor(answer.tokens[:-1])
+            positions[b, start:end] = answer.fork + torch.arange(end - start)
+            branch[b, start:end] = number
+            fork[b, start:end] = answer.fork
             learned = answer.tokens[answer.given :]
             rows += [b] * len(learned)
             columns += range(end - len(learned), end)
             targets += learned
             rows += [b] * len(answer.marks)
-            columns += [place + index for index in answer.marks]
+            columns += [start + index for index in answer.marks]
             targets += answer.marks.values()
             counts += [1.0] * len(learned) + [MARK_WEIGHT] * len(answer.marks)
-            place = end
-        branch[b, place:] = -1
+            start = end
+        branch[b, start:] = -1
     index = torch.arange(S)
     trunk = (branch[:, None] == 0) & (index < fork[:, :, None])
     mask = (trunk | (branch[:, None] == branch[:, :, None])) & (index <= index[:, None])

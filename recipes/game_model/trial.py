@@ -47,25 +47,25 @@ class Trial:
             names = list(facts) if about is None else list(about)
             self._rng.shuffle(names)
             games.append((setting.game(board), [facts[name] for name in names]))
-        while live := [one for one in games if not one[0].done]:
-            asked = [_with_notes(episode.transcript(), notes) for episode, notes in live]
-            for (episode, _), text in zip(live, self._answers(asked, 6), strict=True):
+        while live := [game for game in games if not game[0].done]:
+            questions = [_with_notes(episode.transcript(), notes) for episode, notes in live]
+            for (episode, _), text in zip(live, self._answers(questions, 6), strict=True):
                 episode.reply(text)
         return sum(episode.score() for episode, _ in games) / len(games)
 
     def items(self, boards: Sequence[Board], rounds: int, *, hidden: bool) -> Items:
         """Let the model write of games that were played at random."""
-        asked, settings = [], []
+        questions, settings = [], []
         for board in boards:
             setting = draw_setting(self._rng, board, rounds, unseen=True, hidden=hidden)
             episode = setting.game(board)
             play_at_random(self._rng, episode, setting)
             trace, outcome = episode.transcript(), episode.outcome
-            asked.append(extraction_prompt().format(trace=trace, outcome=outcome))
+            questions.append(extraction_prompt().format(trace=trace, outcome=outcome))
             settings.append(setting)
         kinds: dict[str, tuple[int, int]] = {}
         without = 0
-        for text, setting in zip(self._answers(asked, 24), settings, strict=True):
+        for text, setting in zip(self._answers(questions, 24), settings, strict=True):
             items = parse_items(text)
             without += not items
             for item in items:
@@ -79,8 +79,8 @@ class Trial:
             kinds=kinds,
         )
 
-    def _answers(self, asked: Sequence[str], max_new_tokens: int) -> list[str]:
-        prompts = [self._sampler.encode(f"{USER}{text}{ASSISTANT}") for text in asked]
+    def _answers(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+        prompts = [self._sampler.encode(f"{USER}{text}{ASSISTANT}") for text in questions]
         texts: list[list[int]] = [[] for _ in prompts]
         live = list(range(len(prompts)))
         for _ in range(max_new_tokens):

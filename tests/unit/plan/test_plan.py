@@ -72,7 +72,7 @@ def test_keys_and_values_of_an_8b_llama_take_128_kib_a_token() -> None:
 
 
 def test_a_token_takes_two_operations_a_weight() -> None:
-    stream = Stream(rows=1, before=0, shared=0, own=1)
+    stream = Stream(rows=1, before=0, shared=0, unshared=1)
     outside = 2 * QWEN.vocab_size * QWEN.hidden_size
     norms = QWEN.num_layers * (2 * QWEN.hidden_size + 2 * QWEN.head_dim) + QWEN.hidden_size
     weights = num_parameters(QWEN) - outside - norms
@@ -81,14 +81,14 @@ def test_a_token_takes_two_operations_a_weight() -> None:
 
 
 def test_shared_start_is_computed_once() -> None:
-    apart = Stream(rows=4, before=0, shared=0, own=100)
-    together = Stream(rows=4, before=0, shared=60, own=40)
+    apart = Stream(rows=4, before=0, shared=0, unshared=100)
+    together = Stream(rows=4, before=0, shared=60, unshared=40)
     assert together.tokens == 220
     assert forward_flops(QWEN, together) < 0.56 * forward_flops(QWEN, apart)
 
 
 def test_tensor_and_pipeline_parallelism_divide_operations() -> None:
-    stream = Stream(rows=2, before=0, shared=0, own=50)
+    stream = Stream(rows=2, before=0, shared=0, unshared=50)
     assert forward_flops(QWEN, stream, tp=4, pp=2) == forward_flops(QWEN, stream) / 8
 
 
@@ -113,7 +113,7 @@ def test_activations_shrink_with_what_is_split_or_recomputed() -> None:
     assert sequence == pytest.approx(whole / 4)
     assert whole / 4 < split < whole
     assert again < 0.5 * whole
-    stream = Stream(rows=1, before=0, shared=0, own=100)
+    stream = Stream(rows=1, before=0, shared=0, unshared=100)
     ffn = 2 * 100 * 3 * QWEN.ffn_hidden_size * QWEN.hidden_size * QWEN.num_layers
     plain = backward_flops(QWEN, stream, layout())
     assert backward_flops(QWEN, stream, layout(recompute_mlp=True)) == plain + ffn
@@ -125,7 +125,7 @@ def test_context_parallelism_divides_a_training_pass_but_no_keys_and_values() ->
     shared = work(model=QWEN, layout=split)
     assert (whole.rows, whole.num_microbatches) == (4, 4)
     assert (shared.rows, shared.trained_rows, shared.num_microbatches) == (4, 8, 8)
-    stream = Stream(rows=1, before=0, shared=0, own=100)
+    stream = Stream(rows=1, before=0, shared=0, unshared=100)
     keys = 100 * key_value_width(QWEN, 1) * 2
     found, expected = (memory.layer_activations(w, stream, accelerator()) for w in (shared, one))
     assert found == expected / 2 + keys
@@ -150,7 +150,7 @@ def test_time_of_a_split_pass_is_its_share_and_an_exchange_a_layer() -> None:
 
 def test_scores_are_stored_where_attention_is_not_fused() -> None:
     one = work(model=QWEN)
-    stream = Stream(rows=2, before=0, shared=0, own=100)
+    stream = Stream(rows=2, before=0, shared=0, unshared=100)
     fused = memory.layer_activations(one, stream, accelerator())
     stored = memory.layer_activations(one, stream, accelerator("this_cpu"))
     scores = 2 * QWEN.num_attention_heads * 100 * 100
