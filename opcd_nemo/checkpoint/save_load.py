@@ -376,20 +376,31 @@ def _prepare_loading(optimizer: Any) -> None:
     for part in optimizer.chained_optimizers:
         if hasattr(part, "init_state_fn"):
             part.init_state_fn(part.optimizer, part.config)
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+            if _counts_by_parameter(part.optimizer):
+                for state in part.optimizer.state.values():
+                    state.setdefault("step", torch.tensor(0.0))
+
+
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer is torch's, whose state of every parameter has a `step`.
+
+    FusedAdam of Transformer Engine and of Apex counts steps by group; Transformer Engine's refuses
+    a `step` in the state.
+    """
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Fill the optimizer, with a step count of its own for every parameter.
 
     Megatron 0.16.1 shares one step tensor among all parameters, so that AdamW would count it once
-    for each, and looks for a step in the loaded moments, where there is none.
+    for each, and looks for a step in the loaded moments, where there is none. An optimizer that
+    counts by group has its count from the loaded groups.
     """
     (part,) = optimizer.chained_optimizers
     moments = loaded.pop("param_state", None)
     part.load_state_dict(loaded)
-    states = list(part.optimizer.state.values())
+    states = list(part.optimizer.state.values()) if _counts_by_parameter(part.optimizer) else []
     steps = [state.pop("step").clone() for state in states]
     if moments is not None:
         part.load_parameter_state_from_fully_reshardable(moments)

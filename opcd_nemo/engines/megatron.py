@@ -11,6 +11,7 @@ from itertools import count
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 
 from opcd_nemo.config.doc import Doc
 from opcd_nemo.config.sampling import Sampling
@@ -30,20 +31,29 @@ class _Group:
     """Sequences that decode together.
 
     `indices` are those of its prompts in the call of `generate`, `rows` those of its prompts that
-    are not finished, in the order of the cache. `pending` says that a token was sampled on the last
-    stage which this stage has not received yet.
+    are not finished, in the order of the cache. What a step reads of them lies on the device:
+    `uniforms_RM` for every token that may be sampled, `last_R` the tokens sampled last. `pending`
+    says that a token was sampled on the last stage which this stage has not received yet.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], indices: Sequence[int], uniforms: torch.Tensor
+        self, prompts: Sequence[Prompt], indices: Sequence[int], uniforms_RM: torch.Tensor
     ) -> None:
-        self.prompts, self.indices, self.uniforms = prompts, indices, uniforms
+        self.prompts, self.indices, self.uniforms_RM = prompts, indices, uniforms_RM
+        self.last_R = torch.zeros(0, dtype=torch.long, device=uniforms_RM.device)
         self.rows = list(range(len(prompts)))
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.finished_by_eos = [False] * len(prompts)
-        self.cache = KVCache(0)
+        self.cache = KVCache(0, uniforms_RM.device)
         self.pending = False
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Forget every live row but those in these slots of the cache."""
+        chosen = torch.tensor(slots, dtype=torch.long, device=self.last_R.device)
+        self.cache.keep(chosen)
+        self.last_R, self.uniforms_RM = self.last_R[chosen], self.uniforms_RM[chosen]
+        self.rows = [self.rows[slot] for slot in slots]
 
 
 class MegatronEngine:
@@ -121,13 +131,13 @@ class MegatronEngine:
         seed: int,
         step: int,
     ) -> list[_Group]:
-        count = min(self._model.parallel.pp, len(indices))
+        count, device = min(self._model.parallel.pp, len(indices)), self._model.parallel.device
         groups = []
         for first in range(count):
             chosen = indices[first::count]
             rows = [prompts[index] for index in chosen]
             uniforms = [row_uniforms(seed, step, p.index, sampling.max_new_tokens) for p in rows]
-            groups.append(_Group(rows, chosen, torch.stack(uniforms)))
+            groups.append(_Group(rows, chosen, torch.stack(uniforms).to(device)))
         return groups
 
     def _decode(self, groups: list[_Group], sampling: Sampling, prefix_ids: Sequence[int]) -> None:
@@ -155,17 +165,18 @@ class MegatronEngine:
         ids = [prompt.token_ids for prompt in group.prompts]
         held = bool(prefix_ids) and all(starts_with(row, prefix_ids) for row in ids)
         skipped = len(prefix_ids) if held else 0
-        group.cache = KVCache(max(map(len, ids)) + sampling.max_new_tokens)
+        longest, device = max(map(len, ids)), self._model.parallel.device
+        group.cache = KVCache(longest + sampling.max_new_tokens, device)
         batch = pack(
             [row[skipped:] for row in ids],
             [1] * len(ids),
-            device=self._model.parallel.device,
+            device=device,
             first_position=skipped,
             multiple=self._model.stream_multiple,
         )
         prefix = self._prefix(tuple(prefix_ids)) if held else None
         hidden = self._model.prefill(batch, group.cache, prefix)
-        group.cache.lengths = [len(row) for row in ids]
+        group.cache.start([len(row) for row in ids])
         return hidden
 
     def _prefix(self, ids: tuple[int, ...]) -> dict[int, KeyValue]:
@@ -175,15 +186,12 @@ class MegatronEngine:
 
     def _step(self, group: _Group) -> torch.Tensor | None:
         """Feed each live row's last token; hidden states on the last stage."""
-        device = self._model.parallel.device
-        last = [group.tokens[row][-1] for row in group.rows]
-        padding = -len(last) % self._model.stream_multiple
-        positions = torch.tensor(group.cache.lengths + [0] * padding, device=device)
+        padding = -len(group.rows) % self._model.stream_multiple
+        positions = F.pad(group.cache.lengths_R, (0, padding))
         state = DecodeAttention(self._model.rotary_tables(positions), group.cache)
-        stream = Stream(torch.tensor(last + [0] * padding, device=device), state)
-        hidden = self._model.stage_forward(stream)
-        group.cache.lengths = [length + 1 for length in group.cache.lengths]
-        return None if hidden is None else hidden[: len(last)]
+        hidden = self._model.stage_forward(Stream(F.pad(group.last_R, (0, padding)), state))
+        group.cache.advance()
+        return None if hidden is None else hidden[: len(group.rows)]
 
     def _finish_step(self, group: _Group, hidden: torch.Tensor | None, sampling: Sampling) -> None:
         """Sample on the last stage and send the tokens to the others, which receive them later."""
@@ -193,8 +201,7 @@ class MegatronEngine:
             return
         logits = self._model.logits(hidden, self._head)
         num_sampled = len(group.tokens[group.rows[0]])  # alike for all rows that are live
-        uniform = group.uniforms[group.rows, num_sampled].to(logits.device)
-        tokens, logprobs = sample_tokens(logits, uniform, sampling)
+        tokens, logprobs = sample_tokens(logits, group.uniforms_RM[:, num_sampled], sampling)
         drawn = torch.stack((tokens.double(), logprobs.double()))
         for stage in range(parallel.pp - 1):
             parallel.send_to_stage(drawn, stage)
@@ -214,6 +221,7 @@ class MegatronEngine:
         Every stage does it with the same tokens, so all stages know the rows of the next step.
         """
         group.pending = False
+        group.last_R = drawn[0].long()
         unfinished = []
         for slot, (row, token, logprob) in enumerate(zip(group.rows, *drawn.tolist(), strict=True)):
             group.tokens[row].append(int(token))
@@ -224,5 +232,4 @@ class MegatronEngine:
             ):
                 unfinished.append(slot)
         if len(unfinished) < len(group.rows):
-            group.cache.keep(torch.tensor(unfinished, dtype=torch.long, device=drawn.device))
-            group.rows = [group.rows[slot] for slot in unfinished]
+            group.keep(unfinished)

@@ -104,11 +104,37 @@ def causal_attention(
 def masked_attention(
     q_RAD: torch.Tensor, k_RGSD: torch.Tensor, v_RGSD: torch.Tensor, visible_RS: torch.Tensor
 ) -> torch.Tensor:
-    """Attention [R, A, D] of one query a row over the visible key slots."""
+    """Attention [R, A, D] of one query a row over the visible key slots.
+
+    On a GPU it is `masked_products`. torch's flash kernel takes no mask, its memory-efficient one
+    fills an eighth of the machine, and cuDNN builds a plan for every new number of keys, that is
+    for every token, and never frees it.
+    """
     rows, heads, size = q_RAD.shape
     q = q_RAD.view(rows, k_RGSD.shape[1], -1, size)  # a group's query heads share its keys
     mask = visible_RS[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k_RGSD, v_RGSD, attn_mask=mask).view(rows, heads, size)
+    if q.device.type == "cpu":
+        out: torch.Tensor = F.scaled_dot_product_attention(q, k_RGSD, v_RGSD, attn_mask=mask)
+    else:
+        out = masked_products(q, k_RGSD, v_RGSD, mask)
+    return out.reshape(rows, heads, size)
+
+
+def masked_products(
+    q_RGED: torch.Tensor, k_RGSD: torch.Tensor, v_RGSD: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention [R, G, E, D] by two batched products around an fp32 softmax.
+
+    Args:
+        q_RGED: E queries of a row that share a group's keys.
+        k_RGSD: keys; a cache's first slots need no copy.
+        v_RGSD: values.
+        mask: booleans that broadcast to [R, G, E, S]; every query sees a slot.
+    """
+    scores = (q_RGED @ k_RGSD.transpose(2, 3)).float() * q_RGED.shape[-1] ** -0.5
+    probabilities = scores.masked_fill_(~mask, -math.inf).softmax(-1)
+    out: torch.Tensor = probabilities.to(v_RGSD.dtype) @ v_RGSD
+    return out
 
 
 @dataclass(frozen=True)
@@ -139,14 +165,40 @@ class Packing:
         )
 
 
-class KVCache:
-    """Keys and values of R growing sequences, layer by layer, with room for `capacity` tokens."""
+_WIDTH_STEP = 256  # slots; a GPU's products have few shapes then, which libraries tune once each
 
-    def __init__(self, capacity: int) -> None:
+
+class KVCache:
+    """Keys and values of R growing sequences, layer by layer, with room for `capacity` tokens.
+
+    The lengths are known twice, on the host and on the device: a decoding step copies neither.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
         """Start empty; the first prefill allocates."""
-        self.capacity = capacity
+        self._width_step = 1 if device.type == "cpu" else _WIDTH_STEP
+        self.capacity = self._in_steps(capacity)
         self.layers: dict[int, KeyValue] = {}
         self.lengths: list[int] = []
+        self.lengths_R = torch.zeros(0, dtype=torch.long, device=device)
+
+    def _in_steps(self, slots: int) -> int:
+        return -(-slots // self._width_step) * self._width_step
+
+    @property
+    def width(self) -> int:
+        """The number of first slots that hold every row's tokens and the next one."""
+        return self._in_steps(max(self.lengths) + 1)
+
+    def start(self, lengths: Sequence[int]) -> None:
+        """Take the rows' lengths after the prefill."""
+        self.lengths = list(lengths)
+        self.lengths_R = torch.tensor(self.lengths, device=self.lengths_R.device)
+
+    def advance(self) -> None:
+        """Count the token that a decoding step has added to every row."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self.lengths_R = self.lengths_R + 1
 
     def fill(self, layer: int, k_RSGD: torch.Tensor, v_RSGD: torch.Tensor) -> None:
         """Store the keys and values of the prompts."""
@@ -159,8 +211,11 @@ class KVCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Forget every row but these, so that finished sequences stop costing."""
-        self.layers = {n: (k[rows], v[rows]) for n, (k, v) in self.layers.items()}
+        for layer in list(self.layers):  # in turn: copies of all layers would double the cache
+            keys, values = self.layers.pop(layer)
+            self.layers[layer] = keys[rows], values[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.lengths_R = self.lengths_R[rows]
 
 
 class PackedAttention:
@@ -195,7 +250,7 @@ class PackedAttention:
         packing = self._packing
         shared = packing.prefix_tokens
         if self._record is not None:
-            self._record[layer] = (k_TGD, v_TGD)
+            self._record[layer] = (k_TGD, v_TGD.clone())  # a view would keep queries and keys too
         k_BGD, v_BGD = k_TGD[:shared], v_TGD[:shared]  # what comes before every row
         if self._prefix is not None:
             held_k, held_v = self._prefix[layer]
@@ -226,10 +281,9 @@ class DecodeAttention:
         """Find each row's next slot and the slots it may see."""
         self.cos_TD, self.sin_TD = tables
         self._cache = cache
-        device = self.cos_TD.device
-        self._next_R = torch.tensor(cache.lengths, device=device)
+        self._next_R, self._width = cache.lengths_R, cache.width
+        device = self._next_R.device
         self._row_R = torch.arange(len(cache.lengths), device=device)
-        self._width = max(cache.lengths) + 1
         self._visible_RS = torch.arange(self._width, device=device) <= self._next_R[:, None]
 
     def attend(

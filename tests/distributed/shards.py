@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from opcd_nemo.distributed.groups import Parallel, init_parallel
 from opcd_nemo.formats.shape import keep_layers, tensor_shapes
@@ -21,7 +22,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def start(layout_name: str) -> Parallel:
-    """Create the groups of a layout."""
+    """Create the groups of a layout, in place of those of the layout before."""
+    _leave_groups()
     layout = LAYOUTS[layout_name]
     settings = SimpleNamespace(
         device="cpu",
@@ -36,6 +38,17 @@ def start(layout_name: str) -> Parallel:
         timeout_s=120.0,
     )
     return init_parallel(settings, seed=0)
+
+
+def _leave_groups() -> None:
+    """Destroy every group but the world's: each holds threads, and layouts would add up to 2000."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    dist.barrier()  # no rank is still in a collective of a group that another one destroys
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def build(

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from opcd_nemo.model.attention import (
     DecodeAttention,
@@ -17,6 +18,7 @@ from opcd_nemo.model.attention import (
     Packing,
     Rotary,
     causal_attention,
+    masked_products,
     rotate,
     shared_prefix_tokens,
 )
@@ -82,7 +84,7 @@ def test_a_packed_stream_attends_as_each_sequence_alone(seed: int, lead: int, pr
     packing = batch.packing
     used = packing.prefix_tokens + sum(packing.lengths)
     q, k, v = stream_vectors(sequences, packing.prefix_tokens, packing.stream_tokens - used, prefix)
-    cache = KVCache(32)
+    cache = KVCache(32, CPU)
     state = PackedAttention(
         NO_TABLES,
         packing,
@@ -136,17 +138,17 @@ def test_decoding_continues_what_the_prefill_left_and_forgets_finished_rows() ->
     total = [[*sequence, 8, 3, 5] for sequence in sequences]
     whole = [token_vectors(sequence, 7) for sequence in total]
     packing = pack(sequences, [1] * 3, device=CPU).packing
-    cache = KVCache(9)
+    cache = KVCache(9, CPU)
     vectors = stream_vectors(sequences, 0, 0, 0)
     PackedAttention(NO_TABLES, packing, cache=cache).attend(1, *vectors)
-    cache.lengths = [len(sequence) for sequence in sequences]
+    cache.start([len(sequence) for sequence in sequences])
     live = [0, 1, 2]
     for step in range(3):
         if step == 1:
             cache.keep(torch.tensor([0, 2]))
             live = [0, 2]
         places = [len(sequences[row]) + step for row in live]
-        assert cache.lengths == places
+        assert cache.lengths == cache.lengths_R.tolist() == places
         padded = 5  # rows of padding follow the live ones
         q, k, v = (
             torch.cat(
@@ -162,7 +164,7 @@ def test_decoding_continues_what_the_prefill_left_and_forgets_finished_rows() ->
         for slot, (row, place) in enumerate(zip(live, places, strict=True)):
             expected = alone(*(t[: place + 1] for t in whole[row]))[-1]
             check("attention: decoding, float64", relative_error(out[slot], expected), 1e-5)
-        cache.lengths = [length + 1 for length in cache.lengths]
+        cache.advance()
 
 
 def test_a_record_is_the_streams_own_keys_and_values() -> None:
@@ -174,6 +176,15 @@ def test_a_record_is_the_streams_own_keys_and_values() -> None:
     assert torch.equal(record[4][0], k)
     assert torch.equal(record[4][1], v)
     check("attention: packed, float64", relative_error(out, alone(q, k, v)), 1e-5)
+
+
+def test_a_record_holds_no_more_than_keys_and_values() -> None:
+    record: dict[int, KeyValue] = {}
+    qkv = torch.randn(3, GROUPS, HEADS // GROUPS + 2, SIZE)
+    q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2].clone(), qkv[:, :, -1]
+    PackedAttention(NO_TABLES, Packing(3, (), 3, CPU), record=record).attend(0, q, k, v)
+    held = sum(part.untyped_storage().nbytes() for part in record[0])
+    assert held == 2 * 3 * GROUPS * SIZE * 4
 
 
 def test_large_scores_neither_overflow_nor_lose_the_largest() -> None:
@@ -209,3 +220,27 @@ def test_the_shared_prefix_is_the_longest_that_leaves_each_a_token(seed: int) ->
     assert len({tuple(sequence[:count]) for sequence in sequences}) == 1
     if count + 1 < min(map(len, sequences)):
         assert len({tuple(sequence[: count + 1]) for sequence in sequences}) > 1
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_products_around_a_softmax_are_masked_attention(share: int) -> None:
+    """What a GPU takes for a decoding step, on slots of a cache that hold more than is seen."""
+    generator = torch.Generator().manual_seed(share)
+    q = torch.randn(3, GROUPS, share, SIZE, generator=generator)
+    keys, values = (torch.randn(3, GROUPS, 12, SIZE, generator=generator) for _ in range(2))
+    mask = (torch.arange(9) <= torch.tensor([0, 4, 8])[:, None])[:, None, None]
+    out = masked_products(q, keys[:, :, :9], values[:, :, :9], mask)
+    exact = F.scaled_dot_product_attention(
+        q.double(), keys[:, :, :9].double(), values[:, :, :9].double(), attn_mask=mask
+    )
+    check("attention: decoding, float64", relative_error(out, exact), 1e-5)
+
+
+def test_on_a_gpu_a_cache_grows_in_steps() -> None:
+    cache = KVCache(600, torch.device("meta"))
+    assert cache.capacity == 768
+    cache.start([3, 254])
+    assert cache.width == 256
+    cache.advance()
+    cache.advance()
+    assert (cache.lengths, cache.width) == ([5, 256], 512)
