@@ -60,6 +60,7 @@ class Parallel:
     pp_group: Any
     dp_group: Any
     cp_group: Any
+    return_group: Any  # of the pipeline's ranks, for what the last stage sends back
     in_flight: deque[tuple[Any, torch.Tensor]] = field(default_factory=deque)
 
     @property
@@ -112,13 +113,23 @@ class Parallel:
         """Start sending to the rank of `stage` with the same tp and dp rank; see `flush`."""
         self._send(tensor, dist.get_global_rank(self.pp_group, stage))
 
+    def send_back(self, tensor: torch.Tensor, stage: int) -> None:
+        """Start sending from the last stage to an earlier one; see `flush`.
+
+        NCCL runs what two ranks exchange in a group in one order. The first stage may be sending
+        the next hidden states while the last sends tokens back: in one group each would wait for
+        the other's receive, unless NCCL happens to buffer a message.
+        """
+        rank = dist.get_global_rank(self.pp_group, stage)
+        self._send(tensor, rank, self.return_group)
+
     def send_over_dp(self, tensor: torch.Tensor, dp_rank: int) -> None:
         """Start sending to a data-parallel rank with the same tp and pp rank; see `flush`."""
         self._send(tensor, dist.get_global_rank(self.dp_group, dp_rank))
 
-    def _send(self, tensor: torch.Tensor, rank: int) -> None:
+    def _send(self, tensor: torch.Tensor, rank: int, group: Any = None) -> None:
         tensor = tensor.contiguous()
-        self.in_flight.append((dist.isend(tensor, rank), tensor))
+        self.in_flight.append((dist.isend(tensor, rank, group=group), tensor))
         while len(self.in_flight) > 8:
             self.in_flight.popleft()[0].wait()
 
@@ -130,6 +141,12 @@ class Parallel:
     def receive_from_stage(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
         """Fill `buffer` from the rank of `stage` with the same tp and dp rank."""
         dist.recv(buffer, dist.get_global_rank(self.pp_group, stage))
+        return buffer
+
+    def receive_back(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Fill `buffer` with what the last stage has sent back."""
+        rank = dist.get_global_rank(self.pp_group, self.pp - 1)
+        dist.recv(buffer, rank, group=self.return_group)
         return buffer
 
     def receive_over_dp(self, buffer: torch.Tensor, dp_rank: int) -> torch.Tensor:
@@ -371,4 +388,18 @@ def _create_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
+        return_group=_second_group(parallel_state.get_pipeline_model_parallel_group()),
     )
+
+
+def _second_group(group: Any) -> Any:
+    """Another group of the same ranks, with a communicator of its own. Collective over the world.
+
+    Groups of a single rank exchange nothing: they are left as they are.
+    """
+    if dist.get_world_size(group) == 1:
+        return group
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, tuple(dist.get_process_group_ranks(group)))
+    created, _ = dist.new_subgroups_by_enumeration([list(each) for each in sorted({*ranks})])
+    return created

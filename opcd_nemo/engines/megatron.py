@@ -204,7 +204,7 @@ class MegatronEngine:
         tokens, logprobs = sample_tokens(logits, group.uniforms_RM[:, num_sampled], sampling)
         drawn = torch.stack((tokens.double(), logprobs.double()))
         for stage in range(parallel.pp - 1):
-            parallel.send_to_stage(drawn, stage)
+            parallel.send_back(drawn, stage)
         self._record_tokens(group, drawn, sampling)
 
     def _receive_tokens(self, group: _Group, sampling: Sampling) -> None:
@@ -212,8 +212,7 @@ class MegatronEngine:
         if group.pending:  # never on the last stage, which recorded them when it sampled
             parallel = self._model.parallel
             drawn = torch.empty(2, len(group.rows), dtype=torch.float64, device=parallel.device)
-            received = parallel.receive_from_stage(drawn, parallel.pp - 1)
-            self._record_tokens(group, received, sampling)
+            self._record_tokens(group, parallel.receive_back(drawn), sampling)
 
     def _record_tokens(self, group: _Group, drawn: torch.Tensor, sampling: Sampling) -> None:
         """Append a token to each live row and drop the rows that it finishes.
