@@ -25,7 +25,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(
 ) -> None:
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
     words = (
-        "student.path=owner/tiny", f"exp_manager.exp_dir={tmp_path}", "name=run", "parallel=dp2",
+        "student.path=owner/tiny", f"exp_manager.exp_dir={tmp_path}", "name=run", "parallel=single",
         "exp_manager=resumable", "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
     )  # fmt: skip
     first = train(*words, "trainer.max_steps=1", environment=environment, fresh=True)

@@ -15,9 +15,9 @@ from opcd_nemo.doctor import environment, text
 from opcd_nemo.doctor.checks import Check, refusal, stop_if_failed, table
 from opcd_nemo.doctor.examination import _asked, _checkpoints_gib, without_weights
 from opcd_nemo.errors import CheckFailed, UserError
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.training.inputs import Inputs, open_inputs
 from opcd_nemo.types import Message
+from tests.quick_compose import compose
 from tests.tiny import CHAT_TEMPLATE, write_chat_model
 
 CHAT: list[Message] = [{"role": "user", "content": "What is a violin?"}]

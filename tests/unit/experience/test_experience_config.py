@@ -17,8 +17,8 @@ from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.run_configs import configs_before_start, run_config, stage_config
 from opcd_nemo.formats.locate import write_json
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.recipes import CONF, is_for_pipeline
+from tests.quick_compose import compose
 
 CONTEXT = ["context=experience"]
 

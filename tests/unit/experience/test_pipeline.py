@@ -18,9 +18,9 @@ from opcd_nemo.experience.pipeline import check_pipeline, run_pipeline, run_stag
 from opcd_nemo.experience.stages import STAGES
 from opcd_nemo.experience.stages.context import Stage, StageContext
 from opcd_nemo.experience.stages.select import Select
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.storage.attempt import NODE_RANK_ENV, NUM_NODES_ENV, RENDEZVOUS_ENV
 from opcd_nemo.storage.lock import lock_folder
+from tests.quick_compose import compose
 
 
 def settings(tmp_path: Path, *overrides: str) -> Settings:

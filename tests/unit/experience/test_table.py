@@ -17,7 +17,7 @@ from opcd_nemo.experience.config import load_experience
 from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.table import summarise, table_text
 from opcd_nemo.formats.locate import write_json
-from opcd_nemo.launch.compose import compose
+from tests.quick_compose import compose
 
 SETTINGS = (
     "task=frozen_lake context=experience_games task.repeat_maps=true task.num_test=5 "

@@ -11,7 +11,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from opcd_nemo.config.groups import split_settings
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan import duration, memory
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import known_shapes
@@ -19,6 +18,7 @@ from opcd_nemo.plan.planning import plan
 from opcd_nemo.plan.report import layouts, plan_report, sweep_report
 from opcd_nemo.plan.work import Stream, backward_flops, forward_flops, head_flops, key_value_width
 from tests.model_shapes import SHAPES, num_parameters
+from tests.quick_compose import compose
 from tests.sample_work import layout, work
 
 ACCELERATORS = ("h100", "h200", "a100", "this_cpu")

@@ -10,8 +10,8 @@ import pytest
 
 from opcd_nemo.config.train import load_config
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.training.inputs import Inputs, open_inputs
+from tests.quick_compose import compose
 from tests.tiny import CHAT_TEMPLATE, END_OF_TEXT, write_chat_model, write_chat_tokenizer
 
 SMALL = [
