@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from opcd_nemo.checkpoint.optimizer_shards import whole_parameters
 from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan, write_index
+from opcd_nemo.checkpoint.sharded_state import (
+    load_optimizer,
+    optimizer_to_load,
+    optimizer_to_save,
+    prepare_loading,
+    sharded_weights,
+    teacher_state,
+)
 from opcd_nemo.config.renamed import present_update
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import SaveError, UserError
@@ -34,9 +38,6 @@ from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-# gate and up under keys of their own: one key would put the padding of gate between them
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +99,10 @@ def start_save(
     if parallel.rank == 0:
         error = _try(lambda: _make_empty(temporary))
     _raise_from_rank_0(error, path, parallel)
-    state = {"student": _weights(student)}
+    state = {"student": sharded_weights(student)}
     if "optimizer_states" in common:
-        state |= _optimizer_to_save(state["student"], optimizer, parallel)
-        state |= _teacher_state(teacher)
+        state |= optimizer_to_save(state["student"], optimizer, parallel)
+        state |= teacher_state(teacher)
     _spread(state["student"], parallel)
     whole = {**state, "common": common, "model": asdict(student.config)}
     shards, index = _prepare(temporary, whole, parallel)
@@ -199,7 +200,7 @@ def save_weights(folder: Path, student: LanguageModel) -> None:
     Raises:
         SaveError: on every rank, when one could not write.
     """
-    parallel, weights = student.parallel, _weights(student)
+    parallel, weights = student.parallel, sharded_weights(student)
     _spread(weights, parallel)
     whole = {"student": weights, "model": asdict(student.config)}
     shards, index = _prepare(folder, whole, parallel)
@@ -274,8 +275,8 @@ def load(
             raise UserError(
                 str(path), allowed=f"the student's {value}", problem=f"{key} is {saved[key]}"
             )
-    _prepare_loading(optimizer.optimizer)
-    state = {"student": _weights(student)}
+    prepare_loading(optimizer.optimizer)
+    state = {"student": sharded_weights(student)}
     if "optimizer_states" not in unsharded["common"]:
         raise UserError(
             str(path),
@@ -283,8 +284,8 @@ def load(
             "save_weights_only=false",
             problem="holds weights only",
         )
-    state |= _optimizer_to_load(state["student"], optimizer)
-    state |= _teacher_state(teacher)
+    state |= optimizer_to_load(state["student"], optimizer)
+    state |= teacher_state(teacher)
     saved_update = present_update(unsharded)
     if "teacher" in state and saved_update != teacher.update:
         raise UserError(
@@ -294,115 +295,8 @@ def load(
         )
     loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
     student.module.load_state_dict(loaded["student"], strict=True)
-    _load_optimizer(optimizer.optimizer, loaded["optimizer"])
+    load_optimizer(optimizer.optimizer, loaded["optimizer"])
     optimizer.scheduler.load_state_dict(loaded["scheduler"])
     teacher.load_state(loaded.get("teacher", {}), optimizer.scheduler.num_steps)
     common: dict[str, Any] = loaded["common"]
     return common
-
-
-def _weights(student: LanguageModel) -> dict[str, Any]:
-    """The sharded weights; layouts pad them differently, always at the end of a dim."""
-    state: dict[str, Any] = student.module.sharded_state_dict(metadata=dict(_METADATA))
-    for name, part in state.items():
-        if "norm" in name:
-            continue
-        if isinstance(part, ShardedTensor):
-            part.allow_shape_mismatch = True
-        elif isinstance(part, ShardedTensorFactory):
-            part.build_fn = _allowing_mismatch(part.build_fn)
-    return state
-
-
-def _teacher_state(teacher: Teacher) -> dict[str, Any]:
-    """The sharded weights of a teacher that the student's present ones do not give."""
-    tensors = teacher.state()
-    if not tensors:
-        return {}
-    like = _weights(teacher.model)
-    sharded = {
-        name: make_sharded_optimizer_tensor(like[name], tensor, "teacher")
-        for name, tensor in tensors.items()
-    }
-    return {"teacher": sharded, "teacher_update": teacher.update}
-
-
-def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    def build_allowing(*args: Any) -> list[Any]:
-        parts = build(*args)
-        for part in parts:
-            part.allow_shape_mismatch = True
-        return parts
-
-    return build_allowing
-
-
-def _optimizer_to_save(
-    weights: dict[str, Any], optimizer: StudentOptimizer, parallel: Parallel
-) -> dict[str, Any]:
-    (part,) = optimizer.optimizer.chained_optimizers
-    state = {"scheduler": optimizer.scheduler.state_dict()}
-    if not isinstance(part, DistributedOptimizer):
-        return {**state, "optimizer": part.sharded_state_dict(weights, metadata=dict(_METADATA))}
-    return {
-        **state,
-        "optimizer": {
-            **part.state_dict(),
-            "param_state": whole_parameters(part, weights, parallel),
-            "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"],
-        },
-    }
-
-
-def _optimizer_to_load(weights: dict[str, Any], optimizer: StudentOptimizer) -> dict[str, Any]:
-    # Megatron 0.16.1 leaves out the padding between buckets, but not from the parameters' offsets
-    for buffer in optimizer.ddp.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    return {
-        "optimizer": optimizer.optimizer.sharded_state_dict(
-            weights, is_loading=True, metadata=dict(_METADATA)
-        ),
-        "scheduler": optimizer.scheduler.state_dict(),
-    }
-
-
-def _prepare_loading(optimizer: Any) -> None:
-    """Give torch's AdamW the state Megatron's DistributedOptimizer loads into.
-
-    Megatron 0.16.1 expects a `step` that torch's AdamW has only after its first step.
-    """
-    for part in optimizer.chained_optimizers:
-        if hasattr(part, "init_state_fn"):
-            part.init_state_fn(part.optimizer, part.config)
-            if _counts_by_parameter(part.optimizer):
-                for state in part.optimizer.state.values():
-                    state.setdefault("step", torch.tensor(0.0))
-
-
-def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer is torch's, whose state of every parameter has a `step`.
-
-    FusedAdam of Transformer Engine and of Apex counts steps by group; Transformer Engine's refuses
-    a `step` in the state.
-    """
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Fill the optimizer, with a step count of its own for every parameter.
-
-    Megatron 0.16.1 shares one step tensor among all parameters, so that AdamW would count it once
-    for each, and looks for a step in the loaded moments, where there is none. An optimizer that
-    counts by group has its count from the loaded groups.
-    """
-    (part,) = optimizer.chained_optimizers
-    moments = loaded.pop("param_state", None)
-    part.load_state_dict(loaded)
-    states = list(part.optimizer.state.values()) if _counts_by_parameter(part.optimizer) else []
-    steps = [state.pop("step").clone() for state in states]
-    if moments is not None:
-        part.load_parameter_state_from_fully_reshardable(moments)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step

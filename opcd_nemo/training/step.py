@@ -82,9 +82,14 @@ def distill_step(run: Run, step: int) -> Stats:
     Raises:
         NonFiniteError: on every rank, before any parameter changes.
     """
-    phase = run.phase_of(step)
     with run.watch.phase("rollout"):
-        rollouts = _rollouts(run, phase.sampler, step)
+        rollouts = _rollouts(run, run.phase_of(step).sampler, step)
+    return learn(run, rollouts, step)
+
+
+def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> Stats:
+    """Phases 2 to 4 with this rank's rollouts, as `distill_step`. Collective over the world."""
+    phase = run.phase_of(step)
     with run.watch.phase("teacher"):
         batches = distill_batches(run, run.parallel.gather_over_cp(rollouts), phase.loss)
         scores = teacher_scores(run, batches, phase.loss)

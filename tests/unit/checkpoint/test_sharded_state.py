@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opcd_nemo.checkpoint import save_load
+from opcd_nemo.checkpoint.sharded_state import load_optimizer, prepare_loading
 
 
 class GroupCounting(torch.optim.Optimizer):
@@ -56,13 +56,13 @@ def part_of(optimizer: torch.optim.Optimizer) -> Any:
 def test_an_optimizer_that_counts_by_group_goes_on_from_its_count() -> None:
     optimizer = GroupCounting([torch.zeros(3), torch.zeros(2)])
     whole = SimpleNamespace(chained_optimizers=[part_of(optimizer)])
-    save_load._prepare_loading(whole)
+    prepare_loading(whole)
     moments = {
         index: {"exp_avg": torch.full((size,), 1.5), "exp_avg_sq": torch.full((size,), 2.5)}
         for index, size in enumerate((3, 2))
     }
     loaded = {"optimizer": {"param_groups": [{"step": 7}]}, "param_state": moments}
-    save_load._load_optimizer(whole, loaded)
+    load_optimizer(whole, loaded)
     assert optimizer.param_groups[0]["step"] == 7
     for state in optimizer.state_dict()["state"].values():
         assert set(state) == {"exp_avg", "exp_avg_sq"}
