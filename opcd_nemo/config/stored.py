@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.renamed import present_config
 from opcd_nemo.errors import ABSENT, UserError
 
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 32  # a run's configuration has 6 levels; parsers are slow in thousands
 _MODEL = "opcd_nemo.trainer.model.OPCDModel"
 _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 _TASKS = (
@@ -96,18 +95,20 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
 
 def _not_plain(text: bytes) -> str | None:
     """Why the text is not even looked at closer; events cost little and build nothing."""
-    if len(text) > _MAX_BYTES:
-        return f"more than {_MAX_BYTES} bytes"
+    if len(text) > limits.CONFIGURATION_BYTES:
+        return f"more than {limits.CONFIGURATION_BYTES} bytes"
     depth = 0
-    for event in yaml.parse(text, _Loader):
+    for number, event in enumerate(yaml.parse(text, _Loader)):
+        if number > limits.CONFIGURATION_ITEMS:
+            return f"more than {limits.CONFIGURATION_ITEMS} items"
         if isinstance(event, yaml.AliasEvent):
             return "aliases"
         if getattr(event, "tag", None) is not None:
             return f"the tag {event.tag}"
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            return f"more than {_MAX_DEPTH} levels"
+        if depth > limits.CONFIGURATION_DEPTH:
+            return f"more than {limits.CONFIGURATION_DEPTH} levels"
     return None
 
 

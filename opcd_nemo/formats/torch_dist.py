@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.archive import Files, read_whole
 
@@ -45,7 +48,6 @@ _INDEX_CLASSES = {
         "WriteItemType",
     },
 }
-_MAX_CHUNKS = 4096  # of one tensor
 
 
 class _StandIn:
@@ -58,6 +60,10 @@ class _StandIn:
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._stand_in = type("StandIn", (_StandIn,), {})  # of this index: it may spoil the class
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
             return tuple
@@ -65,7 +71,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if isinstance(dtype, torch.dtype):
             return dtype
         if name in _INDEX_CLASSES.get(module, ()):
-            return type(name, (_StandIn,), {})
+            return self._stand_in
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
@@ -78,12 +84,6 @@ class _Piece:
     file: str
     start: int
     length: int
-
-    def meets(self, other: _Piece) -> bool:
-        return all(
-            a < b + n and b < a + m
-            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +104,9 @@ class DistributedTensors:
         """
         self._files, self._folder = files, folder
         self.where = f"{files.where}: {folder}"
-        raw = read_whole(files, f"{folder}{INDEX}")
+        raw = read_whole(files, f"{folder}{INDEX}", _longest_index(files))
         try:
-            self._tensors = _entries(_IndexUnpickler(io.BytesIO(raw)).load())
+            self._tensors = _entries(_IndexUnpickler(raw).load())
         except Exception as error:  # a hostile pickle may raise anything
             raise UserError(
                 f"{self.where}{INDEX}",
@@ -151,8 +151,7 @@ class DistributedTensors:
             for piece in entry.pieces
         )
         whole = sum(prod(piece.sizes) for piece in entry.pieces) == prod(entry.shape)
-        apart = not any(one.meets(other) for one, other in combinations(entry.pieces, 2))
-        if not (fits and whole and apart):
+        if not (fits and whole and _are_apart(entry.pieces)):
             raise UserError(
                 f"{self.where}{name}",
                 allowed="a whole checkpoint",
@@ -163,13 +162,12 @@ class DistributedTensors:
     def _read(self, name: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
         try:
             data = self._files.read(f"{self._folder}{piece.file}", piece.start, piece.length)
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            tensor = _load_plain(data)
         except Exception as error:  # torch and pickle raise many kinds
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
                 f"{self.where}{name}",
                 allowed="a whole checkpoint",
-                problem=f"cannot be read ({first})",
+                problem=f"cannot be read ({_first_line(error)})",
             ) from error
         is_tensor = isinstance(tensor, Tensor)
         if not is_tensor or (tuple(tensor.shape), tensor.dtype) != (piece.sizes, dtype):
@@ -182,6 +180,20 @@ class DistributedTensors:
         return tensor
 
 
+def _longest_index(files: Files) -> int:
+    return max(limits.INDEX_BYTES, sum(files.sizes().values()) // limits.INDEX_SHARE)
+
+
+def _are_apart(pieces: Sequence[_Piece]) -> bool:
+    """Whether no two of the pieces share a value."""
+    first = np.array([piece.offsets for piece in pieces])
+    end = first + np.array([piece.sizes for piece in pieces])
+    return not any(
+        ((first[index] < end[index + 1 :]) & (first[index + 1 :] < end[index])).all(1).any()
+        for index in range(len(pieces))
+    )
+
+
 def _entries(index: Any) -> dict[str, _Entry]:
     """The tensors of an index of stand-ins; anything odd raises."""
     places = {}
@@ -189,6 +201,9 @@ def _entries(index: Any) -> dict[str, _Entry]:
         offset = getattr(key, "offset", None)  # bytes have none
         if offset is not None:
             places[key.fqn, _numbers(offset)] = place
+    tensors = [entry for entry in index.state_dict_metadata.values() if hasattr(entry, "chunks")]
+    if sum(len(entry.chunks) for entry in tensors) > len(places) + limits.PIECES:
+        raise ValueError("it has more pieces than places")
     return {
         str(name): _entry(str(name), one, places)
         for name, one in index.state_dict_metadata.items()
@@ -198,7 +213,7 @@ def _entries(index: Any) -> dict[str, _Entry]:
 
 def _entry(name: str, one: Any, places: dict[Any, Any]) -> _Entry:
     shape, dtype = _numbers(one.size), one.properties.state[0]
-    if not isinstance(dtype, torch.dtype) or len(one.chunks) > _MAX_CHUNKS:
+    if not isinstance(dtype, torch.dtype) or len(one.chunks) > limits.PIECES:
         raise ValueError(f"{name} is no tensor")
     pieces = []
     for chunk in one.chunks:
@@ -232,11 +247,37 @@ def read_plain(files: Files, folder: str = "") -> dict[str, Any]:
     Raises:
         UserError: it is not there, or holds more than plain values.
     """
-    raw = read_whole(files, f"{folder}{PLAIN}")
+    raw = read_whole(files, f"{folder}{PLAIN}", limits.PLAIN_BYTES)
     try:
-        plain: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        plain: dict[str, Any] = _load_plain(raw)
     except Exception as error:
         raise UserError(
-            files.where, allowed="plain values and tensors", problem=f"{folder}{PLAIN} is refused"
+            files.where,
+            allowed="plain values and tensors",
+            problem=f"{folder}{PLAIN} is refused ({_first_line(error)})",
         ) from error
     return plain
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def _load_plain(data: bytes) -> Any:
+    """What `torch.save` wrote: as large in memory as in the file, and plain values alone."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        members = file.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed")
+        if sum(member.file_size for member in members) > len(data):
+            raise ValueError("it is larger unpacked")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                _count_operations(file.read(member))
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _count_operations(pickled: bytes) -> None:
+    for number, _ in enumerate(pickletools.genops(pickled)):
+        if number > limits.PLAIN_OPERATIONS:
+            raise ValueError(f"it has more than {limits.PLAIN_OPERATIONS} parts")

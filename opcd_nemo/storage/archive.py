@@ -9,13 +9,13 @@ import os
 import tarfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
+from opcd_nemo.storage.plain_file import open_plain
 
 _TAR = "a whole uncompressed tar"
-_MAX_MEMBERS = 100_000
-_MAX_BYTES_AT_ONCE = 1 << 28  # of a whole file; weights are read piece by piece
 
 
 class Files(Protocol):
@@ -32,8 +32,8 @@ class Files(Protocol):
         ...
 
 
-def read_whole(files: Files, name: str) -> bytes:
-    """A small file.
+def read_whole(files: Files, name: str, most: int = limits.WHOLE_FILE_BYTES) -> bytes:
+    """A small file, of at most so many bytes.
 
     Raises:
         UserError: it is not there, or too large to be what its name says.
@@ -43,12 +43,8 @@ def read_whole(files: Files, name: str) -> bytes:
         raise UserError(
             files.where, allowed="a file or folder that has it", problem=f"has no {name}"
         )
-    if size > _MAX_BYTES_AT_ONCE:
-        raise UserError(
-            files.where,
-            allowed=f"at most {_MAX_BYTES_AT_ONCE}",
-            problem=f"{name} has {size} bytes",
-        )
+    if size > most:
+        raise UserError(files.where, allowed=f"at most {most}", problem=f"{name} has {size} bytes")
     return files.read(name, 0, size)
 
 
@@ -72,6 +68,27 @@ class FolderFiles:
         return _read(self._folder / name, start, count, self.where)
 
 
+class _Headers:
+    """A tar as tarfile may read it: its headers, and no endless or enormous ones."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, limits.ARCHIVE_HEADERS_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Bytes of a header; tarfile reads no others."""
+        if not 0 <= size <= limits.ARCHIVE_HEADER_BYTES:
+            raise ValueError(f"a header has {size} bytes")
+        self._left -= size
+        if self._left < 0:
+            raise ValueError("its headers do not end")
+        return self._file.read(size)
+
+
+def _opened(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload,no-any-return]
+
+
 class TarFiles:
     """The regular files of an uncompressed tar."""
 
@@ -87,10 +104,12 @@ class TarFiles:
         self._members: dict[str, tuple[int, int]] = {}  # name -> start, bytes
         end = path.stat().st_size
         try:
-            with tarfile.open(path, "r:") as tar:
+            with open_plain(path) as file, _opened(file) as tar:
                 for number, member in enumerate(tar):
-                    if number == _MAX_MEMBERS:
-                        raise UserError(self.where, allowed=f"at most {_MAX_MEMBERS} members")
+                    if number == limits.ARCHIVE_MEMBERS:
+                        raise UserError(
+                            self.where, allowed=f"at most {limits.ARCHIVE_MEMBERS} members"
+                        )
                     self._add(member, end)
         except UserError:
             raise

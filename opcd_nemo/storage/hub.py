@@ -38,6 +38,7 @@ _MODEL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "LICENSE*",
 )
 """What is fetched of a model. No pickle and no program: neither is ever read."""

@@ -77,7 +77,14 @@ def test_what_is_no_plain_configuration_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"[" * 500_000, b"{a: " * 200_000, b"a: " + b"1:" * 250_000 + b"1", b"- " * 400_000]
+    "text",
+    [
+        b"[" * 500_000,
+        b"{a: " * 200_000,
+        b"a: " + b"1:" * 250_000 + b"1",
+        b"- " * 400_000,
+        b"a: [" + b"1," * 500_000 + b"1]",
+    ],
 )
 def test_a_bomb_of_a_configuration_costs_nothing(text: bytes) -> None:
     began = time.process_time()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 import tarfile
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.stored import parse_stored
 from opcd_nemo.formats.locate import NEMO_CONFIG
 from opcd_nemo.formats.nemo import CheckedFiles, open_package
@@ -50,6 +54,7 @@ HOSTILE = {
     "character device": (member("null", b"", type=tarfile.CHRTYPE), "not a plain file"),
     "block device": (member("disk", b"", type=tarfile.BLKTYPE), "not a plain file"),
     "named pipe": (member("pipe", b"", type=tarfile.FIFOTYPE), "not a plain file"),
+    "holes": (member("holes", b"", type=tarfile.GNUTYPE_SPARSE), "not a plain file"),
 }
 
 
@@ -66,6 +71,34 @@ def test_a_size_beyond_the_file_is_refused(size: int, tmp_path: Path) -> None:
     path = tmp_path / "a.nemo"
     path.write_bytes(info.tobuf() + b"x" * 512)
     assert "bytes" in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+)
+def test_a_header_of_gigabytes_is_not_read(kind: bytes, tmp_path: Path) -> None:
+    info, _ = member("x", b"", size=6 << 30, type=kind)
+    path = tmp_path / "a.nemo"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 7 << 30)  # no more than a name on the disk
+    assert f"a header has {6 << 30} bytes" in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+def test_headers_without_an_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [member(f"{number}") for number in range(4)]
+    path = tar(tmp_path / "a.nemo", *members)
+    assert len(TarFiles(path).sizes()) == 4
+    monkeypatch.setattr("opcd_nemo.config.limits.ARCHIVE_MEMBERS", 3)
+    assert "at most 3 members" in refusal(lambda p: TarFiles(Path(p)), path)
+    monkeypatch.setattr("opcd_nemo.config.limits.ARCHIVE_HEADERS_BYTES", 1500)
+    assert "headers do not end" in refusal(lambda p: TarFiles(Path(p)), path)
+
+
+def test_a_pipe_is_no_archive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.nemo")
+    assert "is a pipe" in refusal(lambda p: TarFiles(Path(p)), tmp_path / "a.nemo")
 
 
 def test_a_name_twice_a_compressed_tar_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -173,6 +206,63 @@ def test_pieces_that_overlap_or_leave_gaps_are_refused(chunks: list[Chunk], tmp_
     tensors = write_rows(tmp_path, 4, *chunks)
     with pytest.raises(ValueError, match="each value once"):
         tensors.tensor("x")
+
+
+def test_thousands_of_pieces_are_compared_at_once(tmp_path: Path) -> None:
+    from opcd_nemo.formats.torch_dist import _are_apart, _Piece
+
+    pieces = [
+        _Piece(offsets=(row, column), sizes=(2, 3), file="", start=0, length=0)
+        for row in range(0, 128, 2)
+        for column in range(0, 192, 3)
+    ]
+    assert len(pieces) == limits.PIECES
+    before = time.process_time()
+    assert _are_apart(pieces)
+    assert time.process_time() - before < 3
+    assert not _are_apart([*pieces, pieces[7]])
+    assert not _are_apart([*pieces[1:], dataclasses.replace(pieces[0], sizes=(2, 4))])
+    assert not _are_apart([*pieces[1:], dataclasses.replace(pieces[0], sizes=(3, 3))])
+    point = _Piece(offsets=(), sizes=(), file="", start=0, length=0)
+    assert _are_apart([point])
+    assert not _are_apart([point, point])
+
+
+def test_an_index_of_many_megabytes_is_not_unpickled(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + b"]" * limits.INDEX_BYTES + b".")
+    message = refusal(lambda p: DistributedTensors(FolderFiles(Path(p))), tmp_path)
+    assert f"allowed: at most {limits.INDEX_BYTES}" in message
+
+
+def packed(value: object, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """What `torch.save` writes, compressed or not."""
+    plain, out = io.BytesIO(), io.BytesIO()
+    torch.save(value, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out, "w", compression) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return out.getvalue()
+
+
+def test_a_plain_part_is_as_large_as_its_file(tmp_path: Path) -> None:
+    def plain(_: str) -> object:
+        return read_plain(FolderFiles(tmp_path))
+
+    file = tmp_path / "common.pt"
+    file.write_bytes(packed({"a": torch.zeros(3)}))
+    assert torch.equal(read_plain(FolderFiles(tmp_path))["a"], torch.zeros(3))
+    file.write_bytes(packed({"a": torch.zeros(10**6)}, zipfile.ZIP_DEFLATED))
+    assert file.stat().st_size < 10_000
+    assert "common.pt is refused (it is compressed)" in refusal(plain, tmp_path)
+    file.write_bytes(packed({"a": [[] for _ in range(limits.PLAIN_OPERATIONS // 2)]}))
+    assert "parts" in refusal(plain, tmp_path)
+    file.write_bytes(pickle.dumps({"a": 1}))
+    assert "common.pt is refused" in refusal(plain, tmp_path)
+    data = bytearray(packed({"a": torch.zeros(3)}))
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"data/0") if b"data/0" in data else None)
+    data[at + 24 : at + 28] = (1 << 30).to_bytes(4, "little")  # what it says to hold unpacked
+    file.write_bytes(data)
+    assert "larger unpacked" in refusal(plain, tmp_path)
 
 
 def test_a_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:

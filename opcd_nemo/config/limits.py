@@ -1,0 +1,120 @@
+"""What files may ask of a program before it says no: sizes, counts, depths, each with its reason.
+
+A file from anywhere must not cost more than 3 CPU-seconds and 150 MiB before it is refused. The
+largest real files that are known fit with room to spare; whoever has a larger one raises the
+number here.
+"""
+
+from __future__ import annotations
+
+KIB, MIB = 1 << 10, 1 << 20
+
+# ------------------------------------------------------------------------- files of a model folder
+
+SETTINGS_BYTES = 4 * MIB
+"""Of a JSON file of settings or of an index: the largest known, of 16,000 tensors, has 1.3 MiB,
+and 4 MiB of `[],` are 90 MiB of lists."""
+
+RECORD_BYTES = 64 * MIB
+"""Of a JSON file that a run of this project has written: the samples of an evaluation."""
+
+TOKENIZER_BYTES = 48 * MIB
+"""Of a tokenizer.json: that of a vocabulary of 262,144 has 32 MiB."""
+
+TOKENIZER_ITEMS = 3_000_000
+"""Brackets and commas of a tokenizer.json: a vocabulary of 152,000 with as many merges has 0.7
+million. An empty list costs tokenizers 32 bytes and more."""
+
+ADDED_TOKENS = 20_000
+"""Of a tokenizer: 6,400 is the most known; tokenizers compares each with all others."""
+
+SENTENCEPIECE_BYTES = 16 * MIB
+"""Of a tokenizer.model: that of a vocabulary of 256,000 has 4 MiB."""
+
+SAFETENSORS_HEADER_BYTES = 4 * MIB
+"""Of the header of a safetensors file: 100 bytes a tensor; 1,200 tensors make 405 billion
+parameters."""
+
+LAYERS = 4096
+"""Of a model: 126 is the deepest known, and twelve names are made for each before one is read."""
+
+SIZE = 1 << 31
+"""Of any number that shapes a model: larger ones are in no file, and products of them in no
+register."""
+
+# --------------------------------------------------------------------------------- chat templates
+
+TEMPLATE_BYTES = 256 * KIB
+"""Of a chat template: the longest known has 20 KiB."""
+
+TEMPLATE_CPU_S = 1.5
+"""Of one rendering: a chat of a megabyte takes a hundredth of a second."""
+
+TEMPLATE_MEMORY_BYTES = 80 * MIB
+"""Of the process that renders, above what it starts with."""
+
+TEMPLATE_GROWTH = 4
+"""A rendered chat may be so many times as long as its messages and the template together:
+templates write what they are given, once."""
+
+# --------------------------------------------------------------------------------------- GGUF files
+
+GGUF_VALUES = 4096
+"""Metadata of a GGUF file: 60 are usual."""
+
+GGUF_ITEMS = 1_500_000
+"""Of all arrays of its metadata together: tokens, merges and types of a vocabulary of 262,144 have
+1.1 million; a text costs 60 bytes and more."""
+
+GGUF_METADATA_BYTES = 32 * MIB
+"""Of its metadata: a vocabulary of 262,144 has 16 MiB."""
+
+GGUF_TENSORS = 65_536
+"""Of a GGUF file, as `LAYERS` has."""
+
+GGUF_DIMENSIONS = 4
+"""Of a tensor: ggml has no more."""
+
+GGUF_ALIGNMENT = 1 << 16
+"""Of its tensors, in bytes: 32 is usual."""
+
+# ------------------------------------------------------------------------ archives and checkpoints
+
+ARCHIVE_MEMBERS = 10_000
+"""Of a tar: two files a rank and some; tarfile reads 40,000 headers a second."""
+
+ARCHIVE_HEADER_BYTES = MIB
+"""Of one header of a tar, with its long names: tarfile reads it at once."""
+
+ARCHIVE_HEADERS_BYTES = 32 * MIB
+"""Of all headers of a tar: three blocks a member; a damaged list of holes is read for ever."""
+
+WHOLE_FILE_BYTES = 256 * MIB
+"""Of a file that is read at once; weights are read piece by piece."""
+
+INDEX_BYTES = 2 * MIB
+"""Of the index of a torch_dist checkpoint, or a 16th of its files: a byte of a pickle may become
+60."""
+INDEX_SHARE = 16
+
+PIECES = 4096
+"""Of one tensor: as many ranks would have written it."""
+
+PLAIN_BYTES = 32 * MIB
+"""Of a checkpoint's common.pt: a configuration, and the texts of a context."""
+
+PLAIN_OPERATIONS = 400_000
+"""Of its pickle: an item of a configuration takes four; torch's reader takes 2 microseconds for
+each."""
+
+# ------------------------------------------------------------------------- stored configurations
+
+CONFIGURATION_BYTES = MIB
+"""Of a stored configuration: without the texts of a context 10 KiB."""
+
+CONFIGURATION_ITEMS = 100_000
+"""Of its values, keys and brackets: a run's configuration has 500; YAML takes 10 microseconds for
+each."""
+
+CONFIGURATION_DEPTH = 32
+"""Of its levels: a run's configuration has 6; parsers are slow in thousands."""
