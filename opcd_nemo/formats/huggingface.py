@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
-from opcd_nemo.formats.locate import read_json, write_json
+from opcd_nemo.formats.locate import optional_settings, read_json, write_json
 from opcd_nemo.formats.shape import (
     ModelConfig,
     end_tokens,
@@ -23,42 +25,67 @@ from opcd_nemo.formats.shape import (
     parse_config,
     tensor_shapes,
 )
+from opcd_nemo.storage.plain_file import is_there, open_plain
 
+logger = logging.getLogger(__name__)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_FILE_BYTES = 5_000_000_000
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNUSED = "rotary_emb.inv_freq"  # tensors of old folders, which no index needs to name
 
 
 class SafetensorsFolder:
     """`model.safetensors`, or the files that `model.safetensors.index.json` names."""
 
     def __init__(self, folder: Path) -> None:
-        self._file_of: dict[str, Any] = {}
-        for path in self._files(folder):
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    path,
-                    allowed="a complete download",
-                    problem=f"not a whole safetensors file ({error})",
-                ) from error
-            self._file_of |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
+        """Open the files.
 
-    @staticmethod
-    def _files(folder: Path) -> list[Path]:
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        if single.is_file():
-            return [single]
-        if not index.is_file():
-            raise UserError(
-                folder,
-                allowed="model.safetensors or model.safetensors.index.json",
-                problem="no weights",
+        Raises:
+            UserError: a file is missing or damaged, or is not as the index says.
+        """
+        single, index = folder / _SINGLE, folder / _INDEX
+        self._file_of: dict[str, Any] = {}
+        if is_there(single):
+            if is_there(index) and set(_weight_map(index).values()) != {_SINGLE}:
+                logger.warning("%s is read; %s beside it names other files", single, index.name)
+            file = _open(single)
+            self._file_of = dict.fromkeys(file.keys(), file)
+        elif is_there(index):
+            self._read_indexed(index)
+        else:
+            raise UserError(folder, allowed=f"{_SINGLE} or {_INDEX}", problem="no weights")
+
+    def _read_indexed(self, index: Path) -> None:
+        """Take each tensor from the file that the index names for it."""
+        named = _weight_map(index)
+        for file_name in sorted(set(named.values())):
+            file = _open(index.with_name(file_name))
+            held = set(file.keys())
+            missing = sorted(
+                tensor for tensor, name in named.items() if name == file_name and tensor not in held
             )
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(index, allowed="tensor name -> file name", problem="no weight_map")
-        return [folder / name for name in sorted(set(weight_map.values()))]
+            if missing:
+                raise UserError(
+                    index,
+                    allowed="for each tensor the file that holds it",
+                    problem=f"tensor {missing[0]!r} is not in {file_name}",
+                )
+            for tensor in sorted(held):
+                if named.get(tensor) == file_name:
+                    self._file_of[tensor] = file
+                elif tensor in named:
+                    logger.warning(
+                        "tensor %r of %s is not read: %s names %s for it",
+                        *(tensor, index.with_name(file_name), index.name, named[tensor]),
+                    )
+                elif not tensor.endswith(_UNUSED):
+                    raise UserError(
+                        index,
+                        allowed="for each tensor the file that holds it",
+                        problem=f"names no file for tensor {tensor!r} of {file_name}",
+                    )
 
     def names(self) -> tuple[str, ...]:
         """Names of the tensors in the files."""
@@ -82,6 +109,47 @@ class SafetensorsFolder:
         return tensor
 
 
+def _open(path: Path) -> Any:
+    with open_plain(path) as file:
+        num_bytes = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+    try:
+        if num_bytes > limits.SAFETENSORS_HEADER_BYTES:
+            raise OSError(f"a header of {num_bytes} bytes")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            path,
+            allowed="a complete download",
+            problem=f"not a whole safetensors file ({error})",
+        ) from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of a file beside the index."""
+    named = read_json(index, limits.SETTINGS_BYTES).get("weight_map")
+    if not isinstance(named, dict):
+        raise UserError(index, allowed="tensor name -> file name", problem="no weight_map")
+    for tensor, name in named.items():
+        if not isinstance(name, str) or name != Path(name).name or "\0" in name:
+            raise UserError(tensor, name, "the name of a file beside it", where=str(index))
+    return named
+
+
+def stored_ends(read: Callable[[str], Mapping[str, Any]], where: str) -> tuple[int, ...]:
+    """What ends a response: generation_config.json says it, config.json where that has no ids.
+
+    Args:
+        read: a file of the model's folder as JSON; nothing where it is not there.
+        where: the folder, for errors.
+
+    Raises:
+        UserError: ids that are none.
+    """
+    names = "generation_config.json", "config.json"
+    generation, model = (end_tokens(read(name), f"{where}/{name}") for name in names)
+    return generation or model
+
+
 def read_hf_config(found: Path) -> ModelConfig:
     """The shape in a Hugging Face folder.
 
@@ -89,16 +157,13 @@ def read_hf_config(found: Path) -> ModelConfig:
         UserError: Missing, incomplete, or a model that is not supported.
     """
     config_file = found / "config.json"
-    if not config_file.is_file():
+    if not is_there(config_file):
         raise UserError(
             found, allowed="a Hugging Face model folder or a .gguf file", problem="no config.json"
         )
-    raw = read_json(config_file)
-    generation = found / "generation_config.json"
-    if generation.is_file():
-        eos = end_tokens(read_json(generation), str(generation))
-        raw["eos_token_id"] = list(eos) or raw.get("eos_token_id")
-    return parse_config(raw, str(config_file))
+    raw = read_json(config_file, limits.SETTINGS_BYTES)
+    ends = stored_ends(lambda name: optional_settings(found / name), str(found))
+    return parse_config({**raw, "eos_token_id": list(ends)}, str(config_file))
 
 
 def write_hf_folder(

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import opcd_nemo
+from opcd_nemo.config import limits
 from opcd_nemo.config.renamed import present_model
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import fetch_model, parse_address
+from opcd_nemo.storage.plain_file import is_there, read_bounded
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 GAME_MODEL = "game-notes"
@@ -69,18 +71,34 @@ def model_kind(found: Path) -> ModelKind:
     return "checkpoint" if (found / ".metadata").is_file() else "hf"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = limits.RECORD_BYTES) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: The file is not there or holds something else.
+        UserError: The file is not there, is larger, or holds something else.
+    """
+    return parse_json(read_bounded(path, max_bytes), str(path))
+
+
+def optional_settings(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder; nothing where the folder has no such file.
+
+    Raises:
+        UserError: as of `read_json`.
+    """
+    return read_json(path, limits.SETTINGS_BYTES) if is_there(path) else {}
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a text in UTF-8.
+
+    Raises:
+        UserError: The file is larger, or no such text.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(
-            path, allowed="a JSON object", problem=f"cannot be read ({error})"
-        ) from error
+        return read_bounded(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(path, allowed="a text in UTF-8", problem=str(error)) from error
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import NEMO_CONFIG, model_kind, parse_json, resolve_model_path
 from opcd_nemo.formats.torch_dist import read_plain
@@ -113,7 +114,8 @@ def open_package(path: Path) -> Files:
 
 def read_record(files: Files, name: str) -> dict[str, Any]:
     """One of the package's JSON files."""
-    return parse_json(read_whole(files, name), f"{files.where}: {name}")
+    text = read_whole(files, name, limits.RECORD_BYTES)
+    return parse_json(text, f"{files.where}: {name}")
 
 
 def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:

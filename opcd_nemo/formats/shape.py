@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
@@ -80,10 +81,10 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         UserError: A setting that megatron-core would not compute as transformers does.
     """
-    architecture = raw.get("model_type")
-    if architecture not in CLASS_NAMES:
+    architecture: Any = raw.get("model_type")
+    if not isinstance(architecture, str) or architecture not in CLASS_NAMES:
         raise _bad_value(where, "model_type", architecture, ", ".join(CLASS_NAMES))
-    num_layers = _positive_int(raw, "num_hidden_layers", where)
+    num_layers = _positive_int(raw, "num_hidden_layers", where, most=limits.LAYERS)
     _refuse_unsupported(raw, where, architecture, num_layers)
     heads = _positive_int(raw, "num_attention_heads", where)
     groups = _positive_int(raw, "num_key_value_heads", where, heads)
@@ -106,7 +107,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_positive_float(raw, "rms_norm_eps", where, 1e-6),
-        tied_embeddings=bool(raw.get("tie_word_embeddings")),
+        tied_embeddings=_flag(raw, "tie_word_embeddings", where),
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         eos_token_ids=end_tokens(raw, where),
@@ -130,11 +131,28 @@ def _bad_value(where: str, key: str, value: object, allowed: str) -> UserError:
     return UserError(key, value, allowed, where=where)
 
 
-def _positive_int(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+def _positive_int(
+    raw: Mapping[str, Any],
+    key: str,
+    where: str,
+    default: int | None = None,
+    *,
+    most: int = limits.SIZE,
+) -> int:
     value = default if raw.get(key) is None else raw[key]
     if type(value) is not int or value < 1:
         raise _bad_value(where, key, value, "a positive whole number")
+    if value > most:
+        raise _bad_value(where, key, value, f"a positive whole number, at most {most}")
     return value
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    """True or false; absent means false, and no other value means either."""
+    value = raw.get(key)
+    if value is not None and type(value) is not bool:
+        raise _bad_value(where, key, value, "true or false")
+    return bool(value)
 
 
 def _positive_float(
@@ -159,23 +177,28 @@ def _refuse_unsupported(
         raise _bad_value(where, "quantization_config", raw["quantization_config"], "none")
     layer_types = raw.get("layer_types")
     if layer_types is None:
-        window = raw.get("use_sliding_window") and raw.get("sliding_window")
+        window = _flag(raw, "use_sliding_window", where) and raw.get("sliding_window")
         num_full = raw.get("max_window_layers") or 0
-        if window and num_full < num_layers:
+        if window and (type(num_full) is not int or num_full < num_layers):
             raise _bad_value(where, "use_sliding_window", True, "false")
-    elif set(layer_types) - {"full_attention"}:
-        raise _bad_value(where, "layer_types", sorted(set(layer_types)), "full_attention")
+    elif not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise _bad_value(where, "layer_types", layer_types, "a list of full_attention")
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope, dict):
+        raise _bad_value(where, "rope_scaling", rope, "a mapping")
+    kind = _rope_type(rope, where)
     if any(isinstance(value, dict) for value in rope.values()):
         raise _bad_value(where, "rope_parameters", rope, "one setting for all layers")
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise _bad_value(where, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     theta = _positive_float({**raw, **rope}, "rope_theta", where, 10000.0)
-    if kind in (None, "default", "none"):
+    if kind in ("default", "none"):
+        if rope.get("factor") not in (None, 1.0):
+            allowed = "default without a factor, llama3 with a factor"
+            raise _bad_value(where, "rope_type", kind, allowed)
         return theta, None
     if kind != "llama3":
         raise _bad_value(where, "rope_type", kind, "default, llama3")
@@ -185,6 +208,17 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
         high_freq_factor=_positive_float(rope, "high_freq_factor", where),
         original_max_positions=_positive_int(rope, "original_max_position_embeddings", where),
     )
+
+
+def _rope_type(rope: Mapping[str, Any], where: str) -> str:
+    """The kind of scaling under its new name or its old one, which must not contradict it."""
+    new, old = rope.get("rope_type"), rope.get("type")
+    if new is not None and old is not None and new != old:
+        raise _bad_value(where, "rope_type", new, f"{old}, as type says")
+    kind = old if new is None else new
+    if kind is not None and not isinstance(kind, str):
+        raise _bad_value(where, "rope_type", kind, "default, llama3")
+    return kind or "default"
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

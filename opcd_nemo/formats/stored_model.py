@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
-from opcd_nemo.formats.huggingface import SafetensorsFolder, read_hf_config
+from opcd_nemo.formats.huggingface import SafetensorsFolder, read_hf_config, stored_ends
 from opcd_nemo.formats.locate import model_kind, resolve_model_path
 from opcd_nemo.formats.megatron_names import MegatronWeights
 from opcd_nemo.formats.nemo import (
@@ -31,6 +33,11 @@ from opcd_nemo.formats.shape import (
     tensor_shapes,
 )
 from opcd_nemo.formats.torch_dist import DistributedTensors
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # of a head, compared at once
+
+logger = logging.getLogger(__name__)
 
 
 class _Weights(Protocol):
@@ -57,11 +64,18 @@ class StoredModel:
         Raises:
             UserError: A tensor is missing, unexpected or of another shape.
         """
+        stored = set(weights.names())
+        if config.tied_embeddings and _HEAD in stored and not _heads_are_equal(weights):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but %s is not the embedding: both are "
+                "read, as by transformers",
+                *(path, _HEAD),
+            )
+            config = replace(config, tied_embeddings=False)
         self.path = path
         self.config = config
         self._weights = weights
         shapes = tensor_shapes(config)
-        stored = set(weights.names())
         if missing := sorted(shapes.keys() - stored):
             raise UserError(
                 path,
@@ -70,7 +84,7 @@ class StoredModel:
             )
         unused = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
         if config.tied_embeddings:
-            unused.add("lm_head.weight")
+            unused.add(_HEAD)
         if unexpected := sorted(stored - shapes.keys() - unused):
             raise UserError(
                 path,
@@ -101,6 +115,16 @@ class StoredModel:
     def tensors(self) -> Mapping[str, Tensor]:
         """All tensors by name; each is read when it is asked for."""
         return _LazyTensors(self)
+
+
+def _heads_are_equal(weights: _Weights) -> bool:
+    if _EMBEDDING not in weights.names() or weights.shape(_HEAD) != weights.shape(_EMBEDDING):
+        return False
+    head, embedding = weights.tensor(_HEAD), weights.tensor(_EMBEDDING)
+    return all(
+        torch.equal(row.float(), embedded.float())
+        for row, embedded in zip(head.split(_ROWS), embedding.split(_ROWS), strict=True)
+    )
 
 
 class _LazyTensors(Mapping[str, Tensor]):
@@ -135,7 +159,12 @@ def open_model(path: str) -> StoredModel:
         return StoredModel(found, config, MegatronWeights(DistributedTensors(files), config))
     package = open_package(found)
     raw, where = read_record(package, f"{HF}config.json"), f"{found}: {HF}config.json"
-    config = parse_config(raw, where)
+    members = package.sizes()
+    ends = stored_ends(
+        lambda name: read_record(package, f"{HF}{name}") if f"{HF}{name}" in members else {},
+        f"{found}: {HF}",
+    )
+    config = parse_config({**raw, "eos_token_id": list(ends)}, where)
     return StoredModel(found, config, MegatronWeights(DistributedTensors(package, WEIGHTS), config))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
     ("changes", "word"),
     [
         ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 10**9}, "at most 4096"),
         ({"num_hidden_layers": 1}, "model.layers.1"),
         ({"vocab_size": 68}, "(67, 24)"),
         ({"model_type": "qwen2"}, "bias"),
@@ -167,6 +169,106 @@ def test_stored_copy_of_a_tied_head_is_not_used(tmp_path: Path) -> None:
     copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tensors | copy, tmp_path / "model" / "model.safetensors")
     assert "lm_head.weight" not in open_model(str(tmp_path / "model")).names()
+
+
+def test_a_tied_model_with_another_head_keeps_it_as_transformers_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    config = model_config("llama")
+    write_folder(tmp_path / "model", tie_word_embeddings=True)
+    model = open_model(str(tmp_path / "model"))
+    assert "tie_word_embeddings is true, but lm_head.weight is not the embedding" in caplog.text
+    assert not model.config.tied_embeddings
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.tensor("lm_head.weight"), theirs.lm_head.weight)
+    assert torch.equal(model.tensor("lm_head.weight"), random_tensors(config)["lm_head.weight"])
+
+
+def indexed(folder: Path, **moved: str) -> dict[str, torch.Tensor]:
+    """A model in `a.safetensors` and `b.safetensors`, whose index says where each tensor is.
+
+    `b` also holds the norm of `a`, plus one. `moved`: what the index says instead.
+    """
+    config = model_config("llama")
+    tensors = random_tensors(config)
+    write_hf_folder(folder, config, tensors, torch.float32)
+    (folder / "model.safetensors").unlink()
+    first, norm = list(tensors)[:9], "model.norm.weight"
+    a = {name: tensors[name] for name in (*first, norm)}
+    b = {name: tensor for name, tensor in tensors.items() if name not in a}
+    save_file(a, folder / "a.safetensors")
+    save_file({**b, norm: tensors[norm] + 1}, folder / "b.safetensors")
+    named = dict.fromkeys(a, "a.safetensors") | dict.fromkeys(b, "b.safetensors")
+    index = {"weight_map": {k: v for k, v in {**named, **moved}.items() if v}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+def test_a_tensor_comes_from_the_file_that_the_index_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = indexed(tmp_path / "model")
+    norm = open_model(str(tmp_path / "model")).tensor("model.norm.weight")
+    assert torch.equal(norm, tensors["model.norm.weight"])
+    assert "b.safetensors is not read" in caplog.text
+    indexed(tmp_path / "other", **{"model.norm.weight": "b.safetensors"})
+    norm = open_model(str(tmp_path / "other")).tensor("model.norm.weight")
+    assert torch.equal(norm, tensors["model.norm.weight"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("moved", "word"),
+    [
+        ({"ghost": "a.safetensors"}, "tensor 'ghost' is not in a.safetensors"),
+        ({"model.embed_tokens.weight": "b.safetensors"}, "is not in b.safetensors"),
+        ({"model.norm.weight": ""}, "names no file for tensor 'model.norm.weight'"),
+        ({"model.norm.weight": "c.safetensors"}, "c.safetensors: cannot be read"),
+        ({"model.norm.weight": "../model/a.safetensors"}, "the name of a file beside it"),
+        ({"model.norm.weight": "/etc/passwd"}, "the name of a file beside it"),
+        ({"model.norm.weight": 5}, "the name of a file beside it"),
+        ({"model.norm.weight": ["a"]}, "the name of a file beside it"),
+    ],
+    ids=str,
+)
+def test_an_index_unlike_its_files_is_refused(
+    tmp_path: Path, moved: dict[str, Any], word: str
+) -> None:
+    indexed(tmp_path / "model", **moved)
+    assert word in refusal(open_model, tmp_path / "model")
+
+
+def test_an_index_that_is_not_used_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_folder(tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_model(str(tmp_path / "model")).config == config
+    assert "beside it names other files" in caplog.text
+
+
+def test_a_header_of_gigabytes_and_files_that_never_end_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes((90_000_000).to_bytes(8, "little") + b"{")
+    assert "a header of 90000000 bytes" in refusal(open_model, tmp_path / "model")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        write_folder(tmp_path / name)
+        (tmp_path / name / name).unlink()
+        os.mkfifo(tmp_path / name / name)
+        assert f"{name}: is a pipe" in refusal(open_model, tmp_path / name)
+
+
+def test_settings_of_many_megabytes_are_not_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes(b"[" * 5_000_000)
+    assert "is too large" in refusal(open_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes(b"[" * 4_000_000)
+    assert "config.json: cannot be read" in refusal(open_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes(b"\xff")
+    assert "config.json: cannot be read" in refusal(open_model, tmp_path / "model")
 
 
 def test_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
