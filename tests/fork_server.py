@@ -97,7 +97,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, request["largest_file"])
     code = 1
     try:
-        _run([word for word in request["arguments"] if word not in ("-u", "-P")])
+        _run([word for word in request["arguments"] if word not in ("-u", "-P", "-I", "-S")])
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -75,10 +75,12 @@ def ends(student: Side, teacher: Side) -> Check:
     unknown = {*student.model.eos_token_ids, *teacher.model.eos_token_ids} - set(ids[0])
     words = [student.tokenizer.decode([token_id], skip_special=False) for token_id in ids[0]]
     found = f"{ids[0]} {words}"
+    notes = list(dict.fromkeys([*student.tokenizer.notes(), *teacher.tokenizer.notes()]))
     if unknown:
-        found += f"; config.json also has {sorted(unknown)}, which ends no response here"
-    mend = "put them into eos_token_id of generation_config.json if the model ends with them"
-    return judge("end of sequence", not unknown, found, mend, otherwise="warn")
+        notes.append(f"the model also has {sorted(unknown)}, which ends no response here")
+    mend = "make eos_token_id of generation_config.json and the chat template say the same"
+    found = "; ".join([found, *notes])
+    return judge("end of sequence", not notes, found, mend, otherwise="warn")
 
 
 def templates(student: Side, teacher: Side, chat: Sequence[Message]) -> Check:

@@ -120,10 +120,10 @@ class Extraction:
         samples = self._writer.engine.generate(
             prompts, self._writer.sampling, seed=self._seed, step=wave
         )
-        decode = self._writer.conversation.tokenizer.decode
+        reply = self._writer.conversation.tokenizer.reply
         records = [
-            self._record(play, decode(sample.response_ids))
-            for play, sample in zip(plays, samples, strict=True)
+            self._record(play, reply(prompt.token_ids, sample.response_ids))
+            for play, prompt, sample in zip(plays, prompts, samples, strict=True)
         ]
         return self._parallel.gather_over_dp(records)
 

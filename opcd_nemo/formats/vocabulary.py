@@ -6,16 +6,21 @@ Special tokens in a text are parsed, and none is added.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.gguf import GgufFile
+from opcd_nemo.storage.plain_file import read_bounded
+
+Added: TypeAlias = Mapping[int, AddedToken]
+"""Tokens by id that other files than the vocabulary's add to it."""
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
@@ -37,6 +42,9 @@ class Vocabulary(Protocol):
 
     def token_ids(self) -> dict[str, int]:
         """Every token, special ones included."""
+
+    def added_ids(self) -> frozenset[int]:
+        """The tokens that a text is split at: those that stand for no text, and some that do."""
 
 
 class FastVocabulary:
@@ -60,28 +68,67 @@ class FastVocabulary:
         """Every token, special ones included."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
+    def added_ids(self) -> frozenset[int]:
+        """The tokens that a text is split at."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`."""
         self._tokenizer.save(str(path))
 
 
+def fast_vocabulary(path: Path, added: Added) -> FastVocabulary:
+    """A `tokenizer.json`, with the tokens that only other files know.
+
+    Raises:
+        UserError: it cannot be read, or has another id for one of the tokens.
+    """
+    raw = read_bounded(path, limits.TOKENIZER_BYTES)
+    items = sum(map(raw.count, (b"[", b"{", b",")))
+    try:
+        if items > limits.TOKENIZER_ITEMS or raw.count(b'"content"') > limits.ADDED_TOKENS:
+            raise ValueError(f"too large: {items} items")
+        tokenizer = Tokenizer.from_buffer(raw)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            path, allowed="a tokenizers file", problem=f"cannot be read ({error})"
+        ) from error
+    known = tokenizer.get_added_tokens_decoder()
+    tokenizer.add_tokens(
+        [token for index, token in sorted(added.items()) if not _is_same(known.get(index), token)]
+    )
+    for index, token in added.items():
+        if (found := tokenizer.token_to_id(token.content)) != index:
+            raise UserError(
+                path,
+                allowed=f"{index}, as in the files beside it",
+                problem=f"token {token.content!r} has id {found}",
+            )
+    return FastVocabulary(tokenizer)
+
+
+def _is_same(found: AddedToken | None, token: AddedToken) -> bool:
+    return found is not None and repr(found) == repr(token)
+
+
 class SentencePieceVocabulary:
     """A SentencePiece model; texts are split at special tokens, which it cannot parse."""
 
-    def __init__(self, path: Path, added: dict[int, str], *, prefix_every_part: bool) -> None:
+    def __init__(self, path: Path, added: Added, *, prefix_every_part: bool) -> None:
         """Load the model.
 
         Args:
             path: `tokenizer.model`.
-            added: Special tokens by id, besides the control tokens of the model.
+            added: Tokens by id, besides the control tokens of the model.
             prefix_every_part: Put the model's leading space before every part between special
                 tokens (transformers' `legacy`), not before the text alone.
 
         Raises:
             UserError: Not a SentencePiece model.
         """
+        raw = read_bounded(path, limits.SENTENCEPIECE_BYTES)
         try:
-            self._model = SentencePieceProcessor(model_file=str(path))
+            self._model = SentencePieceProcessor(model_proto=raw)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 path, allowed="one of those", problem="not a SentencePiece model"
@@ -94,23 +141,36 @@ class SentencePieceVocabulary:
             self._later_parts = SentencePieceProcessor(model_proto=proto.SerializeToString())
         pieces = range(self._model.get_piece_size())
         self._ids = {self._model.id_to_piece(index): index for index in pieces}
-        self._special = {
+        self._split_at = {
             self._model.id_to_piece(index): index
             for index in pieces
             if self._model.is_control(index) or self._model.is_unknown(index)
         }
-        self._special |= {token: index for index, token in added.items()}
-        self._ids |= self._special
-        self._token_of = {index: token for token, index in self._special.items()}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._parts = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._hidden = set(self._split_at.values())  # where special tokens are to be skipped
+        for index, token in added.items():
+            if self._ids.get(token.content, index) != index:
+                raise UserError(
+                    path,
+                    allowed=f"{index}, as in the files beside it",
+                    problem=f"token {token.content!r} has id {self._ids[token.content]}",
+                )
+            self._split_at[token.content] = index
+            self._hidden |= {index} if token.special else set()
+        self._ids |= self._split_at
+        self._token_of = {index: token for token, index in self._split_at.items()}
+        flags = {token.content: token for token in added.values()}
+        longest_first = sorted(self._split_at, key=len, reverse=True)
+        self._parts = re.compile(
+            f"({'|'.join(_pattern(token, flags.get(token)) for token in longest_first)})"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         ids: list[int] = []
         for index, part in enumerate(self._parts.split(text)):
-            if part in self._special:
-                ids.append(self._special[part])
+            if index % 2:  # blanks around it belong to the token, if it says so
+                known = self._split_at.get(part)
+                ids.append(self._split_at[part.strip()] if known is None else known)
             elif part:
                 model = self._later_parts if index else self._model
                 ids.extend(model.encode(part))
@@ -119,16 +179,27 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """Text of token ids; ids past the vocabulary, which a padded head has, are nothing."""
         text = ""
-        for special, run in groupby(ids, self._token_of.get):
-            if special is None:
+        for token, run in groupby(ids, self._token_of.get):
+            if token is None:
                 text += str(self._model.decode([i for i in run if i < len(self._model)]))
-            elif not skip_special:
-                text += special * len(list(run))
+            elif not (skip_special and self._split_at[token] in self._hidden):
+                text += token * len(list(run))
         return text
+
+    def added_ids(self) -> frozenset[int]:
+        """The tokens that a text is split at."""
+        return frozenset(self._token_of)
 
     def token_ids(self) -> dict[str, int]:
         """Every token, special ones included."""
         return dict(self._ids)
+
+
+def _pattern(token: str, flags: AddedToken | None) -> str:
+    """Where a token is in a text, with the blanks beside it that it takes."""
+    left = r"\s*" if flags and flags.lstrip else ""
+    right = r"\s*" if flags and flags.rstrip else ""
+    return f"{left}{re.escape(token)}{right}"
 
 
 def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
@@ -138,49 +209,62 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
         UserError: Another kind of tokenizer.
     """
     metadata = file.metadata
-    kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words: dict[tuple[Any, Any], list[pre_tokenizers.PreTokenizer]] = {
-        ("gpt2", "smollm"): [
+    words: dict[Any, list[pre_tokenizers.PreTokenizer]] = {
+        "smollm": [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ],
-        ("gpt2", "qwen2"): [pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), byte_level],
-        ("gpt2", "llama-bpe"): [
-            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-            byte_level,
-        ],
+        "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), byte_level],
+        "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"), byte_level],
     }
-    if kind not in words:
-        allowed = ", ".join(f"{model} and {pre}" for model, pre in words)
+    if model != "gpt2" or not isinstance(pre, str) or pre not in words:
+        allowed = ", ".join(f"gpt2 and {known}" for known in words)
         raise UserError(
             file.path,
             allowed=f"{allowed}, or a folder with a tokenizer.json",
-            problem=f"tokenizer.ggml.model and .pre are {kind[0]!r} and {kind[1]!r}",
+            problem=f"tokenizer.ggml.model and .pre are {model!r} and {pre!r}",
         )
-    for key in ("tokens", "merges", "token_type"):
-        if f"tokenizer.ggml.{key}" not in metadata:
-            raise UserError(
-                file.path, allowed="a whole vocabulary", problem=f"no tokenizer.ggml.{key}"
-            )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=kind[1] == "llama-bpe",
-        )
+    tokens, merges, types = (
+        _gguf_list(file, key, kind)
+        for key, kind in (("tokens", str), ("merges", str), ("token_type", int))
     )
-    if kind[1] == "qwen2":
+    if len(tokens) != len(types):
+        raise UserError(
+            file.path,
+            allowed="a type for each token",
+            problem=f"tokenizer.ggml.token_type has {len(types)} items for {len(tokens)} tokens",
+        )
+    try:
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab={token: index for index, token in enumerate(tokens)},
+                merges=[tuple(merge.split(" ")) for merge in merges],
+                ignore_merges=pre == "llama-bpe",
+            )
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            file.path, allowed="a whole vocabulary", problem=f"tokenizer.ggml.merges: {error}"
+        ) from error
+    if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words[kind])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    types: Iterable[int] = metadata["tokenizer.ggml.token_type"]
     added = [
         AddedToken(token, normalized=False, special=token_type == _CONTROL)
         for token, token_type in zip(tokens, types, strict=True)
         if token_type in (_CONTROL, _USER_DEFINED)
     ]
+    if len(added) > limits.ADDED_TOKENS:
+        raise UserError(file.path, allowed=f"at most {limits.ADDED_TOKENS} added tokens")
     tokenizer.add_tokens(added)
     return FastVocabulary(tokenizer)
+
+
+def _gguf_list(file: GgufFile, key: str, kind: type) -> list[Any]:
+    values = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise UserError(file.path, allowed="a whole vocabulary", problem=f"no tokenizer.ggml.{key}")
+    return values

@@ -134,8 +134,9 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     telemetry.addHandler(logging.NullHandler())
     telemetry.propagate = False
     if LAUNCHER_PID_ENV in os.environ or os.environ.get("RANK", "0") != "0":
-        # what a task's files hold is said once: by the launcher, which opens them first
-        logging.getLogger("opcd_nemo.tasks.splits").setLevel(logging.ERROR)
+        # what the files hold is said once: by the launcher, which opens them first
+        for name in ("tasks.splits", "formats", "training.inputs"):
+            logging.getLogger(f"opcd_nemo.{name}").setLevel(logging.ERROR)
     main = load_main()
     from nemo.core.config import hydra_runner
 

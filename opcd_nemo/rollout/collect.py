@@ -64,8 +64,9 @@ def collect_rollouts(
             for of_turn, (index, _) in zip(rendered, live, strict=True)
         ]
         samples = engine.generate(prompts, sampling, seed=seed, step=step, prefix_ids=prefix_ids)
-        for (index, episode), of_turn, sample in zip(live, rendered, samples, strict=True):
-            episode.reply(conversation.tokenizer.decode(sample.response_ids))
+        turns = zip(live, rendered, prompts, samples, strict=True)
+        for (index, episode), of_turn, prompt, sample in turns:
+            episode.reply(conversation.tokenizer.reply(prompt.token_ids, sample.response_ids))
             rollouts.append(
                 Rollout(
                     uid=episode.uid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.losses import TopKLoss
 from opcd_nemo.rollout.conversation import Conversation, shared_start
 from opcd_nemo.tasks import Episode, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,17 +153,24 @@ def _shared_tokenizer(
     arguments = config.student.chat_template_arguments
     with _about("student.chat_template_arguments", arguments):
         tokenizer = tokenizer.with_arguments(arguments)
+    for note in tokenizer.notes():
+        logger.warning("%s", note)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
         other = ChatTokenizer.from_path(config.teacher.path)
-    if tokenizer.fingerprint != other.fingerprint or teacher.vocab_size < student.vocab_size:
+    problem = None
+    if teacher.vocab_size < student.vocab_size:
+        sizes = teacher.vocab_size, student.vocab_size
+        problem = "vocabulary of {} differs from the student's {}".format(*sizes)
+    elif tokenizer.fingerprint != other.fingerprint:
+        problem = "its tokens, or their ids, are not those of the student"
+    if problem is not None:
         raise UserError(
             "teacher.path",
             config.teacher.path,
             "the same tokens, and at least as many rows",
-            problem=f"vocabulary of {teacher.vocab_size} differs from the student's "
-            f"{student.vocab_size} ({config.student.path})",
+            problem=f"{problem} ({config.student.path})",
         )
     if set(tokenizer.eos_ids) != set(other.eos_ids):
         raise UserError(

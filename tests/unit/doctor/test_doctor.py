@@ -118,12 +118,12 @@ def test_other_ends_fail(folder: Path) -> None:
     assert text.ends(tiny, other).status == "fail"
 
 
-def test_end_that_only_the_model_knows_is_a_warning(folder: Path) -> None:
-    path = write_chat_model(folder / "unknown", eos_token_ids=(2, 7))
-    (path / "generation_config.json").unlink(missing_ok=True)
-    row = text.ends(*[text.open_side(str(path))] * 2)
+def test_end_that_only_the_template_knows_is_a_warning(folder: Path) -> None:
+    base = side(folder, "base", eos_token="<|endoftext|>", eos_token_id=0)
+    row = text.ends(base, base)
     assert row.status == "warn"
-    assert "[7]" in row.found
+    assert "(0, 2)" in row.found
+    assert "closes a turn with '<|im_end|>'" in row.found
 
 
 def test_other_template_is_a_warning(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Letters:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def reply(self, _prompt: Sequence[int], ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
 

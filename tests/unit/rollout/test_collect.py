@@ -48,7 +48,7 @@ class Letters:
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(ord(letter) for message in messages for letter in message["content"])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def reply(self, _prompt: Sequence[int], ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
 

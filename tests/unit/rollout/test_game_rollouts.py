@@ -37,6 +37,9 @@ class Letters:
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(ord(letter) for message in messages for letter in message["content"])
 
+    def reply(self, _prompt: Sequence[int], ids: Sequence[int]) -> str:
+        return self.decode(ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 

@@ -1,0 +1,150 @@
+"""A chat template, rendered in a process of its own under limits of CPU time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.config import limits
+from opcd_nemo.errors import UserError
+from opcd_nemo.formats import template_process
+from opcd_nemo.types import Message
+
+_CHATS = "a task and a context whose messages the model's chat template takes"
+_BOUNDED = (
+    f"a template that renders a chat within {limits.TEMPLATE_CPU_S:g} CPU-seconds, "
+    f"{limits.TEMPLATE_MEMORY_BYTES >> 20} MiB and {limits.TEMPLATE_GROWTH} times its length"
+)
+
+
+class ChatTemplate:
+    """Renders chats to text; the process that does starts with the first chat."""
+
+    def __init__(self, source: str, where: str) -> None:
+        """Parse the template.
+
+        Raises:
+            UserError: it is no Jinja, or too long for one.
+        """
+        self.source, self._where = source, where
+        if len(source) > limits.TEMPLATE_BYTES:
+            raise UserError(
+                where,
+                allowed=f"at most {limits.TEMPLATE_BYTES} letters",
+                problem=f"chat template has {len(source)} letters",
+            )
+        try:
+            template_process.template_environment().parse(source)
+        except Exception as error:  # jinja's lexer and parser raise more than they say
+            raise UserError(
+                where, allowed="Jinja", problem=f"chat template does not compile ({error!s:.300})"
+            ) from error
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._beyond_limits: UserError | None = None
+
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The text of a chat.
+
+        Raises:
+            UserError: the template refuses the messages, or takes too much time or memory.
+        """
+        given = {"messages": [dict(message) for message in messages], **variables}
+        length = sum(len(message["content"]) + len(message["role"]) for message in messages)
+        longest = limits.TEMPLATE_GROWTH * (length + len(self.source)) + limits.KIB
+        answer = self._ask({"variables": given, "longest": longest}, in_words(messages))
+        return str(answer["text"])
+
+    def names(self) -> set[str]:
+        """The variables that the template reads."""
+        return set(self._ask({}, "its own variables")["names"])
+
+    def _ask(self, request: Mapping[str, Any], what: str) -> dict[str, Any]:
+        if self._beyond_limits is not None:
+            raise self._beyond_limits
+        with self._lock:
+            process = self._running() or self._start()
+            try:
+                answer: dict[str, Any] = _exchange(process, request)
+            except (EOFError, OSError):
+                answer = {"error": _of_its_death(process.wait()), "limit": True}
+                self._end()
+            except BaseException:  # an interrupt: the next chat must not read this answer
+                self._end()
+                raise
+        if "error" not in answer:
+            return answer
+        problem = f"the chat template refuses {what}: {answer['error']}"
+        if "limit" not in answer:
+            raise UserError(self._where, allowed=_CHATS, problem=problem)
+        self._beyond_limits = UserError(self._where, allowed=_BOUNDED, problem=problem)
+        raise self._beyond_limits
+
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        """The rendering process if this process started it; a fork has not."""
+        return self._process if self._owner == os.getpid() else None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        jinja = find_spec("jinja2")
+        assert jinja is not None
+        assert jinja.origin is not None
+        script = str(Path(template_process.__file__))
+        limit = str(limits.TEMPLATE_CPU_S), str(limits.TEMPLATE_MEMORY_BYTES)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", script, str(Path(jinja.origin).parents[1]), *limit],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a template's words are no output of this program
+        )
+        self._process, self._owner = process, os.getpid()
+        self._end = weakref.finalize(self, _stop, process, self._owner)
+        _write(process, self.source)
+        return process
+
+
+def in_words(messages: Sequence[Message]) -> str:
+    """Who speaks in a chat, for an error: `a chat of system, user`."""
+    return f"a chat of {', '.join(message['role'] for message in messages)}"
+
+
+def _write(process: subprocess.Popen[bytes], value: object) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(value).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: object) -> Any:
+    assert process.stdout is not None
+    _write(process, request)
+    line = process.stdout.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
+
+
+def _of_its_death(code: int) -> str:
+    if -code == signal.SIGPROF:
+        return f"it takes more than {limits.TEMPLATE_CPU_S:g} CPU-seconds"
+    return f"the process that renders died (exit code {code})"
+
+
+def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
+    if owner != os.getpid():
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what the dead process did not read
+                stream.close()
