@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from opcd_nemo.config.secrets import recorded
 from opcd_nemo.errors import UserError
 
 RESULT_KEYS = (
@@ -17,9 +18,8 @@ _ABSENT = "(absent)"
 
 
 def run_origin(config: DictConfig, context_hash: str) -> dict[str, Any]:
-    """What a run is made of: its resolved configuration and the hash of its context."""
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    return {**resolved, "context_hash": context_hash}
+    """What a run is made of: its resolved values without secrets, and the hash of its context."""
+    return {**recorded(config), "context_hash": context_hash}
 
 
 def check_unchanged(

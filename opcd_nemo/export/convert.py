@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from opcd_nemo.config.programs import ExportConfig
 from opcd_nemo.config.renamed import present_config
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.secrets import without_secrets
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import UserError
@@ -116,6 +117,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
     """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
+    plain = without_secrets(plain)  # files of earlier versions hold them
     written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.trainer.model.OPCDModel"})
     return written
 
