@@ -98,5 +98,9 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are intact."""
 
 
+class ReadError(RuntimeError):
+    """A disk does not give what it holds; nothing was changed, and a later start may succeed."""
+
+
 class CheckFailed(RuntimeError):
     """The doctor found what would go wrong in a run, and has said what mends it."""

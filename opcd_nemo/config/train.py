@@ -221,6 +221,10 @@ class ResumeConfig:
         "keys, or groups of them, that a continued run may change although its result depends on "
         "them"
     )
+    from_scratch: bool = doc(
+        "begin again at step 0 where every checkpoint of the run is damaged; else the run stops",
+        default=False,
+    )
 
 
 @dataclass(kw_only=True)

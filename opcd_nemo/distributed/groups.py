@@ -29,8 +29,6 @@ from opcd_nemo.types import Fp8Format, LayerSpec
 
 _log = logging.getLogger(__name__)
 
-LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
@@ -330,14 +328,25 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     return _create_groups(settings, device, reason, spec, seed)
 
 
+def keep_on_loopback() -> None:
+    """Let the ranks of this machine, which has them all, listen where no other machine reaches."""
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+
+
 def _start_process_group(
     device: torch.device, rank: int, world_size: int, timeout_s: float
 ) -> None:
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
+    if world_size == 1:
+        keep_on_loopback()
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in its stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    os.environ.setdefault("MASTER_PORT", "29500")
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
