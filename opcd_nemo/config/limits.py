@@ -118,3 +118,26 @@ each."""
 
 CONFIGURATION_DEPTH = 32
 """Of its levels: a run's configuration has 6; parsers are slow in thousands."""
+
+# --------------------------------------------------------------------------------------- data files
+
+ROW_BYTES = 4 * MIB
+"""Of a row of a data file, or of a text in it: a prompt of 4 MiB has about a million tokens, more
+than a model reads; parsed, it is 100 MiB of Python objects at worst."""
+
+PARQUET_BYTES = 64 * MIB
+"""Of what a parquet file unpacks to, however small it is; above, `PARQUET_COMPRESSION` times its
+size. Dictionaries and compression make 4 GiB of a kilobyte."""
+
+PARQUET_COMPRESSION = 100
+"""Compression makes a third of text, and a fiftieth of text that repeats itself."""
+
+PARQUET_ROW_BYTES = 256
+"""What a row counts at least in `PARQUET_BYTES`: it takes as long to read as a text of that length,
+and a billion equal rows fit into a kilobyte."""
+
+PARQUET_VALUES = 16 * MIB
+"""In a column of a row group: writers put a million rows into one, and a chat has some messages."""
+
+PARQUET_FOOTER_BYTES = 16 * MIB
+"""Of the end of a parquet file, which describes its columns: a hundred thousand of them."""
