@@ -129,7 +129,7 @@ class ParquetRows:
         from pyarrow import parquet
 
         described = metadata.row_group(group)
-        longest = described.total_byte_size // max(1, described.num_rows)
+        longest: int = described.total_byte_size // max(1, described.num_rows)
         if dictionaries and described.total_byte_size > _BATCH_BYTES // _BATCH_ROWS:
             coded = parquet.ParquetFile(self._file, metadata=metadata, read_dictionary=dictionaries)
             with coded:

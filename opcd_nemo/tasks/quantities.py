@@ -49,7 +49,7 @@ _NO_UNITS = frozenset(
 )
 _NAME = re.compile(r"[A-Za-z\\][\w\\{}'() ]*|")
 _EQUALS = re.compile(r"(?<![\\<>!:=~])=(?!=)")
-_SEVERAL = re.compile(r"[,;]|\\(?:quad|qquad|lor|land|text)\b|\b(?:and|or)\b")
+_SEVERAL = re.compile(r"(?<!\\)[,;]|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
 
 Equal = Callable[[str, str], bool | None]
 
@@ -62,7 +62,13 @@ class Quantity(NamedTuple):
 
     number: str
     unit: str
+    is_percent: bool
     is_scaled: bool
+
+    @property
+    def value(self) -> str:
+        """The number, of a percentage a hundredth."""
+        return rf"\frac{{{self.number}}}{{100}}" if self.is_percent else self.number
 
 
 def same_value(gold: str, answer: str, equal: Equal) -> bool:
@@ -75,6 +81,8 @@ def same_value(gold: str, answer: str, equal: Equal) -> bool:
     if wanted is not None and given is not None:
         comparable = wanted.unit == given.unit or not (wanted.unit and given.unit)
         if comparable and equal(wanted.number, given.number):
+            return True
+        if wanted.is_percent != given.is_percent and equal(wanted.value, given.value):
             return True
         if wanted.is_scaled or given.is_scaled:
             return False  # math-verify takes the million for a unit
@@ -105,6 +113,7 @@ def quantity(text: str) -> Quantity | None:
     return Quantity(
         number=r" \cdot ".join([f"({number})", *factors]) if factors else number,
         unit=" ".join(units),
+        is_percent=without != text,
         is_scaled=bool(factors),
     )
 
