@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, overload
 
 from opcd_nemo.config.limits import (
-    MAX_CHUNK_VALUES,
-    MAX_COMPRESSION,
-    MAX_FOOTER_BYTES,
-    MAX_ROW_BYTES,
-    MAX_UNPACKED_BYTES,
     MIB,
-    MIN_ROW_BYTES,
+    PARQUET_BYTES,
+    PARQUET_COMPRESSION,
+    PARQUET_FOOTER_BYTES,
+    PARQUET_ROW_BYTES,
+    PARQUET_VALUES,
+    ROW_BYTES,
 )
 from opcd_nemo.errors import UserError
 
@@ -27,7 +27,7 @@ _PLACE = re.compile(r"-?\d{1,9}")
 _TEXTS = ("STRING", "NONE", "JSON", "ENUM")
 _WHOLE = "a whole parquet file"
 _SMALLER = (
-    f"columns of at most {MAX_UNPACKED_BYTES // MIB} MiB, or of {MAX_COMPRESSION} times what they "
+    f"columns of at most {PARQUET_BYTES // MIB} MiB, or of {PARQUET_COMPRESSION} times what they "
     "take in the file"
 )
 
@@ -68,9 +68,9 @@ class ParquetRows:
     def _check_footer(self, opened: IO[bytes]) -> None:
         opened.seek(-min(8, self._size), 2)
         footer = int.from_bytes(opened.read(4), "little")
-        if self._size > 8 and opened.read(4) == b"PAR1" and MAX_FOOTER_BYTES < footer < self._size:
+        if PARQUET_FOOTER_BYTES < footer < self._size and opened.read(4) == b"PAR1":
             problem = f"its description of columns has {footer // MIB} MiB"
-            self._refuse(problem, f"at most {MAX_FOOTER_BYTES // MIB} MiB")
+            self._refuse(problem, f"at most {PARQUET_FOOTER_BYTES // MIB} MiB")
         opened.seek(0)
 
     def _check_sizes(self, metadata: FileMetaData) -> list[str]:
@@ -91,10 +91,10 @@ class ParquetRows:
                     dictionaries.add(name)
                 size, packed = column.total_uncompressed_size, column.total_compressed_size
                 unpacked += size
-                if column.num_values > MAX_CHUNK_VALUES:
+                if column.num_values > PARQUET_VALUES:
                     problem = f"column {name!r} has {column.num_values} values in a row group"
-                    self._refuse(problem, f"at most {MAX_CHUNK_VALUES}")
-                if size > max(MAX_UNPACKED_BYTES, MAX_COMPRESSION * packed):
+                    self._refuse(problem, f"at most {PARQUET_VALUES}")
+                if size > max(PARQUET_BYTES, PARQUET_COMPRESSION * packed):
                     problem = f"column {name!r} holds {size // MIB} MiB in {packed} bytes"
                     self._refuse(problem, _SMALLER)
         if unpacked > self._most_unpacked:
@@ -103,7 +103,7 @@ class ParquetRows:
 
     @property
     def _most_unpacked(self) -> int:
-        return max(MAX_UNPACKED_BYTES, MAX_COMPRESSION * self._size)
+        return max(PARQUET_BYTES, PARQUET_COMPRESSION * self._size)
 
     def _is_asked(self, name: str) -> bool:
         return not self._asked or name in self._asked or name.partition(".")[0] in self._asked
@@ -140,12 +140,12 @@ class ParquetRows:
 
     def _weigh(self, num_rows: int, lists: Iterable[list[Any] | None]) -> None:
         """Refuse a batch with a text that is too long, or after which the rows are too much."""
-        self._unpacked += MIN_ROW_BYTES * num_rows
+        self._unpacked += PARQUET_ROW_BYTES * num_rows
         for values in lists:
             lengths = [len(value) for value in values or () if type(value) is str]
             self._unpacked += sum(lengths)
-            if max(lengths, default=0) > MAX_ROW_BYTES:
-                problem = f"a text of more than {MAX_ROW_BYTES // MIB} MiB after row {self.number}"
+            if max(lengths, default=0) > ROW_BYTES:
+                problem = f"a text of more than {ROW_BYTES // MIB} MiB after row {self.number}"
                 self._refuse(problem, "shorter texts")
         if self._unpacked > self._most_unpacked:
             problem = f"{self._unpacked // MIB} MiB up to row {self.number + num_rows}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import IO, Any, AnyStr, NamedTuple
 
-from opcd_nemo.config.limits import MAX_ROW_BYTES, MIB
+from opcd_nemo.config.limits import MIB, ROW_BYTES
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import local_file
 from opcd_nemo.tasks.parquet import ParquetRows
@@ -205,10 +205,10 @@ def check_regular(key: str, path: str, file: Path) -> None:
 def _lines(key: str, path: str, opened: IO[AnyStr]) -> Iterator[AnyStr]:
     """Yield the lines of a file, each with its end; none is read that never ends."""
     number = 0
-    while line := opened.readline(MAX_ROW_BYTES + 1):
+    while line := opened.readline(ROW_BYTES + 1):
         number += 1
-        if len(line) > MAX_ROW_BYTES:
-            problem = f"more than {MAX_ROW_BYTES // MIB} MiB"
+        if len(line) > ROW_BYTES:
+            problem = f"more than {ROW_BYTES // MIB} MiB"
             raise refusal(key, path, f"line {number}", problem, "a shorter line")
         yield line
 

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from opcd_nemo.config.limits import MAX_ROW_BYTES
+from opcd_nemo.config.limits import ROW_BYTES
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.rows import read_rows
 
@@ -56,9 +56,9 @@ def test_a_line_that_does_not_end_is_refused(tmp_path: Path, suffix: str) -> Non
 
 def test_a_line_as_long_as_allowed_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"a": "x" * (MAX_ROW_BYTES - 11)}) + "\n")
+    path.write_text(json.dumps({"a": "x" * (ROW_BYTES - 11)}) + "\n")
     (row,) = read_rows("k", str(path))
-    assert len(row.text("k", "a")) == MAX_ROW_BYTES - 11
+    assert len(row.text("k", "a")) == ROW_BYTES - 11
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,17 @@ def test_a_page_that_unpacks_to_much_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_that_no_model_reads_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.parquet", {"a": ["x", "x" * (MAX_ROW_BYTES + 1)]})
+    path = write(tmp_path / "a.parquet", {"a": ["x", "x" * (ROW_BYTES + 1)]})
     assert "a text of more than 4 MiB" in refusal(path, "a")
+
+
+def test_a_footer_of_many_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with path.open("wb") as file:
+        file.truncate(40 << 20)
+        file.seek(-8, 2)
+        file.write((32 << 20).to_bytes(4, "little") + b"PAR1")
+    assert "its description of columns has 32 MiB; allowed: at most 16 MiB" in refusal(path)
 
 
 def test_a_list_without_end_is_refused(tmp_path: Path) -> None:
