@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,6 @@ from opcd_nemo.storage.attempt import this_attempt
 MANIFEST = "manifest.json"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _READ_BYTES = 1 << 22
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What a disk says of a file that is not there; all else that it says is no damage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +41,9 @@ def measure(file: Path, *, sync: bool = False) -> Entry:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files below `folder` except the manifest, sorted.
-
-    Raises:
-        OSError: a folder cannot be listed; `Path.rglob` would take it for an empty one.
-    """
-    found = []
-    for root, _, names in os.walk(folder, onerror=_raise):
-        found += [path for name in names if (path := Path(root, name)).is_file()]
-    return sorted(name for path in found if (name := str(path.relative_to(folder))) != MANIFEST)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    """Names of all files below `folder` except the manifest, sorted."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -68,7 +58,23 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
 def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Give a finished folder its manifest and force both to the disk; its files already are."""
     write_manifest(folder, entries)
-    sync(folder)
+    _sync_folder(folder)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder in which nothing can be written, without making it.
+
+    Raises:
+        UserError: of this key.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            folder.lstat()  # too long a name, or below a file
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(key, folder, "a writable folder", problem=error.strerror) from error
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -82,15 +88,15 @@ def replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    sync(final.parent)
+    _sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Write a file that is whole or not there."""
     temporary = partial(file)
-    with temporary.open("wb") as opened:
-        opened.write(content.encode() if isinstance(content, str) else content)
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
     temporary.replace(file)
@@ -116,7 +122,7 @@ def clean(folder: Path) -> None:
 
 
 def describe(error: OSError) -> str:
-    """What could not be written or read, in a line."""
+    """What could not be written, in a line."""
     return f"{error.filename}: {error.strerror} (errno {error.errno})"
 
 
@@ -134,11 +140,10 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
     Raises:
         UserError: there is no manifest, or the folder's files are not those it names.
-        OSError: the disk does not say.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (*MISSING, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", str(folder)) from error
     return parse_manifest(text, files_in(folder), str(folder))
 
@@ -166,16 +171,9 @@ def _unlike_manifest(name: str, problem: str, where: str) -> UserError:
 
 
 def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> str | None:
-    """The first of these files that is not as the manifest says, with what is wrong.
-
-    Raises:
-        OSError: the disk does not say.
-    """
+    """The first of these files that is not as the manifest says, with what is wrong."""
     for name in names:
-        try:
-            wanted, found = entries[name], measure(folder / name)
-        except MISSING:
-            return f"{folder / name}: is missing"
+        wanted, found = entries[name], measure(folder / name)
         if found.num_bytes != wanted.num_bytes:
             return f"{folder / name}: has {found.num_bytes} bytes instead of {wanted.num_bytes}"
         if found.sha256 != wanted.sha256:
@@ -183,9 +181,8 @@ def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]
     return None
 
 
-def sync(path: Path) -> None:
-    """Force to the disk what was added to a file, or renamed in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
