@@ -47,11 +47,11 @@ class UserError(ValueError):
         """`[where: ]key=value[: problem]`, what is wrong, in one line."""
         shown = self.key if self.value is ABSENT else f"{self.key}={_in_words(self.value)}"
         parts = (self.where, shown, self.problem)
-        return _one_line(": ".join(part for part in parts if part is not None))
+        return " ".join(": ".join(part for part in parts if part is not None).split())
 
     def __str__(self) -> str:
         """What is wrong and what is allowed, in one line."""
-        return f"{self.found}; allowed: {_one_line(self.allowed)}"
+        return f"{self.found}; allowed: {' '.join(self.allowed.split())}"
 
     def said_of(self, key: str, value: object) -> UserError:
         """The same mistake, said of the configuration key whose value led to it.
@@ -71,12 +71,6 @@ def _rebuilt(
     key: str, value: object, allowed: str, problem: str | None, where: str | None
 ) -> UserError:
     return UserError(key, value, allowed, problem=problem, where=where)
-
-
-def _one_line(text: str) -> str:
-    """A text whose line breaks are blanks; what else a terminal might obey is shown escaped."""
-    line = " ".join(text.split())
-    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in line)
 
 
 def _in_words(value: object) -> str:
@@ -102,6 +96,10 @@ class NonFiniteError(RuntimeError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are intact."""
+
+
+class ReadError(RuntimeError):
+    """A disk does not give what it holds; nothing was changed, and a later start may succeed."""
 
 
 class CheckFailed(RuntimeError):

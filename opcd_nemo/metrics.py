@@ -57,17 +57,6 @@ def metric_line(step: int, values: Mapping[str, float | str]) -> str:
     return json.dumps({"step": step, **values}, sort_keys=True) + "\n"
 
 
-def drop_metrics_from(path: Path, step: int) -> None:
-    """Drop the lines of this step and later ones, and a last line that a crash cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < step:
-            kept.append(line)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Every line of a metrics file."""
     with path.open(encoding="utf-8") as lines:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,16 +26,14 @@ from opcd_nemo.checkpoint.sharded_state import (
 )
 from opcd_nemo.config.renamed import present_update
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import SaveError, UserError
-from opcd_nemo.formats.torch_dist import DistributedTensors
+from opcd_nemo.errors import ABSENT, SaveError, UserError
+from opcd_nemo.formats.torch_dist import DistributedTensors, read_plain
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import FolderFiles
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,41 +203,6 @@ def save_weights(folder: Path, student: LanguageModel) -> None:
     _complete(shards, folder, lambda parts: _write_index(folder, index, parts), parallel)
 
 
-def newest(folder: Path, parallel: Parallel) -> Path | None:
-    """The checkpoint of the latest step whose files are as its manifest says.
-
-    Damaged ones are named and set aside as `<name>.damaged`. Collective over the world.
-    """
-    found = [(step, path) for path in folder.glob("*.ckpt") if (step := step_of(path)) >= 0]
-    for _, path in sorted(found, reverse=True):
-        damage = find_damage(path, parallel)
-        if damage is None:
-            return path
-        logger.info("checkpoint set aside: %s", damage)
-        if parallel.rank == 0:
-            durable.set_aside(path, ".damaged")
-        parallel.barrier()
-    return None
-
-
-def step_of(path: Path) -> int:
-    """How many steps a checkpoint's name says; -1 when it says nothing."""
-    match = re.search(r"step=(\d+)", path.name)
-    return int(match[1]) if match else -1
-
-
-def find_damage(path: Path, parallel: Parallel) -> str | None:
-    """What is wrong with a checkpoint's files, the same on every rank. Collective."""
-    damage = None
-    try:
-        entries = durable.read_manifest(path)
-        names = sorted(entries)[parallel.rank :: parallel.world_size]
-        damage = durable.find_damage(path, entries, names)
-    except (OSError, UserError) as error:
-        damage = str(error)
-    return next((found for found in parallel.gather_objects(damage) if found), None)
-
-
 def weights_digest(student: LanguageModel) -> str:
     """SHA-256 of the student's weights as this layout holds them. Collective over the world."""
     mine = hashlib.sha256()
@@ -249,12 +210,6 @@ def weights_digest(student: LanguageModel) -> str:
         mine.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     parts = student.parallel.gather_objects(mine.hexdigest())
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def read_common(path: Path) -> dict[str, Any]:
-    """Lightning's part of a checkpoint, and what the model put beside it."""
-    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
-    return common
 
 
 def load(
@@ -268,13 +223,12 @@ def load(
     """
     # torch's reader unpickles the index: only what the project's reader of indices lets through
     DistributedTensors(FolderFiles(path))
-    unsharded = dist_checkpointing.load_common_state_dict(str(path))
-    saved, wanted = unsharded["model"], student.config
-    for key, value in asdict(wanted).items():
-        if saved[key] != value:
-            raise UserError(
-                str(path), allowed=f"the student's {value}", problem=f"{key} is {saved[key]}"
-            )
+    unsharded = read_plain(FolderFiles(path))
+    saved = unsharded.get("model")
+    for key, value in asdict(student.config).items():
+        found = saved.get(key, ABSENT) if isinstance(saved, dict) else ABSENT
+        if found != value:
+            raise UserError(path, allowed=f"the student's {value}", problem=f"{key} is {found}")
     prepare_loading(optimizer.optimizer)
     state = {"student": sharded_weights(student)}
     if "optimizer_states" not in unsharded["common"]:

@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> int:
     keep_output_open()
     try:
         code = _run(given)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
     sys.stdout.flush()
     return code

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from opcd_nemo.config.secrets import recorded
 from opcd_nemo.errors import UserError
 
 RESULT_KEYS = (
     "seed student teacher task retention context engine loss rollout warmup batching optim "
-    "context_hash"
+    "context_hash draw"
 ).split()
+_WITHOUT_EFFECT = ("task.max_left_out", "task.of.max_left_out")  # they refuse, or change nothing
 _ABSENT = "(absent)"
 
 
-def run_origin(config: DictConfig, context_hash: str) -> dict[str, Any]:
-    """What a run is made of: its resolved configuration and the hash of its context."""
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    return {**resolved, "context_hash": context_hash}
+def run_origin(config: DictConfig, context_hash: str, draw: int) -> dict[str, Any]:
+    """What a run is made of: its values without secrets, its context's hash, its prompts' draw.
+
+    The first version of the draw is not written: runs from before there were versions have it.
+    """
+    version = {} if draw == 1 else {"draw": draw}
+    return {**recorded(config), "context_hash": context_hash, **version}
 
 
 def check_unchanged(
@@ -57,7 +62,7 @@ def differences(
         key: f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)}"
         for key in sorted(before.keys() | after.keys())
         if _within(key, groups)
-        and not _within(key, allowed)
+        and not _within(key, (*allowed, *_WITHOUT_EFFECT))
         and before.get(key, _ABSENT) != after.get(key, _ABSENT)
     }
 

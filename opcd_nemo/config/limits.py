@@ -119,20 +119,25 @@ each."""
 CONFIGURATION_DEPTH = 32
 """Of its levels: a run's configuration has 6; parsers are slow in thousands."""
 
-# ------------------------------------------------------------------ numbers of a configuration
-# beyond these a number is a slip of the pen, or is meant to break something
+# --------------------------------------------------------------------------------------- data files
 
-MOST_STEPS = 1_000_000_000
-"""Of steps, questions and tokens: more than any run has, and sums of some stay below 64 bits."""
-MOST_SEQUENCES = 1_000_000
-"""Of a batch: the turns of an episode draw from numbers this far apart (`rollout.collect`)."""
-MOST_SEED = 2**63 - 1
-"""torch's generators take 64 bits, and Megatron adds the number of a rank."""
-MOST_TOKENS = 10_000_000
-"""Of an answer, a prompt or a context: beyond the positions of any model."""
-MOST_RANKS = 100_000
-"""Processes of a run: ten times the largest clusters that train one model."""
-MOST_VOCABULARY = 10_000_000
-"""Rows of an embedding: forty times the largest that models have."""
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 100.0
-"""Below, logits divided by it leave fp32's range; above, every token is as likely as any other."""
+ROW_BYTES = 4 * MIB
+"""Of a row of a data file, or of a text in it: a prompt of 4 MiB has about a million tokens, more
+than a model reads; parsed, it is 100 MiB of Python objects at worst."""
+
+PARQUET_BYTES = 64 * MIB
+"""Of what a parquet file unpacks to, however small it is; above, `PARQUET_COMPRESSION` times its
+size. Dictionaries and compression make 4 GiB of a kilobyte."""
+
+PARQUET_COMPRESSION = 100
+"""Compression makes a third of text, and a fiftieth of text that repeats itself."""
+
+PARQUET_ROW_BYTES = 256
+"""What a row counts at least in `PARQUET_BYTES`: it takes as long to read as a text of that length,
+and a billion equal rows fit into a kilobyte."""
+
+PARQUET_VALUES = 16 * MIB
+"""In a column of a row group: writers put a million rows into one, and a chat has some messages."""
+
+PARQUET_FOOTER_BYTES = 16 * MIB
+"""Of the end of a parquet file, which describes its columns: a hundred thousand of them."""

@@ -29,9 +29,6 @@ from opcd_nemo.types import Fp8Format, LayerSpec
 
 _log = logging.getLogger(__name__)
 
-_RANKS_A_PROCESSOR = 8
-LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
@@ -201,13 +198,10 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
     """Resolve `parallel.device`; returns the device and why it was chosen.
 
     Raises:
-        UserError: CUDA is asked for and there are fewer GPUs than ranks, or the CPU for far more
-            ranks than it has processors.
+        UserError: CUDA is asked for and there are fewer GPUs than ranks.
     """
     gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cpu" or (device == "auto" and gpus < ranks_per_node):
-        _check_processors(ranks_per_node)
     if device == "cpu":
         return torch.device("cpu"), "parallel.device=cpu"
     if gpus >= ranks_per_node:
@@ -220,15 +214,6 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
         "as many GPUs as ranks, or parallel.device=cpu",
         problem=f"{gpus} GPUs for {ranks_per_node} ranks",
     )
-
-
-def _check_processors(ranks: int) -> None:
-    """Refuse so many ranks that a machine would only switch between them."""
-    processors = os.cpu_count() or 1
-    most = max(64, _RANKS_A_PROCESSOR * processors)
-    if ranks > most:
-        allowed = f"at most {most} on this machine of {processors} processors"
-        raise UserError("parallel.num_ranks", ranks, allowed)
 
 
 def backend_version(device: torch.device) -> str:
@@ -343,14 +328,25 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     return _create_groups(settings, device, reason, spec, seed)
 
 
+def keep_on_loopback() -> None:
+    """Let the ranks of this machine, which has them all, listen where no other machine reaches."""
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+
+
 def _start_process_group(
     device: torch.device, rank: int, world_size: int, timeout_s: float
 ) -> None:
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
+    if world_size == 1:
+        keep_on_loopback()
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in its stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    os.environ.setdefault("MASTER_PORT", "29500")
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)

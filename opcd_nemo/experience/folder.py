@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from opcd_nemo.config.changes import RESULT_KEYS, differences
 from opcd_nemo.config.renamed import former_method, present_method, present_pipeline
+from opcd_nemo.config.secrets import recorded, without_secrets
 from opcd_nemo.context.registry import Entry, Registry
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.experience.config import Settings
@@ -101,7 +102,7 @@ class PipelineFolder:
         file = self.root / _ORIGIN
         if not file.exists():
             return
-        saved = present_pipeline(OmegaConf.to_container(OmegaConf.load(file)))
+        saved = without_secrets(present_pipeline(OmegaConf.to_container(OmegaConf.load(file))))
         origin = self._origin()
         before, now = (int(made["experience"]["rounds"]) for made in (saved, origin))
         if (before == 1) != (now == 1):
@@ -125,7 +126,7 @@ class PipelineFolder:
 
     def _origin(self) -> dict[str, Any]:
         """What made the folder."""
-        origin: Any = OmegaConf.to_container(self.settings.train, resolve=True)
+        origin = recorded(self.settings.train)
         origin["experience"] = OmegaConf.to_container(
             OmegaConf.structured(self.settings.experience)
         )

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from opcd_nemo.config.programs import ExportConfig
 from opcd_nemo.config.renamed import present_config
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.secrets import without_secrets
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import UserError
@@ -25,11 +26,9 @@ from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
-from opcd_nemo.storage.durable import check_writable
 from opcd_nemo.storage.hub import SCHEME, at_commit, parse_address, upload_model
 from opcd_nemo.storage.run_folder import RunFolder
 
-_NAME_BYTES = 200  # file systems take 255; what is not whole yet has a longer name
 # the user's own, perhaps; restoring refuses those
 _PLUGS = ("task", "retention", "context", "engine", "loss")
 
@@ -118,6 +117,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
     """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
+    plain = without_secrets(plain)  # files of earlier versions hold them
     written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.trainer.model.OPCDModel"})
     return written
 
@@ -132,10 +132,7 @@ def _target(settings: ExportConfig) -> Path:
         raise UserError("to", path, f"{ending} in .nemo with format={settings.format}")
     if Path(settings.from_).absolute() in path.absolute().parents:
         raise UserError("to", path, f"a place outside {settings.from_}")
-    if len(path.name.encode()) > _NAME_BYTES or not path.name.isprintable():
-        allowed = f"a name of at most {_NAME_BYTES} bytes that can be printed"
-        raise UserError("to", path, allowed)
-    check_writable("to", path.parent)
-    if path.exists() or path.is_symlink():
+    if path.exists():
         raise UserError("to", path, "a new path", problem="is already there")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -13,28 +13,31 @@ _LOG = "opcd_nemo"  # the parent of every module's logger
 
 
 class _LastingOutput(io.TextIOWrapper):
-    """Text output that goes nowhere once its reader is gone: `opcd train ... | head`."""
+    """Text output that goes nowhere once nothing takes it.
+
+    The reader is gone (`opcd train ... | head`), the terminal is, or the disk is full.
+    """
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
-        except BrokenPipeError:
-            self._forget_reader()
+        except OSError:
+            self._go_nowhere()
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
-        except BrokenPipeError:
-            self._forget_reader()
+        except OSError:
+            self._go_nowhere()
             super().flush()
 
-    def _forget_reader(self) -> None:
+    def _go_nowhere(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 def keep_output_open() -> None:
-    """Let this process go on when the reader of its output ends, or when it has no output."""
+    """Let this process go on when nothing takes its output any more, or when it has none."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         continue  # 0, 1 or 2 was closed by the caller, as by `>&-`, and would be the next file's
     os.close(number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -17,23 +18,22 @@ import socket
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import psutil
 from omegaconf import DictConfig
 
-from opcd_nemo.config.train import ParallelConfig, load_config
-from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV, choose_device, choose_layer_spec
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.distributed.groups import choose_device, choose_layer_spec, keep_on_loopback
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import as_override, compose
-from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
+from opcd_nemo.launch.exits import EXIT_FAILURE, EXIT_STOPPED, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
+from opcd_nemo.launch.signals import ToRanks, stop_rank_on_signals
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
 from opcd_nemo.training.prepared import prepare_run
@@ -48,10 +48,9 @@ _PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide 
 
 def check_run(raw: DictConfig) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
-    parallel = load_config(raw).parallel
+    parallel = prepare_run(raw).config.parallel
     device, _reason = choose_device(parallel.device, ranks_here(parallel.num_ranks))
     choose_layer_spec(parallel.layer_spec, device)
-    prepare_run(raw)
     return parallel
 
 
@@ -114,7 +113,7 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
     show_log(first_rank=os.environ.get("RANK", "0") == "0")
     try:
         code = run()
-    except Exception as error:  # the interpreter must not end on its own, see below
+    except (Exception, KeyboardInterrupt) as error:  # the interpreter must not end on its own
         code = report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,6 +126,10 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     Raises:
         UserError: a key is wrong, or the environment makes this rank one of another world.
     """
+    end_with_parent()
+    if launcher_has_ended():  # before the kernel knew of this rank
+        raise RuntimeError("the launcher of this rank has ended")
+    stop_rank_on_signals()
     # from a watchdog: the rank shows what each thread is doing, and dies
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -202,6 +205,9 @@ def _check(
     overrides: Sequence[str], check: LaunchCheck, config_name: str, writer: Connection
 ) -> None:
     """Send the layout of a configuration that is in order, or report and exit."""
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # the launcher says it
     try:
         parallel = check(compose(config_name, overrides))
         if parallel is not None:
@@ -237,36 +243,68 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0
 
     Raises:
         UserError: `parallel.port` is in use.
+        KeyboardInterrupt: Ctrl-C; the ranks have ended.
+        StoppedBySignal: a signal came while not every rank was at work; they have ended.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from opcd_nemo.launch.meeting import BACKEND, offer_meeting
+
     node = this_node()
     _check_port(parallel.port, node)
+    if node is None:
+        keep_on_loopback()
     os.environ["OMP_NUM_THREADS"] = str(parallel.threads_per_rank)
     os.environ[LAUNCHER_PID_ENV] = str(os.getpid())
     # the check has fetched what the run reads of the hub: the ranks read the cache alone
     os.environ.setdefault(OFFLINE_ENV, "1")
     if parallel.device != "cpu" and needs_one_connection(parallel):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    offer_meeting()
     settings = LaunchConfig(
         **_rendezvous(words, parallel, node, number),
+        rdzv_backend=BACKEND,
         max_restarts=0,
         monitor_interval=0.5,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    for name in ("torch", *filter(_is_torchs, logging.root.manager.loggerDict)):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # some have levels of their own
     try:
-        with _signals_go_to_ranks():
+        with ToRanks(settings.nproc_per_node) as signals:
             elastic_launch(settings, sys.executable)(*_PROGRAM, *words)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        sys.stderr.write(f"stopped by {error.sigval.name}\n")
+        return 128 + error.sigval
     except ChildFailedError as error:
-        rank, failure = _first_failure(error.failures)
-        if failure.exitcode in STOPS.values():  # rank 0 has said why
-            return failure.exitcode
-        where = "" if node is None else f" on {socket.gethostname()}"
-        sys.stderr.write(f"error: rank {rank} failed first{where}: {_first_line(failure)}\n")
-        return failure.exitcode if failure.exitcode > 0 else EXIT_FAILURE
+        return _report_failure(error.failures, signals.received, node)
     return 0
+
+
+def _is_torchs(name: str) -> bool:
+    return name.startswith("torch.distributed.elastic")
+
+
+def _report_failure(failures: dict[int, ProcessFailure], received: int, node: Nodes | None) -> int:
+    """Print why the ranks ended; returns the exit code."""
+    rank, failure = _first_failure(failures)
+    if received and failure.exitcode == -received:  # before the rank could take the signal
+        name = signal.Signals(received).name
+        sys.stderr.write(f"stopped by {name}, while ranks started; the same command goes on\n")
+        return EXIT_STOPPED
+    line = _first_line(failure)
+    if failure.exitcode in STOPS.values():
+        for stop in STOPS:
+            line = line.removeprefix(f"{stop.__name__}: ")
+        sys.stderr.write(f"{line}\n")
+        return failure.exitcode
+    where = "" if node is None else f" on {socket.gethostname()}"
+    sys.stderr.write(f"error: rank {rank} failed first{where}: {line}\n")
+    return failure.exitcode if failure.exitcode > 0 else EXIT_FAILURE
 
 
 def needs_one_connection(parallel: ParallelConfig) -> bool:
@@ -292,8 +330,8 @@ def _rendezvous(
             "max_nodes": 1,
             "run_id": f"{os.getpid()}.{number}",
             "nproc_per_node": parallel.num_ranks,
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": f"127.0.0.1:{parallel.port}",
+            "rdzv_endpoint": f"127.0.0.1:{parallel.port}",  # no other machine takes part
+            "rdzv_configs": {"rank": 0},
             "local_addr": "127.0.0.1",  # a container may not find its own name
         }
     host, _, port = node.rendezvous.rpartition(":")
@@ -303,28 +341,9 @@ def _rendezvous(
         # neither an attempt that lingers nor the run before this one is met
         "run_id": f"{this_attempt()}.{zlib.crc32(' '.join(words).encode())}",
         "nproc_per_node": node.ranks_per_node(parallel.num_ranks),
-        "rdzv_backend": "static",
         "rdzv_endpoint": f"{host}:{int(port) + number % 2}",
-        "rdzv_configs": {"rank": node.rank, "timeout": parallel.timeout_s},
+        "rdzv_configs": {"rank": node.rank, "timeout": math.ceil(parallel.timeout_s)},
     }
-
-
-@contextmanager
-def _signals_go_to_ranks() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.signal(number, _forward_to_ranks) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _forward_to_ranks(number: int, _: FrameType | None) -> None:
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            if "LOCAL_RANK" in child.environ():
-                child.send_signal(number)
 
 
 def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -336,10 +355,16 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
     silent = {
         rank: failure for rank, failure in failures.items() if not isinstance(failure.message, dict)
     }
-    if silent:
-        return min(silent.items(), key=lambda item: item[1].timestamp)
+    # the launcher ends the others with SIGTERM, which some meet before they can take it
+    died = {
+        rank: failure for rank, failure in silent.items() if failure.exitcode != -signal.SIGTERM
+    }
+    if died or len(silent) == len(failures):
+        return min((died or silent).items(), key=lambda item: item[1].timestamp)
     written = {
-        rank: Path(failure.error_file).stat().st_mtime_ns for rank, failure in failures.items()
+        rank: Path(failure.error_file).stat().st_mtime_ns
+        for rank, failure in failures.items()
+        if rank not in silent
     }
     rank = min(written, key=written.__getitem__)  # `timestamp` is in whole seconds
     return rank, failures[rank]

@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,8 @@ from opcd_nemo.storage.attempt import this_attempt
 MANIFEST = "manifest.json"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _READ_BYTES = 1 << 22
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What a disk says of a file that is not there; all else that it says is no damage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +41,19 @@ def measure(file: Path, *, sync: bool = False) -> Entry:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files below `folder` except the manifest, sorted."""
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    """Names of all files below `folder` except the manifest, sorted.
+
+    Raises:
+        OSError: a folder cannot be listed; `Path.rglob` would take it for an empty one.
+    """
+    found = []
+    for root, _, names in os.walk(folder, onerror=_raise):
+        found += [path for name in names if (path := Path(root, name)).is_file()]
+    return sorted(name for path in found if (name := str(path.relative_to(folder))) != MANIFEST)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -58,23 +68,7 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
 def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Give a finished folder its manifest and force both to the disk; its files already are."""
     write_manifest(folder, entries)
-    _sync_folder(folder)
-
-
-def check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder in which nothing can be written, without making it.
-
-    Raises:
-        UserError: of this key.
-    """
-    try:
-        with suppress(FileNotFoundError):
-            folder.lstat()  # too long a name, or below a file
-        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(key, folder, "a writable folder", problem=error.strerror) from error
+    sync(folder)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -88,15 +82,15 @@ def replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file that is whole or not there."""
     temporary = partial(file)
-    with temporary.open("w", encoding="utf-8") as opened:
-        opened.write(text)
+    with temporary.open("wb") as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
         opened.flush()
         os.fsync(opened.fileno())
     temporary.replace(file)
@@ -122,7 +116,7 @@ def clean(folder: Path) -> None:
 
 
 def describe(error: OSError) -> str:
-    """What could not be written, in a line."""
+    """What could not be written or read, in a line."""
     return f"{error.filename}: {error.strerror} (errno {error.errno})"
 
 
@@ -140,10 +134,11 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
     Raises:
         UserError: there is no manifest, or the folder's files are not those it names.
+        OSError: the disk does not say.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (*MISSING, ValueError) as error:
         raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", str(folder)) from error
     return parse_manifest(text, files_in(folder), str(folder))
 
@@ -171,9 +166,16 @@ def _unlike_manifest(name: str, problem: str, where: str) -> UserError:
 
 
 def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> str | None:
-    """The first of these files that is not as the manifest says, with what is wrong."""
+    """The first of these files that is not as the manifest says, with what is wrong.
+
+    Raises:
+        OSError: the disk does not say.
+    """
     for name in names:
-        wanted, found = entries[name], measure(folder / name)
+        try:
+            wanted, found = entries[name], measure(folder / name)
+        except MISSING:
+            return f"{folder / name}: is missing"
         if found.num_bytes != wanted.num_bytes:
             return f"{folder / name}: has {found.num_bytes} bytes instead of {wanted.num_bytes}"
         if found.sha256 != wanted.sha256:
@@ -181,8 +183,9 @@ def find_damage(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]
     return None
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force to the disk what was added to a file, or renamed in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

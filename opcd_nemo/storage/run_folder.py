@@ -41,6 +41,7 @@ class RunFolder:
         """
         self.path, self.writes = path, writes
         self._lock = lock
+        self._appended: set[str] = set()  # files whose last lines may not be on the disk yet
 
     @classmethod
     def hold(cls, path: Path, ranks: Ranks | None = None) -> RunFolder:
@@ -92,13 +93,20 @@ class RunFolder:
             self.check_held()
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(text)
+            self._appended.add(name)
 
     def publish(self, temporary: Path, final: Path, entries: Mapping[str, durable.Entry]) -> None:
         """Give a finished folder its manifest and, at once, its name: see `durable.publish`.
 
+        A checkpoint of so many steps must find the lines of these steps after a power cut: what was
+        appended is forced to the disk before.
+
         Raises:
             OSError: as of `write`; then nothing that has a name was touched.
         """
+        for name in self._appended:
+            durable.sync(self.path / name)
+        self._appended.clear()
         durable.seal(temporary, entries)
         self.check_held()  # last: between sealing gigabytes and here another attempt may have begun
         durable.replace_folder(temporary, final)

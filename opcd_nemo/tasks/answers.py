@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from opcd_nemo.tasks.thinking import spoken
 
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _LINE = re.compile(r"\banswer\b[*_ ]*:[ \t*_]*([^\s*_][^\n]*)", re.IGNORECASE)
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
+_BRACE = re.compile(rf"(?P<box>{_BOX.pattern}\s*\{{)|\\.|[{{}}]", re.DOTALL)
+_FORMULA = re.compile(
+    rf"(?P<box>{_BOX.pattern}[ \t]*(?![\s{{]))"
+    r"|(?P<begin>\\[(\[])|(?P<end>\\[)\]]|\n)|\\.|(?P<dollar>\$\$?)"
+)
+_BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_TO_END = re.compile(rf"(?:{_BRACES}|\\(?!end\b)[^)\]\\\n]|[^${{}}\\\n]){{0,200}}")
+_WORD = re.compile(rf"(?:{_BRACES}|\([^()$\n]*\)|\\(?:[A-Za-z]+|[^\s)\]])|[^\s${{}}\\]){{0,200}}")
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}\s")
 
 
 def tagged(reply: str) -> str | None:
@@ -38,17 +47,39 @@ def marked(reply: str) -> str | None:
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
-    r"""Return (start, content) of every `\boxed{...}` that is closed, in one pass."""
-    found = []
+    r"""Return (start, content) of every box: `\boxed{2}`, `\fbox{2}`, `\boxed 2`.
+
+    A brace that is never closed makes no box. A box without braces holds what follows up to the end
+    of the formula, as MATH's authors read it; outside formulas it holds the next word.
+    """
+    return [*_braced(text), *_unbraced(text)]
+
+
+def _braced(text: str) -> Iterator[tuple[int, str]]:
     opened: list[int | None] = []  # where a box begins; None: another brace
     for match in _BRACE.finditer(text):
-        if match[0] == "{":
-            opened.append(None)
-        elif match[0].endswith("{") and match[0].startswith("\\boxed"):
+        if match["box"]:
             opened.append(match.end())
+        elif match[0] == "{":
+            opened.append(None)
         elif match[0] == "}" and opened and (begin := opened.pop()) is not None:
-            found.append((begin, text[begin : match.start()]))
-    return found
+            yield begin, text[begin : match.start()]
+
+
+def _unbraced(text: str) -> Iterator[tuple[int, str]]:
+    in_formula = False
+    for match in _FORMULA.finditer(text):
+        if match["box"]:
+            content = _TO_END.match(text, match.end())
+            assert content is not None
+            if not in_formula or _PROSE.search(re.sub(_BRACES, "", content[0])):
+                content = _WORD.match(text, match.end())
+                assert content is not None
+            yield match.end(), content[0].rstrip(" .,;:!?")
+        elif match["dollar"]:
+            in_formula = not in_formula
+        elif match["begin"] or match["end"]:
+            in_formula = bool(match["begin"])
 
 
 def after_hashes(text: str) -> str | None:
@@ -57,7 +88,7 @@ def after_hashes(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` that is closed, or None."""
+    """Return the content of the last box, or None."""
     found = boxes(text)
     return (max(found)[1].strip() or None) if found else None
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import tagged
-from opcd_nemo.tasks.questions import QuestionTask
+from opcd_nemo.tasks.kept import LeftOut, Problem, Source
+from opcd_nemo.tasks.questions import Judge, QuestionTask
 from opcd_nemo.tasks.rows import Row
-from opcd_nemo.tasks.splits import Problem, identity, questions, read_splits
+from opcd_nemo.tasks.splits import (
+    MAX_LEFT_OUT,
+    MaxLeftOut,
+    identity,
+    questions,
+    read_splits,
+)
 from opcd_nemo.tasks.templates import fill, require_slots
 
 LETTERS = "ABCDEFGHIJ"
@@ -31,6 +39,7 @@ def multiple_choice(
     first_option: int,
     question: str,
     seed: int,
+    max_left_out: MaxLeftOut = MAX_LEFT_OUT,
 ) -> QuestionTask:
     """Read questions with options and the number of the right one.
 
@@ -47,6 +56,7 @@ def multiple_choice(
         first_option: The number of the first option: 0 or 1.
         question: What is asked, with `{question}` and `{options}` in it once each.
         seed: Of the order in which training questions come.
+        max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -59,30 +69,37 @@ def multiple_choice(
             "task.option_columns", option_columns, f"a list of 2 to {len(LETTERS)} columns"
         )
 
-    def problem(row: Row) -> Problem:
+    def read(row: Row) -> Problem:
         stem = row.text("task.question_column", question_column)
         options = tuple(row.text("task.option_columns", column) for column in option_columns)
-        plain = [identity(option) for option in options]
-        if len(set(plain)) != len(plain):
-            raise row.refusal("two options are alike", "different options")
+        if len(set(map(_as_read, options))) < len(options):
+            raise LeftOut("with two options alike")
         number = _number(row, answer_column, first_option, len(options))
+        alike = sorted(map(identity, options))
+        right = identity(options[number])
+        answer = right if alike.count(right) == 1 else _as_read(options[number])
+        return Problem(identity(stem, *alike), (answer, stem, str(number), *options))
+
+    def ask(parts: Sequence[str]) -> tuple[str, Judge]:
+        _, stem, number, *options = parts
         listed = "\n".join(
             f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)
         )
-        return Problem(
-            row=row,
-            source="choice",
-            identity=identity(stem, *sorted(plain)),
-            answer=plain[number],
-            question=fill(question, {"question": stem, "options": listed}),
-            judge=partial(_judge_option, options, number),
-        )
+        text = fill(question, {"question": stem, "options": listed})
+        return text, partial(_judge_option, options, int(number))
 
-    splits = read_splits("task", train, validation, test, problem)
-    return QuestionTask(questions("task", [splits]), seed=seed)
+    columns = (question_column, *option_columns, answer_column)
+    source = Source(name="choice", columns=columns, read=read, ask=ask)
+    splits = read_splits("task", train, validation, test, source)
+    return QuestionTask(questions("task", [splits], max_left_out), seed=seed)
 
 
-def labelled_texts(*, sources: Mapping[str, Mapping[str, Any]], seed: int) -> QuestionTask:
+def labelled_texts(
+    *,
+    sources: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    max_left_out: MaxLeftOut = MAX_LEFT_OUT,
+) -> QuestionTask:
     """Read texts with a label, from one source or several, each with its columns and question.
 
     Args:
@@ -91,6 +108,7 @@ def labelled_texts(*, sources: Mapping[str, Mapping[str, Any]], seed: int) -> Qu
             is a number: from there on the answer is yes, below it no; `question`, with `{text}`
             in it once.
         seed: Of the order in which training texts come.
+        max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -101,11 +119,9 @@ def labelled_texts(*, sources: Mapping[str, Mapping[str, Any]], seed: int) -> Qu
     for name, source in sources.items():
         key = f"task.sources.{name}"
         _check_source(key, source)
-        problem = partial(_labelled, key, str(name), source)
-        read.append(
-            read_splits(key, source["train"], source["validation"], source["test"], problem)
-        )
-    return QuestionTask(questions("task.sources", read), seed=seed)
+        files = source["train"], source["validation"], source["test"]
+        read.append(read_splits(key, *files, _labelled(key, str(name), source)))
+    return QuestionTask(questions("task.sources", read, max_left_out), seed=seed)
 
 
 def _number(row: Row, column: str, first: int, count: int) -> int:
@@ -127,14 +143,26 @@ def _judge_option(options: Sequence[str], right: int, reply: str) -> float | Non
 
 
 def _option(options: Sequence[str], span: str) -> int | None:
-    plain = [identity(option) for option in options]
-    if identity(span) in plain:
-        return plain.index(identity(span))
+    if (named := _named(options, span)) is not None:
+        return named
     match = _LETTERED.fullmatch(span)
     if match is None or (number := LETTERS.index(match[1].upper())) >= len(options):
         return None
-    named = identity(match[2]) if match[2] else plain[number]
-    return None if named in plain and named != plain[number] else number
+    return number if match[2] is None or _named(options, match[2]) in (None, number) else None
+
+
+def _named(options: Sequence[str], text: str) -> int | None:
+    """The only option with this text; its form and case count where others differ by them alone."""
+    for same in (_as_read, identity):
+        found = [n for n, option in enumerate(options) if same(option) == same(text)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _as_read(text: str) -> str:
+    """A text as readers see it: CO is not Co, and x² is not x2."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _check_source(key: str, source: object) -> None:
@@ -160,19 +188,20 @@ def _check_source(key: str, source: object) -> None:
         )
 
 
-def _labelled(key: str, name: str, source: Mapping[str, Any], row: Row) -> Problem:
-    text = row.text(f"{key}.text_column", source["text_column"])
-    label = _label(row, f"{key}.label_column", source["label_column"])
+def _labelled(key: str, name: str, source: Mapping[str, Any]) -> Source:
     answers = _answers(source["labels"])
-    answer = _answer(row, source, label)
-    return Problem(
-        row=row,
-        source=name,
-        identity=identity(text),
-        answer=answer,
-        question=fill(source["question"], {"text": text}),
-        judge=partial(_judge_label, answers, identity(answer)),
-    )
+
+    def read(row: Row) -> Problem:
+        text = row.text(f"{key}.text_column", source["text_column"])
+        label = _label(row, f"{key}.label_column", source["label_column"])
+        return Problem(identity(text), (identity(_answer(row, source, label)), text))
+
+    def ask(parts: Sequence[str]) -> tuple[str, Judge]:
+        right, text = parts
+        return fill(source["question"], {"text": text}), partial(_judge_label, answers, right)
+
+    columns = (source["text_column"], source["label_column"])
+    return Source(name=name, columns=columns, read=read, ask=ask)
 
 
 def _label(row: Row, key: str, column: str) -> str:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import after_hashes, last_box, marked, plain
+from opcd_nemo.tasks.kept import Problem, Source
+from opcd_nemo.tasks.quantities import same_value
 from opcd_nemo.tasks.questions import Judge, Question, QuestionTask
 from opcd_nemo.tasks.rows import Row
-from opcd_nemo.tasks.splits import Problem, identity, questions, read_splits
+from opcd_nemo.tasks.splits import (
+    MAX_LEFT_OUT,
+    MaxLeftOut,
+    identity,
+    questions,
+    read_splits,
+)
 from opcd_nemo.tasks.templates import fill, require_slots
 from opcd_nemo.tasks.timed import TimedVerifier
 from opcd_nemo.types import Split
@@ -45,6 +53,7 @@ def file_problems(
     question: str,
     time_limit_s: float,
     seed: int,
+    max_left_out: MaxLeftOut = MAX_LEFT_OUT,
 ) -> QuestionTask:
     """Read problems from JSONL, CSV or parquet files; math-verify compares final answers.
 
@@ -58,6 +67,7 @@ def file_problems(
         question: What is asked, with `{problem}` in it once.
         time_limit_s: CPU-seconds for one comparison; an answer that needs more is wrong.
         seed: Of the order in which training problems come.
+        max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -65,7 +75,7 @@ def file_problems(
     require_slots("task.question", question, ("problem",))
     equal = TimedVerifier("maths", limit_s=time_limit_s)
 
-    def problem(row: Row) -> Problem:
+    def read(row: Row) -> Problem:
         text = row.text("task.problem_column", problem_column)
         written = row.text("task.answer_column", answer_column)
         gold = _IN_FILE[answer_form](written)
@@ -75,17 +85,15 @@ def file_problems(
                 f"task.answer_form={answer_form}",
                 _MARKS[answer_form],
             )
-        return Problem(
-            row=row,
-            source="maths",
-            identity=identity(text),
-            answer=gold,
-            question=fill(question, {"problem": text}),
-            judge=_same_value(gold, equal),
-        )
+        return Problem(identity(text), (gold, text))
 
-    splits = read_splits("task", train, validation, test, problem)
-    return QuestionTask(questions("task", [splits]), seed=seed)
+    def ask(parts: Sequence[str]) -> tuple[str, Judge]:
+        gold, text = parts
+        return fill(question, {"problem": text}), _same_value(gold, equal)
+
+    source = Source(name="maths", columns=(problem_column, answer_column), read=read, ask=ask)
+    splits = read_splits("task", train, validation, test, source)
+    return QuestionTask(questions("task", [splits], max_left_out), seed=seed)
 
 
 def generated_problems(
@@ -136,8 +144,7 @@ def _same_value(gold: str, equal: TimedVerifier) -> Judge:
         written = marked(reply)
         if written is None:
             return None
-        answer = plain(written)
-        return float(answer == gold or bool(equal(gold, answer)))
+        return float(same_value(gold, plain(written), equal))
 
     return judge
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace
-from opcd_nemo.tasks.draws import draw, require_enough
+from opcd_nemo.tasks.draws import draw, draw_version, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
 from opcd_nemo.tasks.thinking import spoken
 from opcd_nemo.tasks.verifiers import mentions
@@ -107,6 +107,11 @@ class QuestionTask:
     def anchors(self, step: int, n: int) -> list[Episode]:
         """Return `n` general prompts that the teacher, too, sees without context."""
         return anchors(self._seed, step, n)
+
+    @property
+    def draw_version(self) -> int:
+        """Which draw training questions come from."""
+        return draw_version(len(self._questions["train"]))
 
     def unit_of(self, uid: str) -> str:
         """Return the uid: no question repeats another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from opcd_nemo.distributed.launcher import launcher_has_ended
 from opcd_nemo.errors import StoppedByFile, StoppedBySignal
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.trainer.strategy import MegatronStrategy
@@ -50,6 +52,8 @@ class StepBoundary(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Publish what every rank has written; stop when one has a signal. Collective."""
         strategy = self._strategy
+        if launcher_has_ended():  # nobody would read how this rank ends, nor start it again
+            os.kill(os.getpid(), signal.SIGKILL)
         # rank 0 alone looks: a shared disk may show the file to one node a step before another
         is_told = strategy.parallel.rank == 0 and self._stop_file.exists()
         state = torch.tensor(
@@ -67,7 +71,7 @@ class StepBoundary(pl.Callback):
             heartbeat.touch()
 
     def _stop(self, step: int, path: Path, received: signal.Signals | None) -> None:
-        again = "continue with exp_manager=resumable"
+        again = "continue with exp_manager.resume_if_exists=true"
         if received is None:
             raise StoppedByFile(
                 f"stopped by {self._stop_file} after step {step}; saved {path}; {again}, without "

@@ -15,6 +15,7 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opcd_nemo.config.renamed import present_name
+from opcd_nemo.config.secrets import HIDDEN, hidden_keys
 from opcd_nemo.config.stored import parse_stored
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.groups import Parallel, init_parallel
@@ -99,6 +100,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             config = _given_config(override_config_path)
         if return_config:
             return config
+        _refuse_hidden(config, files.where)
         load_config(run_config(config))  # says what is wrong with an override
         name = present_name(config.get("target", f"{OWN_TARGETS}trainer.model.OPCDModel"))
         if not issubclass(calling_cls, _get_allowed_target_class(name)):
@@ -130,6 +132,14 @@ def _given_config(given: DictConfig | str | Path) -> DictConfig:
     config = given.copy() if isinstance(given, DictConfig) else OmegaConf.load(given)
     assert isinstance(config, DictConfig)
     return config
+
+
+def _refuse_hidden(config: DictConfig, where: str) -> None:
+    """Refuse to build from a configuration whose secrets were left out when it was written."""
+    for key in hidden_keys(OmegaConf.to_container(config)):
+        if not key.startswith("exp_manager."):  # a restored model has no logger
+            allowed = "the whole configuration, with this value, as override_config_path"
+            raise UserError(key, HIDDEN, allowed, where=where)
 
 
 def run_config(config: DictConfig) -> DictConfig:

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
-from opcd_nemo.checkpoint import save_load as checkpoints
+from opcd_nemo.checkpoint.newest import step_of
+from opcd_nemo.config.secrets import recorded
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.evaluation import report
 from opcd_nemo.evaluation.evaluator import Evaluation
@@ -53,9 +54,10 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if prepared is None:
             prepared = prepare_run(run_config(cfg), strategy.parallel.world_size)
         config, inputs = prepared.config, prepared.inputs
-        plain: Any = OmegaConf.to_container(prepared.raw, resolve=True)
-        # NeMo resolves what it is given, and takes the result for a configuration
-        super().__init__(cfg=OmegaConf.create(escaped(escaped(plain))), trainer=trainer)
+        # `.nemo` files and loggers get it, the latter by this very name; NeMo resolves what it is
+        # given, and takes the result for a configuration
+        cfg = OmegaConf.create(escaped(escaped(recorded(prepared.raw))))
+        super().__init__(cfg=cfg, trainer=trainer)
         self._save_restore_connector = OPCDConnector()
         self.automatic_optimization = False
         self.run = build_run(config, inputs, strategy.parallel)
@@ -118,9 +120,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
         self.run_folder.append(METRICS, metric_line(step, values))
-        if (step + 1) % self.trainer.log_every_n_steps == 0:
-            for logger in self.loggers:  # TensorBoard, wandb: on rank 0
-                logger.log_metrics(values, step)
+        for logger in self.loggers:  # TensorBoard, wandb: on rank 0
+            logger.log_metrics(values, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""
@@ -178,12 +179,12 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         assert isinstance(callback, ModelCheckpoint)
         assert callback.dirpath is not None
         folder, held = Path(callback.dirpath), {Path(path) for path in callback.best_k_models}
-        if best.step not in map(checkpoints.step_of, held):
+        if best.step not in map(step_of, held):
             path = folder / f"step={best.step}.ckpt"
             self.trainer.save_checkpoint(path, callback.save_weights_only)
         self._best_on_disk = best
         for path in set(folder.glob("*.ckpt")) - held:
-            if before is not None and checkpoints.step_of(path) == before.step:
+            if before is not None and step_of(path) == before.step:
                 self.trainer.strategy.remove_checkpoint(path)
 
     def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:

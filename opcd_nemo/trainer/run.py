@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.checkpoint import save_load as checkpoint
-from opcd_nemo.config.changes import check_unchanged
-from opcd_nemo.config.renamed import present_config
-from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
+from opcd_nemo.config.secrets import recorded, words_without_secrets
+from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.train import TrainConfig
-from opcd_nemo.distributed.groups import (
-    LAUNCHER_PID_ENV,
-    Parallel,
-    environment_world,
-    init_parallel,
-)
+from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
 from opcd_nemo.errors import NonFiniteError, UserError
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
-from opcd_nemo.metrics import METRICS, drop_metrics_from
-from opcd_nemo.storage.durable import clean
 from opcd_nemo.storage.run_folder import RunFolder
-from opcd_nemo.trainer.boundary import STOP_FILE, StepBoundary
+from opcd_nemo.trainer.boundary import StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
+from opcd_nemo.trainer.resume import DONE, continue_from, make_way
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
 from opcd_nemo.training.prepared import COMMITS, PreparedRun, prepare_run
 
 logger = logging.getLogger(__name__)
-
-DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
 
 
 def train(raw: DictConfig) -> Path:
@@ -77,8 +71,8 @@ def _train(
     checkpoints = prepared.config.exp_manager["checkpoint_callback_params"]
     strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
-    _set_aside_old_run(run_folder, prepared.config, parallel)
-    continued = _continue_from(run_folder.path, prepared, parallel)
+    make_way(run_folder, prepared.config, parallel)
+    continued = continue_from(run_folder, prepared, parallel)
     if prepared.commits:
         run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))
     _start_exp_manager(trainer, prepared.raw, run_folder.path)
@@ -144,76 +138,42 @@ def _first_line(parallel: Parallel) -> str:
 
 def _trainer(config: TrainConfig, strategy: MegatronStrategy, boundary: pl.Callback) -> pl.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
-    return pl.Trainer(**trainer_settings(strategy), callbacks=[boundary], **config.trainer)
+    fixed = {**trainer_settings(strategy), "callbacks": [boundary]}
+    names = inspect.signature(pl.Trainer).parameters
+    _check_names("trainer", config.trainer, [name for name in names if name not in fixed])
+    return pl.Trainer(**fixed, **config.trainer)
+
+
+def _check_names(group: str, settings: Mapping[str, Any], allowed: Collection[str]) -> None:
+    for name, value in settings.items():
+        if name not in allowed:
+            raise UserError(f"{group}.{name}", value, ", ".join(allowed), problem="no such key")
 
 
 def _start_exp_manager(trainer: pl.Trainer, raw: DictConfig, folder: Path) -> None:
+    # NeMo writes the command's words into a file, and wandb sends them
+    sys.argv[1:] = words_without_secrets(sys.argv[1:], raw)
     # on several nodes it complains that Slurm did not start every rank; nothing depends on that
     with nemo_logging.temp_verbosity(nemo_logging.CRITICAL):
         exp_manager(trainer, _exp_manager_config(raw, folder))
 
 
 def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
-    settings: Any = OmegaConf.to_container(raw.exp_manager, resolve=True)
+    settings = recorded(raw)["exp_manager"]  # loggers store and send what they are given
+    given: Any = OmegaConf.to_container(raw.exp_manager, resolve=True)
+    wandb = given.get("wandb_logger_kwargs") or {}
+    for name in {"settings", "save_dir", "dir"} & wandb.keys():  # how it logs in, where it writes
+        settings["wandb_logger_kwargs"][name] = wandb[name]
     settings.pop("exp_dir")
-    settings |= MANAGER_FIXED
+    settings["resume_if_exists"] = False  # NeMo's search knows no manifests: see `_continue_from`
+    _check_names("exp_manager", settings, list(ExpManagerConfig.__dataclass_fields__))
     # NeMo sets the files of its folder aside when a run is continued, metrics.jsonl too
     settings["explicit_log_dir"] = str(folder / "nemo")
-    settings["checkpoint_callback_params"] |= {
-        **CHECKPOINT_FIXED,
-        "dirpath": str(folder / "checkpoints"),
-        "model_parallel_size": raw.parallel.tensor_model_parallel_size,
-    }
+    settings["checkpoint_callback_params"]["save_nemo_on_train_end"] = False  # see `train`
+    settings["checkpoint_callback_params"]["dirpath"] = str(folder / "checkpoints")
+    settings["checkpoint_callback_params"]["async_save"] = False  # NeMo's own; ours: the strategy
     created: DictConfig = OmegaConf.create(settings)
     return created
-
-
-def _set_aside_old_run(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> None:
-    """Keep an earlier run of the same name under the next free number; nothing is lost."""
-    folder = run_folder.path
-    parallel.barrier()
-    if not config.exp_manager["resume_if_exists"]:
-        run_folder.set_aside()
-    if parallel.rank == 0:
-        (folder / DONE).unlink(missing_ok=True)
-    parallel.barrier()
-    folder.mkdir(parents=True, exist_ok=True)
-    stop = folder / STOP_FILE
-    if stop.exists():
-        raise UserError(
-            "name",
-            config.name,
-            "a folder without that file",
-            problem=f"{stop} stops this run",
-        )
-
-
-def _continue_from(folder: Path, prepared: PreparedRun, parallel: Parallel) -> Path | None:
-    """The checkpoint to continue from, when that is asked for. Collective over the world.
-
-    Raises:
-        UserError: a key that matters has changed since.
-    """
-    config = prepared.config
-    if not config.exp_manager["resume_if_exists"]:
-        return None
-    if parallel.rank == 0:
-        clean(folder / "checkpoints")
-        for marker in (folder / "checkpoints").glob("*-unfinished"):  # NeMo's, of a killed run
-            marker.unlink()
-    path = checkpoint.newest(folder / "checkpoints", parallel)
-    metrics, step = folder / METRICS, 0
-    if path is not None:
-        common = checkpoint.read_common(path)
-        check_unchanged(
-            present_config(common["opcd"]["config"]), prepared.origin, config.resume.allow_changes
-        )
-        step = common["global_step"]
-        logger.info("continuing from %s", path)
-    if parallel.rank == 0 and metrics.exists():
-        drop_metrics_from(metrics, step)
-    parallel.barrier()
-    return path
 
 
 def _report(
@@ -244,7 +204,8 @@ def _report(
             "weights_sha256": weights_sha256,
         },
     )
-    config_yaml = OmegaConf.to_yaml(prepared.raw, resolve=True)
+    record = OmegaConf.create(escaped(recorded(prepared.raw)))
+    config_yaml = OmegaConf.to_yaml(record, resolve=True)
     summary = write_report(model.run_folder, outcome, config_yaml)
     model.describe_weights(summary)
     for line in summary_lines(summary, model.validations):

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils.app_state import AppState
 
 from opcd_nemo.checkpoint import save_load as checkpoint
+from opcd_nemo.checkpoint.newest import step_of
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.evaluation.validations import ValidationHistory
 from opcd_nemo.metrics import Stopwatch
@@ -189,7 +190,7 @@ class MegatronStrategy(DDPStrategy):
         The best on validation stays.
         """
         best = self._trained.validations.best
-        if best is not None and checkpoint.step_of(Path(filepath)) == best.step:
+        if best is not None and step_of(Path(filepath)) == best.step:
             return
         if self._save is None:
             self._remove(Path(filepath))

@@ -60,7 +60,7 @@ def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
         context: Any = OmegaConf.to_container(frozen.context, resolve=True)
         config = replace(config, context=context)
     inputs = open_inputs(config, world_size or config.parallel.num_ranks)
-    origin = run_origin(frozen, inputs.context_hash)
+    origin = run_origin(frozen, inputs.context_hash, getattr(inputs.task, "draw_version", 1))
     return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin, commits=commits)
 
 

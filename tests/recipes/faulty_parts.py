@@ -1,4 +1,4 @@
-"""Tasks and losses that misbehave in one way each, for `task._target_` and `loss._target_`."""
+"""Tasks and losses for `task._target_` and `loss._target_`; most misbehave in one way each."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ class ExitingTask(StyleTask):
         if LAST_RANK and split == "train" and step == 1:
             os._exit(7)
         return super().episodes(split, step, n)
+
+
+class ServedTask(StyleTask):
+    """Needs a key, as a task does whose questions are on a server."""
+
+    def __init__(self, *, verifier: str, seed: int, server: dict[str, Any], url: str) -> None:
+        assert server["api_KEY"] in url
+        super().__init__(verifier=verifier, seed=seed)
 
 
 class PeakedTask(StyleTask):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -17,6 +21,28 @@ SUMMARY_KEYS = (
     "base in_context student retention_before retention_after retention_in_context steps "
     "seconds_total cpu_seconds_per_step peak_rss_gib world_size tp pp dp cp seed versions"
 ).split()
+
+
+@contextmanager
+def addresses() -> Iterator[set[str]]:
+    """The addresses on which what this process has started listens, meanwhile."""
+    found: set[str] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    sockets = process.net_connections("inet")
+                    found.update(one.laddr.ip for one in sockets if one.status == "LISTEN")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +58,10 @@ def runs(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             assert words in done.stdout
         return folder / f"demo_brevity-{layout}"
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(LAYOUTS, pool.map(run, LAYOUTS), strict=True))
+    with addresses() as found, ThreadPoolExecutor(2) as pool:
+        done = dict(zip(LAYOUTS, pool.map(run, LAYOUTS), strict=True))
+    assert found == {"127.0.0.1"}, "launchers, ranks and gloo are met from this machine alone"
+    return done
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

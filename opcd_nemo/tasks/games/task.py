@@ -17,7 +17,7 @@ from opcd_nemo.config.doc import Doc
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Context, Episode, Trace, questions
 from opcd_nemo.tasks.draws import draw as draw_batch
-from opcd_nemo.tasks.draws import require_enough, shuffled
+from opcd_nemo.tasks.draws import draw_version, in_order, require_enough, shuffled
 from opcd_nemo.tasks.games.boards import Board, MapPool, Symbols, draw, images
 from opcd_nemo.tasks.games.frozen_lake import LETTERS as LAKE_LETTERS
 from opcd_nemo.tasks.games.frozen_lake import frozen_lake_maps
@@ -156,6 +156,11 @@ class GameTask:
             episodes.append(self.play(f"{uid}{again}", board))
         return episodes
 
+    @property
+    def draw_version(self) -> int:
+        """Which draw training maps come from."""
+        return draw_version(len(self.maps["train"]))
+
     def unit_of(self, uid: str) -> str:
         """Return the uid of the first game on the map that this game is played on."""
         return "/".join(uid.split("/")[:2])  # the split and the board's name
@@ -204,13 +209,11 @@ class GameTask:
             return maps[:n]
         if split != "train":
             return [maps[index % len(maps)] for index in range(n)]
-        orders: dict[int, list[Board]] = {}
-        chosen = []
-        for drawn_before in range(step * n, (step + 1) * n):
-            epoch, index = divmod(drawn_before, len(maps))
-            if epoch not in orders:
-                orders[epoch] = shuffled(maps, attrgetter("name"), self._seed, epoch)
-            chosen.append(orders[epoch][index])
+        chosen: list[Board] = []
+        while len(chosen) < n:
+            epoch, first = divmod(step * n + len(chosen), len(maps))
+            places = range(first, min(first + n - len(chosen), len(maps)))
+            chosen += in_order(maps, attrgetter("name"), places, self._seed, epoch)
         return chosen
 
 

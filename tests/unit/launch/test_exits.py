@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from opcd_nemo.distributed.groups import LAUNCHER_PID_ENV
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
 from opcd_nemo.errors import (
     CheckFailed,
     NonFiniteError,

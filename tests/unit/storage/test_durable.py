@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import io
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opcd_nemo.config.changes import check_unchanged
 from opcd_nemo.errors import UserError
-from opcd_nemo.metrics import drop_metrics_from, read_metrics
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.run_folder import RunFolder
 
@@ -24,6 +27,21 @@ def folder(tmp_path: Path) -> Path:
     entries = {name: durable.measure(temporary / name, sync=True) for name in names}
     RunFolder(tmp_path).publish(temporary, tmp_path / "one", entries)
     return tmp_path / "one"
+
+
+def refuse(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk refuse one path; a user who is root is refused nothing."""
+
+    def refusing(do: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(given: Any, *more: Any, **named: Any) -> Any:
+            if Path(given) == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return do(given, *more, **named)
+
+        return refuse
+
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(io, "open", refusing(io.open))
 
 
 def damage_of(folder: Path) -> str | None:
@@ -67,6 +85,25 @@ def test_a_missing_or_broken_manifest_is_named(folder: Path, text: str | None) -
     assert str(damage_of(folder)).startswith(f"{folder}: {durable.MANIFEST}: cannot be read")
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["a.bin", "deep", durable.MANIFEST])
+def test_what_a_disk_does_not_give_is_no_damage(
+    folder: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(folder / name, number, monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        damage_of(folder)
+    assert durable.describe(caught.value).endswith(f"(errno {number})")
+
+
+def test_a_file_that_goes_while_it_is_verified_is_missing(folder: Path) -> None:
+    entries = durable.read_manifest(folder)
+    (folder / "a.bin").unlink()
+    assert (
+        durable.find_damage(folder, entries, sorted(entries)) == f"{folder / 'a.bin'}: is missing"
+    )
+
+
 def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
     temporary = folder.with_name("next")
     temporary.mkdir()
@@ -96,13 +133,6 @@ def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
         folder.mkdir()
     names = sorted(path.name for path in folder.parent.iterdir())
     assert names == ["one", "one.damaged", "one.damaged.1"]
-
-
-def test_metrics_are_cut_at_a_step_and_at_a_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(4)) + '{"step": 4')
-    drop_metrics_from(path, 3)
-    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
 
 
 def config(**changes: object) -> dict[str, object]:

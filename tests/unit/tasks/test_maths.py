@@ -123,19 +123,27 @@ def test_files_of_their_own_are_the_splits(tmp_path: Path) -> None:
     assert r"What is 41 + 41? Answer in \boxed{}." in splits["test"]
 
 
-def test_a_problem_in_two_files_is_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_problem_in_two_files_stays_in_the_test(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train = write(tmp_path / "a.jsonl", problems(range(20)))
     rows = [*problems(range(20, 25)), {"question": "what is  7 + 7?", "answer": "#### 14"}]
     test = write(tmp_path / "b.jsonl", rows)
-    wanted = (
-        rf"^task: 1 problems are in two splits, first test \(task\.test={test}, line 6\) and "
-        rf"train \(task\.train={train}, line 8\); allowed: each problem in one$"
+    others = {"validation": write(tmp_path / "c.jsonl", problems(range(30, 35))), "test": test}
+    splits = by_split(task(train, **others))
+    assert [len(splits[split]) for split in SPLITS] == [19, 5, 6]
+    assert any("7 + 7" in text for text in splits["test"])
+    told = (
+        f"1 of 20 problems of task.train={train} are left out: 1 that test has, too (first line 8)"
     )
-    with pytest.raises(UserError, match=wanted):
-        task(train, validation=write(tmp_path / "c.jsonl", problems(range(30, 35))), test=test)
+    assert caplog.messages == [f"{told}; 19 are left, task.max_left_out=0.1"]
+    with pytest.raises(UserError) as refused:
+        task(train, **others, max_left_out=0.04)
+    assert (refused.value.key, refused.value.problem) == ("task.max_left_out", told)
+    assert refused.value.allowed == "0.05 or more, or a file without them"
 
 
-def test_a_repeated_row_counts_once_and_another_answer_is_refused(
+def test_a_repeated_row_counts_once_and_contradictions_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = problems(range(50))
@@ -147,10 +155,21 @@ def test_a_repeated_row_counts_once_and_another_answer_is_refused(
         f"50 rows that repeat an earlier problem are left out, the last of them task.train={path}, "
         "line 100; 50 problems"
     )
-    path = write(tmp_path / "b.jsonl", [*rows, rows[4] | {"answer": "#### 9"}])
-    wanted = r"line 51: the problem of line 5 has another answer \('8' and '9'\); allowed: one ans"
-    with pytest.raises(UserError, match=wanted):
-        task(path)
+    caplog.clear()
+    # the same problem for every reader, three times, in between and with the right answer again
+    other = {"question": " WHAT is 4  + 4?", "answer": "#### 9"}
+    path = write(tmp_path / "b.jsonl", [other, *rows, rows[4], other | {"answer": "#### 10"}])
+    splits = by_split(task(path))
+    assert sum(map(len, splits.values())) == 49
+    assert not any("is 4 + 4?" in text for texts in splits.values() for text in texts)
+    assert caplog.messages == [
+        f"1 of 50 problems of task.train={path} are left out: 1 with different answers in "
+        "different rows (first line 1 and line 6: '9' and '8'); 49 are left, task.max_left_out=0.1"
+    ]
+    with pytest.raises(
+        UserError, match=r"^task\.max_left_out=0: 1 of 50 problems .*; allowed: 0\.02"
+    ):
+        task(path, max_left_out=0)
 
 
 GOLD = [

@@ -106,15 +106,15 @@ def test_a_table_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def row_of(values: dict[str, Any]) -> Row:
-    return Row(key="task.train", path="w", place="line 3", values=values)
+    return Row(key="task.train", path="w", values=values, number=3)
 
 
 def test_a_dotted_column_reaches_inside() -> None:
     row = row_of({"a": [{"b": "x"}], "c.d": "y", "n": 3, "c": {"d": "z"}})
-    assert row.text("k", "a.0.b") == "x"
+    assert row.text("k", "a.0.b") == row.text("k", "a.-1.b") == "x"
     assert row.text("k", "c.d") == "y"
     assert row.text("k", "n") == "3"
-    for column in ("a.1.b", "a.0.c", "a.b", "a.-1.b", "e", "n.0", ""):
+    for column in ("a.1.b", "a.0.c", "a.b", "a.-2.b", "e", "n.0", "", "a.- 1.b", "a.--1.b"):
         with pytest.raises(UserError, match=r": line 3: no column .*; allowed: k as "):
             row.text("k", column)
 

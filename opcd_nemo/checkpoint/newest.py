@@ -1,0 +1,152 @@
+"""The checkpoint that a run continues from: the newest whole one of its folder."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import ReadError, UserError
+from opcd_nemo.formats.torch_dist import read_plain
+from opcd_nemo.storage import durable
+from opcd_nemo.storage.archive import FolderFiles
+
+logger = logging.getLogger(__name__)
+
+_ENDING, _DAMAGED = ".ckpt", ".damaged"
+# of Lightning's part: what its trainer restores without looking whether it is there
+_LIGHTNINGS = ("callbacks", "epoch", "global_step", "loops")
+
+
+def newest(folder: Path, parallel: Parallel, *, from_scratch: bool) -> Path | None:
+    """The checkpoint of the latest step whose files are as its manifest says.
+
+    Damaged ones that are newer are named, and set aside as `<name>.damaged`. Collective over the
+    world.
+
+    Args:
+        folder: of the checkpoints.
+        parallel: every rank verifies a share of the files.
+        from_scratch: None is an answer although the folder holds checkpoints, all of them damaged.
+
+    Raises:
+        UserError: every checkpoint is damaged, or has a name that says no step.
+        ReadError: a disk does not give what it holds.
+    """
+    names = _names(folder, parallel)
+    whole, damaged = None, dict[Path, str]()
+    for name in sorted(names, key=lambda name: step_of(folder / name), reverse=True):
+        path = folder / name
+        if step_of(path) < 0 or path.suffix != _ENDING:
+            continue
+        damage = find_damage(path, parallel)
+        if damage is None:
+            whole = path
+            break
+        damaged[path] = damage
+    if whole is None and names and not from_scratch:
+        found = next(iter(damaged.values()), f"{folder / names[0]} is not read")
+        raise UserError(
+            folder,
+            allowed="a whole checkpoint, from a copy; or resume.from_scratch=true, to begin again "
+            "at step 0 where none is left",
+            problem=f"holds no whole checkpoint: {found}",
+        )
+    for path, damage in damaged.items():
+        logger.info("checkpoint set aside: %s", damage)
+        if parallel.rank == 0:
+            durable.set_aside(path, _DAMAGED)
+    parallel.barrier()
+    return whole
+
+
+def _names(folder: Path, parallel: Parallel) -> list[str]:
+    """What rank 0 sees of checkpoints, whole or damaged; a shared disk may show others less."""
+    names: list[str] = []
+    unread = None
+    if parallel.rank == 0:
+        try:
+            found = [path.name for path in folder.iterdir()]
+            names = sorted(name for name in found if _ENDING in name and name[0] != ".")
+        except durable.MISSING:
+            names = []  # the run has saved nothing yet
+        except OSError as error:
+            unread = durable.describe(error)
+    names, unread = parallel.gather_objects((names, unread))[0]
+    if unread is not None:
+        raise ReadError(f"checkpoints cannot be read: {unread}")
+    return names
+
+
+def step_of(path: Path) -> int:
+    """How many steps a checkpoint's name says; -1 when it says nothing."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def find_damage(path: Path, parallel: Parallel) -> str | None:
+    """What is wrong with a checkpoint's files, the same on every rank. Collective.
+
+    Raises:
+        ReadError: on every rank, when one cannot read a file: that is no damage, for the disk may
+            give the file at the next start.
+    """
+    damage = unread = None
+    try:
+        entries = durable.read_manifest(path)
+        names = sorted(entries)[parallel.rank :: parallel.world_size]
+        damage = durable.find_damage(path, entries, names)
+    except UserError as error:
+        damage = str(error)
+    except OSError as error:
+        unread = durable.describe(error)
+    found = parallel.gather_objects((damage, unread))
+    for _, unread in found:
+        if unread is not None:
+            raise ReadError(f"checkpoint {path.name} cannot be read: {unread}")
+    return next((damage for damage, _ in found if damage is not None), None)
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Lightning's part of a checkpoint, and what the model put beside it as `opcd`.
+
+    Raises:
+        UserError: the checkpoint is of another program, or of another version of this one.
+        ReadError: a disk does not give what it holds.
+    """
+    try:
+        common = read_plain(FolderFiles(path)).get("common")
+    except OSError as error:
+        raise ReadError(
+            f"checkpoint {path.name} cannot be read: {durable.describe(error)}"
+        ) from error
+    missing = _missing(common)
+    if missing is not None:
+        raise UserError(
+            path,
+            allowed="a checkpoint that `opcd train` of this version or an earlier one has written; "
+            "another name= begins another run",
+            problem=f"its common.pt has no {missing}",
+        )
+    assert isinstance(common, dict)
+    return common
+
+
+def _missing(common: Any) -> str | None:
+    """The first thing that a run could not be continued without."""
+    if not isinstance(common, dict):
+        return "common"
+    for name in _LIGHTNINGS:
+        if name not in common:
+            return name
+    if type(common["global_step"]) is not int:
+        return "number as global_step"
+    origin: Any = common
+    for name in ("opcd", "config", "optim"):
+        if not isinstance(origin, Mapping) or not isinstance(origin.get(name), Mapping):
+            return name
+        origin = origin[name]
+    return None if "schedule" in origin else "optim.schedule"

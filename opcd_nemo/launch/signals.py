@@ -1,0 +1,99 @@
+"""What a signal does outside the steps of training, where nothing has to be saved.
+
+Between two steps `trainer.boundary` takes SIGTERM and SIGUSR1, with a checkpoint. Before the first
+step and after the last one, every file that counts is whole on the disk: the process ends at once,
+and the same command goes on from these files.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import psutil
+
+from opcd_nemo.errors import StoppedBySignal
+from opcd_nemo.launch.exits import EXIT_INTERRUPTED, report_error
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def stop_launcher_on_signals() -> None:
+    """End a launcher that has no ranks yet with one line and `EXIT_STOPPED`.
+
+    Called before anything heavy is imported; a rank's launcher says what ended the rank.
+    """
+    if "RANK" not in os.environ:
+        _handle(lambda number: _end(_stopped(number, "no rank was at work")))
+
+
+def stop_rank_on_signals() -> None:
+    """End a rank with one line and `EXIT_STOPPED`; its launcher reads the line, and prints it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    recorder = get_error_handler()
+
+    def stop(number: int) -> None:
+        error = _stopped(number, "not in a step of training")
+        recorder.record_exception(error)
+        _end(error)
+
+    _handle(stop)
+    # the launcher has told why; a traceback of every rank would hide it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+
+
+def _handle(stop: Callable[[int], None]) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _: stop(received))
+
+
+def _stopped(number: int, where: str) -> StoppedBySignal:
+    name = signal.Signals(number).name
+    return StoppedBySignal(f"stopped by {name}, {where}; the same command goes on from here")
+
+
+def _end(error: StoppedBySignal) -> None:
+    """End without a way back: an exception might be caught by whatever is being imported."""
+    code = report_error(error)
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+class ToRanks:
+    """Hands a launcher's signals to its ranks, and remembers them; a context manager.
+
+    Attributes:
+        received: the last signal that asked for a stop; 0: none.
+    """
+
+    _NUMBERS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: a rank shows what it does, and dies
+
+    def __init__(self, num_ranks: int) -> None:
+        """`num_ranks`: of this machine."""
+        self._num_ranks, self.received = num_ranks, 0
+
+    def __enter__(self) -> ToRanks:
+        self._before = [signal.signal(number, self._forward) for number in self._NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._NUMBERS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        found = 0
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if "LOCAL_RANK" in child.environ():
+                    child.send_signal(number)
+                    found += 1
+        if number in STOP_SIGNALS:
+            self.received = number
+            if found < self._num_ranks:  # the others are not started yet, and would not hear of it
+                raise _stopped(number, "while ranks were started or ended")

@@ -1,0 +1,97 @@
+"""What a run finds in its folder: another run of its name, or what it continues from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from opcd_nemo.checkpoint.newest import newest, read_common
+from opcd_nemo.config.changes import check_unchanged
+from opcd_nemo.config.renamed import present_config
+from opcd_nemo.config.secrets import without_secrets
+from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import ReadError, UserError
+from opcd_nemo.metrics import METRICS
+from opcd_nemo.storage.durable import clean, describe, set_aside
+from opcd_nemo.storage.metrics_file import cut_metrics
+from opcd_nemo.storage.run_folder import RunFolder
+from opcd_nemo.trainer.boundary import STOP_FILE
+from opcd_nemo.training.prepared import PreparedRun
+
+DONE = "DONE"  # in the run's folder when nothing is left to do; holds the digest of the weights
+_CHECKPOINTS = "checkpoints"
+logger = logging.getLogger(__name__)
+
+
+def make_way(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> None:
+    """Keep an earlier run of the same name under the next free number; nothing is lost.
+
+    Collective over the world.
+
+    Raises:
+        UserError: the folder has a file that stops the run.
+    """
+    folder = run_folder.path
+    parallel.barrier()
+    if not config.exp_manager["resume_if_exists"]:
+        run_folder.set_aside()
+    if parallel.rank == 0:
+        (folder / DONE).unlink(missing_ok=True)
+    parallel.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    stop = folder / STOP_FILE
+    if stop.exists():
+        raise UserError(
+            "name", config.name, "a folder without that file", problem=f"{stop} stops this run"
+        )
+
+
+def continue_from(run_folder: RunFolder, prepared: PreparedRun, parallel: Parallel) -> Path | None:
+    """The checkpoint to continue from, when that is asked for. Collective over the world.
+
+    Raises:
+        UserError: a key that matters has changed since; no checkpoint is whole; metrics are lost.
+        ReadError: a disk does not give what it holds.
+    """
+    config, folder = prepared.config, run_folder.path
+    if not config.exp_manager["resume_if_exists"]:
+        return None
+    if parallel.rank == 0:
+        clean(folder / _CHECKPOINTS)
+        for marker in (folder / _CHECKPOINTS).glob("*-unfinished"):  # NeMo's, of a killed run
+            marker.unlink()
+    path = newest(folder / _CHECKPOINTS, parallel, from_scratch=config.resume.from_scratch)
+    num_steps = 0
+    if path is not None:
+        common = read_common(path)
+        saved = without_secrets(present_config(common["opcd"]["config"]))
+        check_unchanged(saved, prepared.origin, config.resume.allow_changes)
+        num_steps = common["global_step"]
+    _cut(folder, num_steps, parallel)
+    if path is not None:
+        logger.info("continuing from %s", path)
+        if num_steps > (asked := config.trainer["max_steps"]):
+            logger.info(
+                "trainer.max_steps=%d, but %d steps are done: none is added, none is taken back",
+                asked,
+                num_steps,
+            )
+    return path
+
+
+def _cut(folder: Path, num_steps: int, parallel: Parallel) -> None:
+    """Let the record of the run's steps end where the run goes on. Collective over the world."""
+    error: UserError | ReadError | None = None
+    if parallel.rank == 0:
+        metrics = folder / METRICS
+        try:
+            if num_steps == 0 and metrics.exists() and any((folder / _CHECKPOINTS).glob("*.ckpt*")):
+                set_aside(metrics)  # of the steps whose checkpoints are lost
+            cut_metrics(metrics, num_steps)
+        except UserError as mistake:
+            error = mistake
+        except OSError as failure:
+            error = ReadError(f"{METRICS} is not continued: {describe(failure)}")
+    if (error := parallel.gather_objects(error)[0]) is not None:
+        raise error

@@ -1,0 +1,61 @@
+"""Signals outside the steps of training end a process at once, with a line and a code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opcd_nemo.errors import StoppedBySignal
+from opcd_nemo.launch.signals import ToRanks
+from tests.tree import PYTHONPATH
+
+LAUNCHER = """
+import os, signal
+from opcd_nemo.launch.signals import stop_launcher_on_signals
+stop_launcher_on_signals()
+try:
+    os.kill(os.getpid(), signal.{name})
+    import json.tool, time
+    time.sleep(30)
+except BaseException:
+    print("caught")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_launcher_without_ranks_stops_with_a_line(name: str) -> None:
+    program = [sys.executable, "-c", LAUNCHER.format(name=name)]
+    done = subprocess.run(
+        program, capture_output=True, text=True, check=False, env={"PYTHONPATH": PYTHONPATH}
+    )
+    assert done.returncode == 75
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"stopped by {name}")
+    assert "the same command goes on" in line
+
+
+def test_a_signal_that_not_every_rank_gets_ends_the_launch() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignal), ToRanks(2) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_goes_to_ranks_and_to_nobody_else(tmp_path: Path) -> None:
+    """Children that are no ranks, as the check and the verifiers, are left alone."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleep, env={"LOCAL_RANK": "0"}) as rank, subprocess.Popen(sleep) as other:
+        while "LOCAL_RANK" not in Path(f"/proc/{rank.pid}/environ").read_text():
+            continue  # not yet the program
+        with ToRanks(1) as signals:
+            signal.raise_signal(signal.SIGTERM)
+        assert rank.wait(30) == -signal.SIGTERM
+        assert signals.received == signal.SIGTERM
+        assert other.poll() is None
+        other.kill()
