@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
+
+# what moves a terminal's cursor or colours it, reorders what is read, or is no character at all
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    r"""A stranger's text as a terminal may show it: `\x1b` in place of an escape character."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _Absent:
@@ -47,11 +58,11 @@ class UserError(ValueError):
         """`[where: ]key=value[: problem]`, what is wrong, in one line."""
         shown = self.key if self.value is ABSENT else f"{self.key}={_in_words(self.value)}"
         parts = (self.where, shown, self.problem)
-        return " ".join(": ".join(part for part in parts if part is not None).split())
+        return visible(" ".join(": ".join(part for part in parts if part is not None).split()))
 
     def __str__(self) -> str:
         """What is wrong and what is allowed, in one line."""
-        return f"{self.found}; allowed: {' '.join(self.allowed.split())}"
+        return f"{self.found}; allowed: {visible(' '.join(self.allowed.split()))}"
 
     def said_of(self, key: str, value: object) -> UserError:
         """The same mistake, said of the configuration key whose value led to it.

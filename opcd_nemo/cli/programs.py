@@ -143,8 +143,9 @@ def experience(words: Sequence[str]) -> int:
 def registry(words: Sequence[str]) -> int:
     """Look at a pipeline's notes, or select earlier ones again."""
     from opcd_nemo.context.registry import answer
+    from opcd_nemo.errors import visible
 
-    sys.stdout.write(f"{answer(words)}\n")
+    sys.stdout.write(f"{visible(answer(words))}\n")
     return 0
 
 

@@ -41,25 +41,37 @@ def newest_within(
 ) -> tuple[str, ...]:
     """Return the newest whole items whose text has at most `cap_tokens` tokens.
 
+    Twice as many items as are returned are looked at, and no more: the cost grows with the cap.
+
     Args:
         items: oldest first.
         cap_tokens: most tokens of `as_text`.
-        count: the tokens of a text.
+        count: the tokens of a text; more items never have fewer.
 
     Raises:
         UserError: not even the newest item fits.
     """
     if not items:
         return ()
-    first = next((i for i in range(len(items)) if count(as_text(items[i:])) <= cap_tokens), None)
-    if first is None:
+
+    def fits(number: int) -> bool:
+        return count(as_text(items[-number:])) <= cap_tokens
+
+    if not fits(1):
         raise UserError(
             "experience.extraction.cap_tokens",
             cap_tokens,
             "a cap that holds one item",
             problem=f"the newest item has {count(as_text(items[-1:]))} tokens",
         )
-    return tuple(items[first:])
+    fitting, most = 1, len(items)
+    while fitting < most and fits(number := min(2 * fitting, most)):
+        fitting = number
+    most = min(2 * fitting - 1, most)  # as many as that may fit
+    while fitting < most:
+        number = (fitting + most + 1) // 2
+        fitting, most = (number, most) if fits(number) else (fitting, number - 1)
+    return tuple(items[-fitting:])
 
 
 def shuffled_words(items: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from opcd_nemo.errors import visible
 from opcd_nemo.evaluation.evaluator import Answer, Evaluation
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import read_metrics
@@ -79,7 +81,7 @@ def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12
         lines += _heading(uid, samples[0].question)
         for name, by_uid in answers.items():
             for answer in by_uid[uid]:
-                text = answer.text.strip().replace("\n", "\n  > ")
+                text = _quoted(answer.text.strip()).replace("\n", "\n  > ")
                 lines += [f"- **{name}** ({_about(answer)})", f"  > {text}"]
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -88,8 +90,15 @@ def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12
 def _heading(uid: str, question: str) -> list[str]:
     """The question's first line as the heading, the others (a game's board) as they are."""
     first, _, others = question.strip().partition("\n")
-    shown = [textwrap.indent(others.strip("\n"), "    "), ""] if others.strip() else []
-    return [f"## {first}", "", f"`{uid}`", "", *shown]
+    shown = [textwrap.indent(visible(others.strip("\n")), "    "), ""] if others.strip() else []
+    name = " ".join(visible(uid).replace("`", "'").split())
+    return [f"## {_quoted(first)}", "", f"`{name}`", "", *shown]
+
+
+def _quoted(text: str) -> str:
+    """A model's or a stranger's text as Markdown: no HTML, no image or link to elsewhere."""
+    text = visible(text).replace("<", "&lt;").replace("![", "!\\[")
+    return re.sub(r"\](?=[(\[:])", r"]\\", text)
 
 
 def _about(answer: Answer) -> str:

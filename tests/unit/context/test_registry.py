@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -99,6 +100,25 @@ def test_the_newest_whole_items_within_the_cap_are_kept() -> None:
         ValueError, match=r"^experience\.extraction\.cap_tokens=3: .* 4 tokens; allowed"
     ):
         newest_within(items, 3, count)
+
+
+def test_the_cost_of_the_newest_items_grows_with_the_cap() -> None:
+    def of_every_cap(items: Sequence[str], cap: int) -> tuple[str, ...]:
+        starts = range(len(items))
+        return next(tuple(items[i:]) for i in starts if len(as_text(items[i:])) <= cap)
+
+    items = tuple("x" * (1 + number * 7 % 5) for number in range(40))
+    for cap in range(len("- ") + 5, len(as_text(items)) + 2):
+        assert newest_within(items, cap, len) == of_every_cap(items, cap)
+    counted = 0
+
+    def count(text: str) -> int:
+        nonlocal counted
+        counted += len(text)
+        return len(text)
+
+    assert len(newest_within(("item",) * 100_000, 700, count)) == 100
+    assert counted < 10_000
 
 
 def test_shuffled_words_are_the_same_words_elsewhere() -> None:

@@ -94,6 +94,24 @@ def test_a_question_of_several_lines_and_a_partial_score_are_shown_whole(tmp_pat
     )
 
 
+def test_samples_do_nothing_in_a_terminal_or_a_browser(tmp_path: Path) -> None:
+    text = (
+        "\x1b[31mred\x1b]0;title\x07 back\rspace\x9b2J \u202eevil\ud83d <img src=x> "
+        "![a](http://b/c) ![d][e]\n[e]: http://f\n\\<script> [g](javascript:h) \\![i](j) [up] x < y"
+    )
+    (answer,) = evaluation((text, 1.0)).answers
+    hostile = replace(answer, question=f"{text}\n{text}", uid=f"`{text}`")
+    report.write_samples(tmp_path / "samples.md", {"base": Evaluation(answers=(hostile,))})
+    found = (tmp_path / "samples.md").read_text(encoding="utf-8")
+    assert all(character.isprintable() or character == "\n" for character in found)
+    assert r"\x1b[31mred\x1b]0;title\x07 back\rspace\x9b2J \u202eevil\ud83d" in found
+    markdown = [line for line in found.splitlines() if not line.startswith(("    ", "`"))]
+    for raw in ("<", "![", "](", "]:", "]["):
+        assert not any(raw in line for line in markdown), raw
+    assert found.endswith("\n  > [e]\\: http://f\n  > \\&lt;script> [g]\\(javascript:h) "
+                          "\\!\\[i]\\(j) [up] x &lt; y\n")  # fmt: skip
+
+
 def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
     pair = (evaluation(("a", 1.0), ("é\n", 0.0)), evaluation(("y", 0.5)))
     report.write_answers(tmp_path / "answers.jsonl", {"base": pair, "student": pair})

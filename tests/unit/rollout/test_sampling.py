@@ -59,6 +59,12 @@ def test_frequencies_are_the_softmax_of_the_allowed_tokens(top_p: float, top_k: 
         assert (frequency - masked.softmax(-1)).abs().max() < 2 / count, (temperature, seed)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_set_whose_mass_is_exactly_top_p_is_large_enough(top_p: float, kept: int) -> None:
+    tokens = draw(torch.zeros(4), params(top_p=top_p), 400)
+    assert len(set(tokens.tolist())) == kept
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_give_allowed_tokens(uniform: float) -> None:
     for seed in range(50):
