@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from opcd_nemo.formats.chat_template import ChatTemplate, in_words
 from opcd_nemo.formats.gguf import GgufFile
 from opcd_nemo.formats.locate import model_kind, optional_settings, resolve_model_path, write_json
 from opcd_nemo.formats.nemo import base_path, open_package, unpack_hf
+from opcd_nemo.formats.plain_content import PlainContent
 from opcd_nemo.formats.tokenizer_files import (
     TokenizerParts,
     gguf_special_tokens,
@@ -104,10 +105,15 @@ class ChatTokenizer:
     ) -> tuple[int, ...]:
         """Token ids of a chat; `add_generation_prompt` opens the assistant's turn.
 
+        Special tokens are the template's alone: those in messages are read as plain text.
+
         Raises:
             UserError: The template refuses the messages, or writes nothing for them.
         """
-        ids = self.encode(self._text(messages, add_generation_prompt))
+        messages, cut = self._plain_content.cut(messages)
+        text = self._text(messages, add_generation_prompt)
+        parts = [text] if cut is None else text.split(cut)
+        ids = tuple(chain.from_iterable(map(self.encode, parts)))
         if not ids:
             raise UserError(
                 self._parts.where,
@@ -145,7 +151,7 @@ class ChatTokenizer:
                 )
         same = copy.copy(self)
         same._arguments = dict(arguments)
-        for name in ("_around_reply", "eos_ids"):  # it may write other chats
+        for name in ("_around_reply", "_plain_content", "eos_ids"):  # it may write other chats
             same.__dict__.pop(name, None)
         return same
 
@@ -182,6 +188,11 @@ class ChatTokenizer:
             self.decode(list(run)) if mark is None else mark * len(list(run))
             for mark, run in groupby(response_ids, key=self._marks.get)
         )
+
+    @cached_property
+    def _plain_content(self) -> PlainContent:
+        ends = (self.decode([index], skip_special=False) for index in self.eos_ids)
+        return PlainContent({*self._parts.vocabulary.special_tokens(), *ends})
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

@@ -46,6 +46,9 @@ class Vocabulary(Protocol):
     def added_ids(self) -> frozenset[int]:
         """The tokens that a text is split at: those that stand for no text, and some that do."""
 
+    def special_tokens(self) -> frozenset[str]:
+        """The tokens that stand for no text."""
+
 
 class FastVocabulary:
     """A Hugging Face `tokenizers` pipeline."""
@@ -71,6 +74,11 @@ class FastVocabulary:
     def added_ids(self) -> frozenset[int]:
         """The tokens that a text is split at."""
         return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def special_tokens(self) -> frozenset[str]:
+        """The tokens that stand for no text."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`."""
@@ -189,6 +197,10 @@ class SentencePieceVocabulary:
     def added_ids(self) -> frozenset[int]:
         """The tokens that a text is split at."""
         return frozenset(self._token_of)
+
+    def special_tokens(self) -> frozenset[str]:
+        """The tokens that stand for no text."""
+        return frozenset(self._token_of[index] for index in self._hidden)
 
     def token_ids(self) -> dict[str, int]:
         """Every token, special ones included."""
