@@ -25,6 +25,13 @@ TOKENIZER_ITEMS = 3_000_000
 """Brackets and commas of a tokenizer.json: a vocabulary of 152,000 with as many merges has 0.7
 million. An empty list costs tokenizers 32 bytes and more."""
 
+TOKENIZER_STEPS = 64
+"""Of its normalizer, pre-tokenizer or decoder: 8 are the most known."""
+
+TOKENIZER_GROWTH = 64
+"""A normalizer or decoder may make a text so many times as long: those of Llama and Qwen, at most
+twice."""
+
 ADDED_TOKENS = 20_000
 """Of a tokenizer: 6,400 is the most known; tokenizers compares each with all others."""
 

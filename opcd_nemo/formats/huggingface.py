@@ -59,7 +59,7 @@ class SafetensorsFolder:
 
     def _read_indexed(self, index: Path) -> None:
         """Take each tensor from the file that the index names for it."""
-        named = _weight_map(index)
+        named, unread = _weight_map(index), list[str]()
         for file_name in sorted(set(named.values())):
             file = _open(index.with_name(file_name))
             held = set(file.keys())
@@ -76,16 +76,18 @@ class SafetensorsFolder:
                 if named.get(tensor) == file_name:
                     self._file_of[tensor] = file
                 elif tensor in named:
-                    logger.warning(
-                        "tensor %r of %s is not read: %s names %s for it",
-                        *(tensor, index.with_name(file_name), index.name, named[tensor]),
-                    )
+                    unread.append(f"{tensor!r} of {file_name}")
                 elif not tensor.endswith(_UNUSED):
                     raise UserError(
                         index,
                         allowed="for each tensor the file that holds it",
                         problem=f"names no file for tensor {tensor!r} of {file_name}",
                     )
+        if unread:
+            logger.warning(
+                "%d tensors are not read, the first of them %s: %s names other files for them",
+                *(len(unread), unread[0], index),
+            )
 
     def names(self) -> tuple[str, ...]:
         """Names of the tensors in the files."""
@@ -130,7 +132,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(named, dict):
         raise UserError(index, allowed="tensor name -> file name", problem="no weight_map")
     for tensor, name in named.items():
-        if not isinstance(name, str) or name != Path(name).name or "\0" in name:
+        if not isinstance(name, str) or not name or name != Path(name).name:
             raise UserError(tensor, name, "the name of a file beside it", where=str(index))
     return named
 

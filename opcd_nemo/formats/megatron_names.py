@@ -14,6 +14,7 @@ from opcd_nemo.formats.torch_dist import DistributedTensors
 from opcd_nemo.types import LayerSpec
 
 _SPEC: LayerSpec = "te"  # Megatron stores every layer spec under the names of Transformer Engine's
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 _GATE_UP = "mlp.linear_fc1.weight"
 _HALVES = ("_w", "_v")  # a gated layer is stored as gate and up
 _OTHER_STATE = ("optimizer.", "teacher.")  # of a training checkpoint
@@ -48,8 +49,9 @@ class MegatronWeights:
             made = hf_names(config, name, layer=layer, spec=_SPEC)
             self._check_size(name, made)
             self._source |= dict.fromkeys(made, (name, layer))
-        if config.tied_embeddings:
-            used.add("output_layer.weight")
+        if config.tied_embeddings and _HEAD in present:
+            self._check_tied_head()
+            used.add(_HEAD)
         unexpected = sorted(name for name in present - used if not name.startswith(_OTHER_STATE))
         if unexpected:
             raise UserError(
@@ -60,6 +62,15 @@ class MegatronWeights:
     @staticmethod
     def _stored(name: str) -> tuple[str, ...]:
         return tuple(name + half for half in _HALVES) if name.endswith(_GATE_UP) else (name,)
+
+    def _check_tied_head(self) -> None:
+        head, embedding = self._tensors.tensor(_HEAD), self._tensors.tensor(_EMBEDDING)
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise UserError(
+                f"{self._tensors.where}{_HEAD}",
+                allowed="the embedding, as tie_word_embeddings says",
+                problem="is another tensor",
+            )
 
     def _check_size(self, name: str, made: tuple[str, ...]) -> None:
         shapes = tensor_shapes(self._config)

@@ -5,9 +5,12 @@ Special tokens in a text are parsed, and none is added.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -53,19 +56,21 @@ class Vocabulary(Protocol):
 class FastVocabulary:
     """A Hugging Face `tokenizers` pipeline."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Switch off what would change or lengthen a prompt silently."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
+        """Switch off what would change or lengthen a prompt silently; `path` is for errors."""
+        self._tokenizer, self._path = tokenizer, path
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _refusals(self._path, "cannot tokenize a text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """Text of token ids."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+        with _refusals(self._path, "cannot decode"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def token_ids(self) -> dict[str, int]:
         """Every token, special ones included."""
@@ -93,14 +98,12 @@ def fast_vocabulary(path: Path, added: Added) -> FastVocabulary:
     """
     raw = read_bounded(path, limits.TOKENIZER_BYTES)
     items = sum(map(raw.count, (b"[", b"{", b",")))
-    try:
+    with _refusals(path, "cannot be read"):
         if items > limits.TOKENIZER_ITEMS or raw.count(b'"content"') > limits.ADDED_TOKENS:
             raise ValueError(f"too large: {items} items")
         tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            path, allowed="a tokenizers file", problem=f"cannot be read ({error})"
-        ) from error
+        for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder):
+            _check_steps(part)
     known = tokenizer.get_added_tokens_decoder()
     tokenizer.add_tokens(
         [token for index, token in sorted(added.items()) if not _is_same(known.get(index), token)]
@@ -112,7 +115,44 @@ def fast_vocabulary(path: Path, added: Added) -> FastVocabulary:
                 allowed=f"{index}, as in the files beside it",
                 problem=f"token {token.content!r} has id {found}",
             )
-    return FastVocabulary(tokenizer)
+    return FastVocabulary(tokenizer, path)
+
+
+def _check_steps(part: Any) -> None:
+    """Refuse what makes a text ever longer, or looks at it ever again.
+
+    Raises:
+        ValueError: more steps, or more growth, than a model has a use for.
+    """
+    steps = [] if part is None else list(_steps(json.loads(part.__getstate__())))
+    if len(steps) > limits.TOKENIZER_STEPS:
+        raise ValueError(f"{len(steps)} steps, more than {limits.TOKENIZER_STEPS}")
+    growth = prod(1 + len(step.get("content", "")) for step in steps if step["type"] == "Replace")
+    growth *= 2 ** sum(step["type"] == "ByteLevel" for step in steps)
+    if growth > limits.TOKENIZER_GROWTH or any(step["type"] == "Precompiled" for step in steps):
+        raise ValueError("its normalizer or decoder makes texts many times as long")
+
+
+def _steps(node: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping with a type in a part of a tokenizer."""
+    for value in node.values() if isinstance(node, dict) else node:
+        if isinstance(value, dict | list):
+            yield from _steps(value)
+    if isinstance(node, dict) and "type" in node:
+        yield node
+
+
+@contextmanager
+def _refusals(path: Path, problem: str) -> Iterator[None]:
+    """Say in one line what tokenizers refuses; it raises nothing narrower, and panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interrupt
+        raise UserError(
+            path, allowed="a tokenizers file", problem=f"{problem} ({error!s:.300})"
+        ) from error
 
 
 def _is_same(found: AddedToken | None, token: AddedToken) -> bool:
@@ -248,7 +288,7 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
             allowed="a type for each token",
             problem=f"tokenizer.ggml.token_type has {len(types)} items for {len(tokens)} tokens",
         )
-    try:
+    with _refusals(file.path, "tokenizer.ggml.merges cannot be read"):
         tokenizer = Tokenizer(
             models.BPE(
                 vocab={token: index for index, token in enumerate(tokens)},
@@ -256,10 +296,6 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
                 ignore_merges=pre == "llama-bpe",
             )
         )
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            file.path, allowed="a whole vocabulary", problem=f"tokenizer.ggml.merges: {error}"
-        ) from error
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words[pre])
@@ -272,7 +308,7 @@ def gguf_vocabulary(file: GgufFile) -> FastVocabulary:
     if len(added) > limits.ADDED_TOKENS:
         raise UserError(file.path, allowed=f"at most {limits.ADDED_TOKENS} added tokens")
     tokenizer.add_tokens(added)
-    return FastVocabulary(tokenizer)
+    return FastVocabulary(tokenizer, file.path)
 
 
 def _gguf_list(file: GgufFile, key: str, kind: type) -> list[Any]:

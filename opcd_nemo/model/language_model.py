@@ -93,7 +93,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def load(self, checkpoint: StoredModel, layers: Sequence[int] | None = None) -> None:
-        """Fill every parameter of this shard; `layers` are the checkpoint's layers to keep."""
+        """Fill every parameter of this shard; `layers` are the checkpoint's layers to keep.
+
+        Raises:
+            UserError: a weight is infinite or no number.
+        """
         kept = range(self.config.num_layers) if layers is None else layers
         for name, parameter in self.module.named_parameters():
             layer = self.global_layer(name)
@@ -108,6 +112,12 @@ class LanguageModel:
             )
             assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
             parameter.copy_(shard)
+            if not parameter.isfinite().all():
+                raise UserError(
+                    checkpoint.path,
+                    allowed=f"finite weights, also in {self.dtype}",
+                    problem=f"{name} has values that are infinite or no numbers",
+                )
 
     def global_layer(self, name: str) -> int | None:
         """The 0-based layer of a local parameter name; None outside the layers."""

@@ -26,16 +26,21 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # a name may be none that the system knows
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(path, allowed="a plain file", problem="is a pipe, a device or a folder")
+    try:
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(
-                    path, allowed="a plain file", problem="is a pipe, a device or a folder"
-                )
             yield file
     except OSError as error:
-        raise UserError(
-            path, allowed="a file that can be read", problem=f"cannot be read ({error.strerror})"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(path, allowed="a file that can be read", problem=f"cannot be read ({reason})")
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.recipes.conftest import Train
 from tests.tiny import write_chat_model
@@ -115,6 +116,19 @@ def test_mistake_ends_with_one_line_and_code_2(
         assert words.format(**places) in refusal.stderr
     assert refusal.returncode == 2
     assert refusal.stdout == ""  # a run's first line comes before its models load
+
+
+def test_weights_that_are_no_numbers_end_a_run_before_its_first_step(
+    train: Train, tmp_path: Path
+) -> None:
+    weights = write_chat_model(tmp_path / "nan") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights)
+    refusal = train(f"student.path={tmp_path / 'nan'}")
+    assert refusal.returncode == 2
+    assert refusal.stderr.count("\n") == 1, refusal.stderr
+    assert "final_layernorm.weight has values that are infinite or no numbers" in refusal.stderr
 
 
 def test_line_stands_alone_on_a_users_screen(train: Train) -> None:

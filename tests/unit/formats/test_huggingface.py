@@ -212,7 +212,7 @@ def test_a_tensor_comes_from_the_file_that_the_index_names(
     tensors = indexed(tmp_path / "model")
     norm = open_model(str(tmp_path / "model")).tensor("model.norm.weight")
     assert torch.equal(norm, tensors["model.norm.weight"])
-    assert "b.safetensors is not read" in caplog.text
+    assert "1 tensors are not read, the first of them 'model.norm.weight' of b.saf" in caplog.text
     indexed(tmp_path / "other", **{"model.norm.weight": "b.safetensors"})
     norm = open_model(str(tmp_path / "other")).tensor("model.norm.weight")
     assert torch.equal(norm, tensors["model.norm.weight"] + 1)
@@ -227,6 +227,9 @@ def test_a_tensor_comes_from_the_file_that_the_index_names(
         ({"model.norm.weight": "c.safetensors"}, "c.safetensors: cannot be read"),
         ({"model.norm.weight": "../model/a.safetensors"}, "the name of a file beside it"),
         ({"model.norm.weight": "/etc/passwd"}, "the name of a file beside it"),
+        ({"model.norm.weight": "\ud83d"}, "cannot be read"),
+        ({"model.norm.weight": "a\0"}, "cannot be read"),
+        ({"model.norm.weight": ".."}, "is a pipe, a device or a folder"),
         ({"model.norm.weight": 5}, "the name of a file beside it"),
         ({"model.norm.weight": ["a"]}, "the name of a file beside it"),
     ],

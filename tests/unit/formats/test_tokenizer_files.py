@@ -214,6 +214,34 @@ def test_files_of_another_kind_are_one_line(folder: Path, name: str, text: str) 
     assert str(folder) in refusal(ChatTokenizer.from_path, folder)
 
 
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "word"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [GROWS] * 30}, "many times as long"),
+        ("normalizer", GROWS | {"content": "a" * 1000}, "many times as long"),
+        ("decoder", {"type": "Sequence", "decoders": [GROWS] * 30}, "many times as long"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [SPLIT] * 1000}, "more than 64"),
+    ],
+)
+def test_a_tokenizer_that_makes_texts_long_is_refused(
+    folder: Path, part: str, value: object, word: str
+) -> None:
+    edit(folder / "tokenizer.json", **{part: value})
+    assert word in refusal(ChatTokenizer.from_path, folder)
+
+
+def test_a_tokenizer_that_panics_is_one_line(folder: Path, capfd: Any) -> None:
+    hangs = SPLIT | {"pattern": {"Regex": "(a+)+$"}}
+    edit(folder / "tokenizer.json", pre_tokenizer=hangs)
+    with pytest.raises(UserError, match="cannot tokenize a text"):
+        opened(folder).encode("a" * 40 + "!")
+    capfd.readouterr()  # Rust's own words
+
+
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"],
