@@ -23,15 +23,24 @@ from opcd_kernels import (
 )
 from opcd_kernels.checks import MAX_TOP_K
 from opcd_nemo.config.doc import Doc
+from opcd_nemo.config.limits import LEAST_TEMPERATURE, MOST_TEMPERATURE, MOST_TOKENS
 from opcd_nemo.errors import UserError
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.head import Head
 
 Share = Annotated[float, Doc(words="the student's share of the mixture in jsd", above=0, below=1)]
 Temperature = Annotated[
-    float, Doc(words="divides both models' logits; independent of the rollout's", above=0)
+    float,
+    Doc(
+        words="divides both models' logits; independent of the rollout's",
+        minimum=LEAST_TEMPERATURE,
+        maximum=MOST_TEMPERATURE,
+    ),
 ]
-ChunkTokens = Annotated[int, Doc(words="answer tokens whose logits exist at once", minimum=1)]
+ChunkTokens = Annotated[
+    int,
+    Doc(words="answer tokens whose logits exist at once", minimum=1, maximum=MOST_TOKENS),
+]
 BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
 CAPTURED_MASS = "loss/captured_mass"

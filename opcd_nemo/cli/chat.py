@@ -13,6 +13,7 @@ from opcd_nemo.config.programs import load_chat
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.sources import Context
 from opcd_nemo.distributed.groups import init_parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.export.provenance import as_context, read_provenance
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
@@ -104,6 +105,7 @@ def open_chat(settings: DictConfig) -> Chat:
     config = load_chat(settings)
     source = config.from_
     checkpoint, tokenizer = open_model(source), ChatTokenizer.from_path(source)
+    _check_length(config.sampling, checkpoint.config.max_positions)
     context = _context(source, config.system)
     dtype = choose_dtype(config.dtype, checkpoint.dtype)
     parallel = init_parallel(config.parallel, config.seed)
@@ -138,6 +140,13 @@ def run_chat(settings: DictConfig, lines: Iterable[str]) -> None:
         else:
             for answer in chat.ask(line):
                 logger.info("%s", answer)
+
+
+def _check_length(sampling: Sampling, max_positions: int) -> None:
+    """Refuse answers beside which no question fits."""
+    if sampling.max_new_tokens >= max_positions:
+        allowed = f"below the model's {max_positions} positions"
+        raise UserError("sampling.max_new_tokens", sampling.max_new_tokens, allowed)
 
 
 def _context(source: str, system: str | None) -> Context | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -20,6 +21,7 @@ TYPE_WORDS: dict[Any, str] = {
     dict[str, Any]: "a mapping",
     dict[str, float]: "a mapping of names to numbers",
 }
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file nor a terminal can have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Doc:
         choices: the texts that are taken; a list holds each of them once at most.
         takes: what is taken, where the type says too little.
         example: a value that works.
-        keys: a dataclass of the keys that are read of a group which others define.
+        keys: a dataclass of the keys that a run follows of a group which others define.
         plug: the value is a mapping with a `_target_`.
     """
 
@@ -95,11 +97,15 @@ def _limits(described: Doc) -> list[str]:
         ("<=", described.maximum),
         ("<", described.below),
     )
-    return [f"{sign} {limit:g}" for sign, limit in limits if limit is not None]
+    return [f"{sign} {_number(limit)}" for sign, limit in limits if limit is not None]
+
+
+def _number(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def check_value(key: str, value: Any, kind: Any, described: Doc | None) -> None:
-    """Check a value of the right type: finite, within its range, one of its choices.
+    """Check a value of the right type: writable, finite, within its range, one of its choices.
 
     Raises:
         UserError: it is none of these.
@@ -109,7 +115,9 @@ def check_value(key: str, value: Any, kind: Any, described: Doc | None) -> None:
         parts = list(value.values())
     problem = None
     numbers = [part for part in parts if isinstance(part, int | float) and type(part) is not bool]
-    if not all(math.isfinite(number) for number in numbers):
+    if any(isinstance(part, str) and _NO_TEXT.search(part) for part in parts):
+        problem = "has a character that no text has"
+    elif not all(math.isfinite(number) for number in numbers):
         problem = "is not finite"
     elif described is None or (
         all(_is_within(number, described) for number in numbers)

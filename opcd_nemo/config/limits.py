@@ -148,3 +148,21 @@ PARQUET_VALUES = 16 * MIB
 
 PARQUET_FOOTER_BYTES = 16 * MIB
 """Of the end of a parquet file, which describes its columns: a hundred thousand of them."""
+
+# ------------------------------------------------------------------ numbers of a configuration
+# beyond these a number is a slip of the pen, or is meant to break something
+
+MOST_STEPS = 1_000_000_000
+"""Of steps, questions and tokens: more than any run has, and sums of some stay below 64 bits."""
+MOST_SEQUENCES = 1_000_000
+"""Of a batch: the turns of an episode draw from numbers this far apart (`rollout.collect`)."""
+MOST_SEED = 2**63 - 1
+"""torch's generators take 64 bits, and Megatron adds the number of a rank."""
+MOST_TOKENS = 10_000_000
+"""Of an answer, a prompt or a context: beyond the positions of any model."""
+MOST_RANKS = 100_000
+"""Processes of a run: ten times the largest clusters that train one model."""
+MOST_VOCABULARY = 10_000_000
+"""Rows of an embedding: forty times the largest that models have."""
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 100.0
+"""Below, logits divided by it leave fp32's range; above, every token is as likely as any other."""

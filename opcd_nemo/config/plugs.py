@@ -57,6 +57,17 @@ def build_plug(plug: dict[str, Any], **runtime: Any) -> Any:
     return _factory("plug", plug["_target_"])(**arguments, **runtime)
 
 
+def makes(target: str, protocol: type) -> bool:
+    """Whether a checked target is a class with the methods of a protocol, or returns one."""
+    factory = _factory("plug", target)
+    made: Any = factory
+    if not inspect.isclass(factory):
+        made = inspect.get_annotations(factory, eval_str=True).get("return")
+    methods = [name for name, value in vars(protocol).items() if inspect.isfunction(value)]
+    public = [name for name in methods if not name.startswith("_")]
+    return made is protocol or all(callable(getattr(made, name, None)) for name in public)
+
+
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments that YAML gives."""
     parameters = inspect.signature(factory, eval_str=True).parameters

@@ -28,6 +28,24 @@ _KEYS = {
 }
 """Old key -> new key."""
 
+_DROPPED = (
+    *(
+        f"exp_manager.{name}"
+        for name in (
+            "create_preemption_callback",
+            "log_step_timing",
+            "log_tflops_per_sec_per_gpu",
+            "resume_ignore_no_checkpoint",
+            "seconds_to_sleep",
+        )
+    ),
+    *(
+        f"exp_manager.checkpoint_callback_params.{name}"
+        for name in ("every_n_epochs", "mode", "model_parallel_size", "monitor", "save_last")
+    ),
+)
+"""Keys of `conf/` before, which had one value that a run could follow."""
+
 _VALUES = {
     "teacher.update": {"frozen": "never", "hard_sync": "every_n_steps", "live": "shared"},
 }
@@ -79,6 +97,10 @@ def present_config(config: Any) -> Any:
     present = _present_names(config)
     for old, new in _KEYS.items():
         _move(present, old.split("."), new.split("."))
+    for key in _DROPPED:
+        group, name = _group_of(present, key)
+        if group is not None:
+            group.pop(name, None)
     return present
 
 
@@ -104,13 +126,19 @@ def _present_names(node: Any) -> Any:
     return [_present_names(value) for value in node] if isinstance(node, list) else node
 
 
-def _move(config: Any, old: list[str], new: list[str]) -> None:
-    """Move a value within the configuration, if the old key has one."""
-    *groups, name = old
+def _group_of(config: Any, key: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping in which a dotted key stands, if it is one, and the key's last name."""
+    *groups, name = key.split(".")
     node = config
     for group in groups:
         node = node.get(group) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or name not in node:
+    return (node if isinstance(node, dict) else None), name
+
+
+def _move(config: Any, old: list[str], new: list[str]) -> None:
+    """Move a value within the configuration, if the old key has one."""
+    node, name = _group_of(config, ".".join(old))
+    if node is None or name not in node:
         return
     value = _present_value(".".join(new), node.pop(name))
     *groups, name = new

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opcd_nemo.config.changes import RESULT_KEYS
 from opcd_nemo.errors import UserError
 
 if TYPE_CHECKING:
-    from opcd_nemo.config.train import EvaluationConfig, OptimConfig, ParallelConfig, TrainConfig
+    from opcd_nemo.config.train import EvaluationConfig, OptimConfig, TrainConfig
+
+_NAME_BYTES = 200  # file systems take 255; locks and runs that are set aside add to the name
+_NAME_CHARACTERS = 1000  # with the folders above it; systems take 4096
+_SHOWN = 60
 
 
 def check_rules(config: TrainConfig) -> None:
@@ -17,10 +23,8 @@ def check_rules(config: TrainConfig) -> None:
     Raises:
         UserError: a key contradicts another, or has no effect beside it.
     """
-    if any(part in ("", ".", "..") for part in config.name.split("/")):
-        raise UserError("name", config.name, "the name of a folder")
-    _check_parallel(config.parallel)
-    _check_optim(config.optim)
+    _check_name(config.name)
+    _check_optim(config.optim, config.trainer["max_steps"])
     batching, rollout = config.batching, config.rollout
     if batching.global_batch_size % batching.micro_batch_size:
         raise UserError(
@@ -31,42 +35,75 @@ def check_rules(config: TrainConfig) -> None:
     _check_teacher(config)
     _check_evaluation(config.evaluation)
     _check_stop(config)
-    _check_checkpoint_name(config)
+    _check_checkpoints(config)
     if rollout.teacher_data is not None and rollout.sampler != "teacher":
         raise UserError(
             "rollout.teacher_data",
             rollout.teacher_data,
             f"null with rollout.sampler={rollout.sampler}",
         )
+    if rollout.teacher_data is not None and not rollout.teacher_data.strip():
+        raise UserError("rollout.teacher_data", rollout.teacher_data, "a folder, or null")
+    _check_changes(config.resume.allow_changes)
 
 
-def _check_checkpoint_name(config: TrainConfig) -> None:
-    """Refuse a name that leads out of the run's folder, or by which no run finds its checkpoint."""
-    name = config.exp_manager["checkpoint_callback_params"].get("filename")
-    if not isinstance(name, str) or "{step}" not in name or "/" in name or name.startswith("."):
-        raise UserError(
-            "exp_manager.checkpoint_callback_params.filename",
-            name,
-            "a file name with {step} in it, as '{step}'",
-        )
+def _check_name(name: str) -> None:
+    if len(name) <= _NAME_CHARACTERS and all(map(_is_folder_name, name.split("/"))):
+        return
+    raise UserError(
+        "name",
+        name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...",
+        f"the name of a folder: at most {_NAME_BYTES} bytes that can be printed, none of them a "
+        "blank at an end, and no . or - at the start",
+    )
 
 
-def _check_parallel(parallel: ParallelConfig) -> None:
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise UserError(
-            "parallel.sequence_parallel",
-            True,
-            "false with parallel.tensor_model_parallel_size=1",
-        )
-    if parallel.fp8 is not None and parallel.layer_spec != "te":
-        raise UserError(
-            "parallel.fp8",
-            parallel.fp8,
-            f"null with parallel.layer_spec={parallel.layer_spec}; te has it",
-        )
+def _is_folder_name(part: str) -> bool:
+    return (
+        part.isprintable()  # so it has no lone surrogate, which could not be encoded
+        and part.strip() == part
+        and not part.startswith((".", "-"))
+        and 0 < len(part.encode()) <= _NAME_BYTES
+    )
 
 
-def _check_optim(optim: OptimConfig) -> None:
+def _check_checkpoints(config: TrainConfig) -> None:
+    """Refuse checkpoints that are not kept, cannot be continued, or are not found again."""
+    callback = config.exp_manager["checkpoint_callback_params"]
+    key, name = "exp_manager.checkpoint_callback_params", callback["filename"]
+    around = name.replace("{step}", "", 1)
+    # Lightning writes `step=7` for {step}; a later start looks for that
+    if (
+        around == name
+        or any(mark in around for mark in ("{", "}", "/", "="))
+        or (not _is_folder_name(name))
+    ):
+        allowed = "a file name with {step} in it, as '{step}', and no other braces or ="
+        raise UserError(f"{key}.filename", name, allowed)
+    if callback["save_top_k"] == 0:
+        raise UserError(f"{key}.save_top_k", 0, "a whole number >= 1, or -1")
+    if callback["save_weights_only"] and config.exp_manager["resume_if_exists"]:
+        allowed = "false with exp_manager.resume_if_exists=true: weights alone are not continued"
+        raise UserError(f"{key}.save_weights_only", True, allowed)
+    curves = config.exp_manager["wandb_logger_kwargs"] or {}
+    if config.exp_manager["create_wandb_logger"] and not curves.get("project"):
+        allowed = "the name of a project with exp_manager.create_wandb_logger=true"
+        raise UserError("exp_manager.wandb_logger_kwargs.project", curves.get("project"), allowed)
+
+
+def _check_changes(allowed_changes: Sequence[str]) -> None:
+    groups = (*RESULT_KEYS, "trainer")
+    for key in allowed_changes:
+        if key.partition(".")[0] not in groups:
+            allowed = f"a list of keys or groups of {', '.join(groups)}"
+            raise UserError("resume.allow_changes", list(allowed_changes), allowed)
+
+
+def _check_optim(optim: OptimConfig, max_steps: int) -> None:
+    last = max_steps if optim.schedule == "constant" else max_steps - 1
+    if optim.warmup_steps > last:
+        problem = f"trainer.max_steps={max_steps} with optim.schedule={optim.schedule}"
+        raise UserError("optim.warmup_steps", optim.warmup_steps, f"0 to {last}", problem=problem)
     if optim.min_lr > optim.lr:
         raise UserError("optim.min_lr", optim.min_lr, f"at most optim.lr={optim.lr}")
     if len(optim.betas) != 2:
@@ -103,18 +140,10 @@ def _check_teacher(config: TrainConfig) -> None:
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
     """Refuse what has no effect, and phrases that no answer can hold."""
-    if evaluation.sampling.temperature == 0:
-        for name, value, off in (
-            ("sampling.top_p", evaluation.sampling.top_p, 1.0),
-            ("sampling.top_k", evaluation.sampling.top_k, 0),
-            ("samples_per_question", evaluation.samples_per_question, 1),
-        ):
-            if value != off:
-                raise UserError(
-                    f"evaluation.{name}",
-                    value,
-                    f"{off} with evaluation.sampling.temperature=0, which is greedy",
-                )
+    samples = evaluation.samples_per_question
+    if evaluation.sampling.temperature == 0 and samples != 1:
+        allowed = "1 with evaluation.sampling.temperature=0, which is greedy"
+        raise UserError("evaluation.samples_per_question", samples, allowed)
     phrases = evaluation.leakage_phrases
     if not phrases or not all(re.search(r"\w", phrase) for phrase in phrases):
         raise UserError(
@@ -125,13 +154,10 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
 
 
 def _check_stop(config: TrainConfig) -> None:
-    """Refuse a rule to stop by that nothing applies, or that another setting undoes."""
+    """Refuse a rule to stop by that nothing applies."""
     share = config.evaluation.min_retention
     if share is None:
         return
     key = "evaluation.min_retention"
     if config.evaluation.every_n_steps == 0:
         raise UserError(key, share, "null with evaluation.every_n_steps=0")
-    for name in ("min_steps", "min_epochs"):
-        if config.trainer.get(name) is not None:
-            raise UserError(key, share, f"null with trainer.{name}={config.trainer[name]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -18,9 +18,18 @@ from opcd_nemo.config.doc import TYPE_WORDS, allowed_words, check_value, doc_of
 from opcd_nemo.config.plugs import missing_argument
 from opcd_nemo.config.renamed import refuse_old_key
 from opcd_nemo.config.spelling import unknown_name
+from opcd_nemo.config.third_parties import refuse_unfollowed_key
 from opcd_nemo.errors import ABSENT, UserError
 
 Schema = TypeVar("Schema")
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A group whose keys contradict each other, or have no effect beside each other."""
+
+    def check(self, prefix: str) -> None:
+        """Raises: UserError; `prefix` stands before the group's keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,14 +215,20 @@ def _check_values(schema: type, config: Any, prefix: str) -> None:
             continue
         found = doc_of(schema, name)
         check_value(key, value, kind, found)
-        if found.keys is not None:
-            _check_keys(key, value, found.keys)
+        may_be_null = schema.__dataclass_fields__[name].default is None  # type: ignore[attr-defined]
+        if found.keys is not None and not (value is None and may_be_null):
+            setattr(config, name, _read_keys(key, value, found.keys))
+    if isinstance(config, Checked):
+        config.check(prefix)
 
 
-def _check_keys(key: str, group: Any, schema: type) -> None:
-    """Check the keys of a group that are read here; others define it and check the rest."""
+def _read_keys(key: str, group: Any, schema: type) -> dict[str, Any]:
+    """The keys of a group that others define, checked; those that a run does not follow refused."""
     if not isinstance(group, Mapping):
         raise UserError(key, group, "a mapping")
     names = schema.__dataclass_fields__  # type: ignore[attr-defined]
-    known = {name: group[name] for name in names if name in group}
-    read_schema(schema, OmegaConf.create(known), prefix=f"{key}.")
+    for name, value in group.items():
+        if name not in names:
+            refuse_unfollowed_key(f"{key}.{name}", value)
+            raise unknown_name(f"{key}.{name}", names, value=value)
+    return dict(vars(read_schema(schema, OmegaConf.create(dict(group)), prefix=f"{key}.")))

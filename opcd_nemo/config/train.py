@@ -12,16 +12,21 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opcd_nemo.config.doc import doc
+from opcd_nemo.config.limits import MOST_RANKS, MOST_SEED, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS
 from opcd_nemo.config.plugs import check_plug
 from opcd_nemo.config.rules import check_rules
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.third_parties import ManagerKeys, TrainerKeys
+from opcd_nemo.errors import UserError
 
 MODEL = (
     "a Hugging Face folder, a .gguf or .nemo file, an unpacked .nemo, a training checkpoint, "
     "hf://owner/name"
 )
 DTYPES = ("bf16", "fp32")
+MOST_WAIT_S = 30 * 86_400  # a month; clusters end jobs sooner
+MOST_LAYERS = 10_000
 _SAMPLERS = ("student", "teacher")
 
 
@@ -33,6 +38,7 @@ class StudentConfig:
     keep_layers: list[int] | None = doc(
         "build the student of these layers of the teacher; null: it has all its layers",
         minimum=0,
+        maximum=MOST_LAYERS,
         example="[0,2,4]",
     )
     dtype: str = doc("precision of its parameters", choices=DTYPES)
@@ -53,7 +59,10 @@ class TeacherConfig:
         choices=("never", "every_n_steps", "ema", "shared"),
     )
     sync_every_n_steps: int | None = doc(
-        "with update=every_n_steps: steps between two copies", minimum=1, example="10"
+        "with update=every_n_steps: steps between two copies",
+        minimum=1,
+        maximum=MOST_STEPS,
+        example="10",
     )
     ema_decay: float | None = doc(
         "with update=ema: share of the average that a step keeps", above=0, below=1, example="0.99"
@@ -67,7 +76,8 @@ class RolloutConfig:
     sampler: str = doc("who writes the answers", choices=_SAMPLERS)
     sampling: Sampling
     teacher_data: str | None = doc(
-        "with sampler=teacher: a folder that keeps what a frozen teacher has written"
+        "with sampler=teacher: a folder that keeps what a frozen teacher has written",
+        takes="a folder, or one that is made",
     )
     anchor_fraction: float = doc(
         "share of the prompts that are general questions, on which the teacher reads no context",
@@ -80,7 +90,7 @@ class RolloutConfig:
 class WarmupConfig:
     """First steps with another sampler and loss."""
 
-    steps: int = doc("number of these steps; 0: none", minimum=0)
+    steps: int = doc("number of these steps; 0: none", minimum=0, maximum=MOST_STEPS)
     sampler: str = doc("who writes the answers meanwhile", choices=_SAMPLERS)
     loss: Any = doc("the loss meanwhile; null without such steps", plug=True)
 
@@ -89,8 +99,12 @@ class WarmupConfig:
 class BatchingConfig:
     """How answers become batches and weights."""
 
-    global_batch_size: int = doc("answers a step, of all ranks together", minimum=1)
-    micro_batch_size: int = doc("answers in one forward pass of a rank", minimum=1)
+    global_batch_size: int = doc(
+        "answers a step, of all ranks together", minimum=1, maximum=MOST_SEQUENCES
+    )
+    micro_batch_size: int = doc(
+        "answers in one forward pass of a rank", minimum=1, maximum=MOST_SEQUENCES
+    )
     aggregation: str = doc(
         "sequence_mean: every answer weighs the same; token_mean: every token does",
         choices=("sequence_mean", "token_mean"),
@@ -101,19 +115,21 @@ class BatchingConfig:
 class OptimConfig:
     """Megatron's AdamW and its schedule."""
 
-    lr: float = doc("learning rate after the warm-up", above=0)
-    min_lr: float = doc("learning rate at the end of a cosine schedule", minimum=0)
+    lr: float = doc("learning rate after the warm-up", above=0, maximum=10)
+    min_lr: float = doc("learning rate at the end of a cosine schedule", minimum=0, maximum=10)
     schedule: str = doc("course of the learning rate", choices=("constant", "cosine"))
-    warmup_steps: int = doc("steps in which the learning rate rises from 0", minimum=0)
+    warmup_steps: int = doc(
+        "steps in which the learning rate rises from 0", minimum=0, maximum=MOST_STEPS
+    )
     betas: list[float] = doc(
         "decays of the two moments",
         minimum=0,
         below=1,
         takes="two numbers >= 0 and < 1",
     )
-    eps: float = doc("added to the root of the second moment", above=0)
-    weight_decay: float = doc("decoupled weight decay", minimum=0)
-    clip_grad: float = doc("largest norm of the gradient", above=0)
+    eps: float = doc("added to the root of the second moment", above=0, maximum=1)
+    weight_decay: float = doc("decoupled weight decay", minimum=0, maximum=10)
+    clip_grad: float = doc("largest norm of the gradient", above=0, maximum=1_000_000)
     use_distributed_optimizer: bool = doc("share the optimizer's state among data-parallel ranks")
     overlap_grad_reduce: bool = doc("reduce gradients while the backward pass runs")
 
@@ -123,9 +139,13 @@ class ParallelConfig:
     """Device, processes and layout, and how Megatron computes."""
 
     device: str = doc("auto: cuda where every rank has a GPU", choices=("auto", "cpu", "cuda"))
-    num_ranks: int = doc("processes, of all nodes together", minimum=1)
-    tensor_model_parallel_size: int = doc("ranks that share every layer", minimum=1)
-    pipeline_model_parallel_size: int = doc("groups of layers, one a stage", minimum=1)
+    num_ranks: int = doc("processes, of all nodes together", minimum=1, maximum=MOST_RANKS)
+    tensor_model_parallel_size: int = doc(
+        "ranks that share every layer", minimum=1, maximum=MOST_RANKS
+    )
+    pipeline_model_parallel_size: int = doc(
+        "groups of layers, one a stage", minimum=1, maximum=MOST_RANKS
+    )
     sequence_parallel: bool = doc(
         "tensor-parallel ranks also share what they would all compute alike"
     )
@@ -133,29 +153,50 @@ class ParallelConfig:
         "Megatron's local layers or Transformer Engine's; auto: te on cuda where it is installed",
         choices=("auto", "local", "te"),
     )
-    context_parallel_size: int = doc("ranks that share every sequence", minimum=1)
+    context_parallel_size: int = doc(
+        "ranks that share every sequence", minimum=1, maximum=MOST_RANKS
+    )
     recompute_modules: list[str] = doc(
         "what the backward pass computes again instead of keeping it", choices=("mlp",)
     )
     fp8: str | None = doc("with layer_spec=te: 8-bit linear layers", choices=("hybrid", "e4m3"))
-    threads_per_rank: int = doc("OpenMP threads of a rank", minimum=1)
-    timeout_s: float = doc("seconds after which a rank that waits for another gives up", above=0)
+    threads_per_rank: int = doc("OpenMP threads of a rank", minimum=1, maximum=1024)
+    timeout_s: float = doc(
+        "seconds after which a rank that waits for another gives up",
+        minimum=1,
+        maximum=MOST_WAIT_S,
+    )
     port: int = doc(
         "where the ranks of one machine meet; 0: any free port", minimum=0, maximum=65535
     )
+
+    def check(self, prefix: str) -> None:
+        """Refuse what has no effect.
+
+        Raises:
+            UserError: `prefix` stands before the key.
+        """
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            allowed = f"false with {prefix}tensor_model_parallel_size=1"
+            raise UserError(f"{prefix}sequence_parallel", True, allowed)
+        if self.fp8 is not None and self.layer_spec != "te":
+            allowed = f"null with {prefix}layer_spec={self.layer_spec}; te has it"
+            raise UserError(f"{prefix}fp8", self.fp8, allowed)
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Questions, sampling and lengths of the tables, and what ends a run."""
 
-    num_questions: int = doc("questions of the task", minimum=1)
-    num_retention: int = doc("questions of the retention task", minimum=1)
+    num_questions: int = doc("questions of the task", minimum=1, maximum=MOST_STEPS)
+    num_retention: int = doc("questions of the retention task", minimum=1, maximum=MOST_STEPS)
     sampling: Sampling
     retention_max_new_tokens: int = doc(
-        "the longest answer to the retention task, in tokens", minimum=1
+        "the longest answer to the retention task, in tokens", minimum=1, maximum=MOST_TOKENS
     )
-    samples_per_question: int = doc("answers to every question of the task", minimum=1)
+    samples_per_question: int = doc(
+        "answers to every question of the task", minimum=1, maximum=MOST_SEQUENCES
+    )
     leakage_phrases: list[str] = doc(
         "words that betray a context which the student has not read, in any case",
         takes="a list of one phrase or more, each with a word in it",
@@ -164,6 +205,7 @@ class EvaluationConfig:
         "validate after every n steps and keep the best checkpoint; 0: only test, before and "
         "after training",
         minimum=0,
+        maximum=MOST_STEPS,
     )
     min_retention: float | None = doc(
         "training ends when less than this share of the retention before it is left; null: never",
@@ -171,46 +213,6 @@ class EvaluationConfig:
         maximum=1,
         example="0.8",
     )
-
-
-@dataclass(kw_only=True)
-class TrainerKeys:
-    """Lightning's Trainer."""
-
-    max_steps: int = doc("optimizer steps of the run", minimum=1)
-
-
-@dataclass(kw_only=True)
-class CheckpointKeys:
-    """NeMo's ModelCheckpoint."""
-
-    async_save: bool = doc("write a copy while training goes on")
-
-
-@dataclass(kw_only=True)
-class ManagerKeys:
-    """NeMo's exp_manager."""
-
-    exp_dir: str = doc("folder of all runs; a run is in the folder `name` of it", example="runs")
-    resume_if_exists: bool = doc("continue from the newest whole checkpoint of the run's folder")
-    create_tensorboard_logger: bool = doc(
-        "write curves for TensorBoard into the folder nemo of the run", default=False
-    )
-    summary_writer_kwargs: Any = doc(
-        "arguments of Lightning's TensorBoardLogger; null: none",
-        takes="a mapping, or null",
-        default=None,
-    )
-    create_wandb_logger: bool = doc(
-        "send curves to Weights & Biases; with WANDB_MODE=offline they stay in the folder nemo",
-        default=False,
-    )
-    wandb_logger_kwargs: Any = doc(
-        "arguments of Lightning's WandbLogger: project, name, entity, tags and others",
-        takes="a mapping, or null",
-        default=None,
-    )
-    checkpoint_callback_params: Any = doc("NeMo's ModelCheckpoint", keys=CheckpointKeys)
 
 
 @dataclass(kw_only=True)
@@ -232,7 +234,7 @@ class TrainConfig:
     """A training run."""
 
     name: str = doc("name of the run, and of its folder", takes="the name of a folder")
-    seed: int = doc("of everything random", minimum=0)
+    seed: int = doc("of everything random", minimum=0, maximum=MOST_SEED)
     student: StudentConfig
     teacher: TeacherConfig
     task: Any = doc("questions to learn from, and how answers to them are scored", plug=True)
@@ -246,8 +248,10 @@ class TrainConfig:
     optim: OptimConfig
     parallel: ParallelConfig
     evaluation: EvaluationConfig
-    trainer: Any = doc("Lightning's Trainer, which takes many more keys", keys=TrainerKeys)
-    exp_manager: Any = doc("NeMo's exp_manager, which takes many more keys", keys=ManagerKeys)
+    trainer: Any = doc("Lightning's Trainer, of whose keys a run follows these", keys=TrainerKeys)
+    exp_manager: Any = doc(
+        "NeMo's exp_manager, of whose keys a run follows these", keys=ManagerKeys
+    )
     resume: ResumeConfig
 
 

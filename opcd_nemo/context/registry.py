@@ -18,7 +18,7 @@ from typing import Any
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.context.items import as_text, content_hash
 from opcd_nemo.errors import ABSENT, UserError
-from opcd_nemo.formats.locate import read_json
+from opcd_nemo.formats.locate import parse_json, read_json
 from opcd_nemo.storage.durable import write_whole
 
 _ENTRIES, _HISTORY = "entries", "history.jsonl"
@@ -98,10 +98,18 @@ class Registry:
         return hashes
 
     def history(self) -> list[dict[str, Any]]:
-        """Every selection, oldest first; a line that a crash cut off is not one."""
+        """Every selection, oldest first; a line that a crash cut off is not one.
+
+        Raises:
+            UserError: a line is not as it was written.
+        """
         path = self.folder / _HISTORY
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        return [
+            _selection(path, number, line)
+            for number, line in enumerate(lines, start=1)
+            if line.endswith(b"\n")
+        ]
 
     def selected(self) -> Entry:
         """Return the selected entry.
@@ -143,6 +151,17 @@ class Registry:
         return sorted((self.folder / _ENTRIES).glob("*.json"))
 
 
+def _selection(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    selection = parse_json(line, where)
+    for name in ("content_hash", "reason"):
+        if not isinstance(selection.get(name), str):
+            raise UserError(
+                where, allowed="the line as it was written, or none", problem=f"has no {name}"
+            )
+    return selection
+
+
 def read_entry(path: Path) -> Entry:
     """Read an entry, or the one selected in a registry's folder.
 
@@ -161,6 +180,11 @@ def read_entry(path: Path) -> Entry:
         )
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(path, allowed="an entry", problem=f"cannot be read ({error!r})") from error
+    score = entry.scores.get("validation")
+    if score is not None and type(score) not in (int, float):
+        raise UserError(
+            path, allowed="a number, or null", problem=f"scores.validation is {score!r}"
+        )
     if not entry.items or stored.get("content_hash") != entry.hash:
         raise UserError(
             path,

@@ -29,6 +29,8 @@ from opcd_nemo.types import Fp8Format, LayerSpec
 
 _log = logging.getLogger(__name__)
 
+_RANKS_A_PROCESSOR = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
@@ -198,10 +200,13 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
     """Resolve `parallel.device`; returns the device and why it was chosen.
 
     Raises:
-        UserError: CUDA is asked for and there are fewer GPUs than ranks.
+        UserError: CUDA is asked for and there are fewer GPUs than ranks, or the CPU for far more
+            ranks than it has processors.
     """
     gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cpu" or (device == "auto" and gpus < ranks_per_node):
+        _check_processors(ranks_per_node)
     if device == "cpu":
         return torch.device("cpu"), "parallel.device=cpu"
     if gpus >= ranks_per_node:
@@ -214,6 +219,15 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
         "as many GPUs as ranks, or parallel.device=cpu",
         problem=f"{gpus} GPUs for {ranks_per_node} ranks",
     )
+
+
+def _check_processors(ranks: int) -> None:
+    """Refuse so many ranks that a machine would only switch between them."""
+    processors = os.cpu_count() or 1
+    most = max(64, _RANKS_A_PROCESSOR * processors)
+    if ranks > most:
+        allowed = f"at most {most} on this machine of {processors} processors"
+        raise UserError("parallel.num_ranks", ranks, allowed)
 
 
 def backend_version(device: torch.device) -> str:

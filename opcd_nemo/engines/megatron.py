@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from opcd_nemo.config.doc import Doc
+from opcd_nemo.config.limits import MOST_SEQUENCES
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
 from opcd_nemo.model.language_model import LanguageModel, Stream
@@ -23,7 +24,9 @@ from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample
 
-BatchSize = Annotated[int, Doc(words="sequences decoded together", minimum=1)]
+BatchSize = Annotated[
+    int, Doc(words="sequences decoded together", minimum=1, maximum=MOST_SEQUENCES)
+]
 _TOKENS_PER_BEAT = 256  # seconds: whatever generates shows that it goes on
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from opcd_nemo.config.doc import doc
+from opcd_nemo.config.limits import MOST_SEED, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS
 from opcd_nemo.config.renamed import present_method
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
@@ -35,12 +36,18 @@ class ExtractionConfig:
     )
     prompt: str = doc("what asks the model to write", takes="a text with {trace}")
     with_previous: bool = doc("the prompt shows the chain's items up to now")
-    num_chains: int = doc("candidates that are extracted at once", minimum=1)
-    num_steps: int = doc("steps of a chain, which follow each other", minimum=1)
+    num_chains: int = doc(
+        "candidates that are extracted at once", minimum=1, maximum=MOST_SEQUENCES
+    )
+    num_steps: int = doc("steps of a chain, which follow each other", minimum=1, maximum=MOST_STEPS)
     shared_problems: bool = doc("all chains meet the same problems, as in the paper's code")
-    cap_tokens: int = doc("the newest whole items within so many tokens are kept", minimum=1)
+    cap_tokens: int = doc(
+        "the newest whole items within so many tokens are kept", minimum=1, maximum=MOST_TOKENS
+    )
     sampling: Sampling
-    problem_max_new_tokens: int = doc("the longest answer to a problem, in tokens", minimum=1)
+    problem_max_new_tokens: int = doc(
+        "the longest answer to a problem, in tokens", minimum=1, maximum=MOST_TOKENS
+    )
 
     @property
     def prompt_version(self) -> str:
@@ -62,9 +69,11 @@ class ExtractionConfig:
 class ScoringConfig:
     """Successive halving on the validation split."""
 
-    num_questions: int = doc("questions of the last rung", minimum=1)
+    num_questions: int = doc("questions of the last rung", minimum=1, maximum=MOST_STEPS)
     first_questions: int = doc(
-        "questions of the first rung; every further rung has twice as many", minimum=1
+        "questions of the first rung; every further rung has twice as many",
+        minimum=1,
+        maximum=MOST_STEPS,
     )
     keep: float = doc("share of the candidates that a rung keeps", above=0, maximum=1)
 
@@ -77,8 +86,12 @@ class SelectionConfig:
         "best: the best on validation; random: drawn among those of min_steps steps or more",
         choices=("best", "random"),
     )
-    min_steps: int = doc("with rule=random: the fewest steps of a candidate", minimum=1)
-    count: int = doc("candidates taken; more than one are a pool to draw from", minimum=1)
+    min_steps: int = doc(
+        "with rule=random: the fewest steps of a candidate", minimum=1, maximum=MOST_STEPS
+    )
+    count: int = doc(
+        "candidates taken; more than one are a pool to draw from", minimum=1, maximum=MOST_SEQUENCES
+    )
 
 
 @dataclass(kw_only=True)
@@ -92,7 +105,7 @@ class ConsolidationConfig:
     settings: Any = doc(
         "what the methods off_policy and sft change: their files of conf/method", takes="a mapping"
     )
-    seeds: list[int] = doc("seeds of the runs of every method", minimum=0)
+    seeds: list[int] = doc("seeds of the runs of every method", minimum=0, maximum=MOST_SEED)
 
 
 @dataclass(kw_only=True)
@@ -100,7 +113,9 @@ class ExperienceConfig:
     """The stages before and after training."""
 
     rounds: int = doc(
-        "rounds of all stages; each starts from the student of the round before", minimum=1
+        "rounds of all stages; each starts from the student of the round before",
+        minimum=1,
+        maximum=MOST_STEPS,
     )
     replay: bool = doc("training asks the turns that extraction has logged; nothing is played")
     next_round_retention: float | None = doc(
@@ -125,7 +140,7 @@ class PipelineKeys:
     """What the pipeline has beside the keys of a training run."""
 
     stage: str = doc("the stage to run; finished work is never repeated", choices=("all", *STAGES))
-    round: int = doc("the round of a stage other than all", minimum=1)
+    round: int = doc("the round of a stage other than all", minimum=1, maximum=MOST_STEPS)
     run: str | None = doc("with stage=consolidate: one of its runs; null: all", example="opcd-1")
     experience: ExperienceConfig
 

@@ -26,9 +26,11 @@ from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
+from opcd_nemo.storage.durable import check_writable
 from opcd_nemo.storage.hub import SCHEME, at_commit, parse_address, upload_model
 from opcd_nemo.storage.run_folder import RunFolder
 
+_NAME_BYTES = 200  # file systems take 255; what is not whole yet has a longer name
 # the user's own, perhaps; restoring refuses those
 _PLUGS = ("task", "retention", "context", "engine", "loss")
 
@@ -132,7 +134,10 @@ def _target(settings: ExportConfig) -> Path:
         raise UserError("to", path, f"{ending} in .nemo with format={settings.format}")
     if Path(settings.from_).absolute() in path.absolute().parents:
         raise UserError("to", path, f"a place outside {settings.from_}")
-    if path.exists():
+    if len(path.name.encode()) > _NAME_BYTES or not path.name.isprintable():
+        allowed = f"a name of at most {_NAME_BYTES} bytes that can be printed"
+        raise UserError("to", path, allowed)
+    check_writable("to", path.parent)
+    if path.exists() or path.is_symlink():
         raise UserError("to", path, "a new path", problem="is already there")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path

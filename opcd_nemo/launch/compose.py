@@ -12,6 +12,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from opcd_nemo.config.renamed import CHOICES, refuse_old_key
 from opcd_nemo.config.spelling import unknown_name
+from opcd_nemo.config.third_parties import refuse_unfollowed_key
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.launch.recipes import CONF, of_program
 
@@ -72,10 +73,13 @@ def as_override(word: str) -> str:
 
     Raises:
         UserError: the word is neither `key=value` nor `~key`, the value is empty or a list or
-            mapping that cannot be read, or the choice of a group is no file.
+            mapping that cannot be read, the key is Hydra's, or the choice of a group is no file.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+~")
+    if re.match(r"hydra\b", name):
+        allowed = "a key of conf/; the run's folder is exp_manager.exp_dir and name"
+        raise UserError(key, value if equals else ABSENT, allowed, problem="is a key of Hydra's")
     if not equals:
         if key.startswith("~") and name:
             return word
@@ -141,6 +145,7 @@ def _explained(error: Exception, config_name: str, words: Sequence[str]) -> User
     key = unknown[1]
     given = next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), ABSENT)
     refuse_old_key(key, given)
+    refuse_unfollowed_key(key, given)
     groups = [word for word in words if choices(word.partition("=")[0])]
     composed = compose(config_name, groups)
     beside = composed

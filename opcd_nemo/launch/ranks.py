@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
-from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.groups import choose_device, choose_layer_spec, keep_on_loopback
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
 from opcd_nemo.errors import UserError
@@ -48,9 +48,10 @@ _PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide 
 
 def check_run(raw: DictConfig) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
-    parallel = prepare_run(raw).config.parallel
+    parallel = load_config(raw).parallel
     device, _reason = choose_device(parallel.device, ranks_here(parallel.num_ranks))
     choose_layer_spec(parallel.layer_spec, device)
+    prepare_run(raw)
     return parallel
 
 

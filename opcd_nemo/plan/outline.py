@@ -14,6 +14,7 @@ from opcd_nemo.config.programs import PlanConfig
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
+from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.shape import ModelConfig, keep_layers, parse_config
 from opcd_nemo.plan.work import Layout, Tokens, Work
 from opcd_nemo.rollout.conversation import shared_start
@@ -29,7 +30,9 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
     Raises:
         UserError: a key is wrong, or lengths are neither given nor to be found.
     """
-    if _are_there(config) and settings.student_config is None:
+    if settings.teacher_config is not None and config.teacher.path is None:
+        raise UserError("plan.teacher_config", settings.teacher_config, "null without teacher.path")
+    if _are_there(config) and settings.student_config is settings.teacher_config is None:
         inputs = open_inputs(config, config.parallel.num_ranks)
         models = inputs.student_config, inputs.teacher_config
         tokens = _rendered(config, settings, inputs)
@@ -71,9 +74,9 @@ def _shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
             path,
             f"a model folder, plan.{side}_config=<config.json>, or a folder named as one of "
             f"{', '.join(sorted(known))}",
-            problem="not there",
+            problem="not there" if given is None else f"plan.{side}_config={given} is not there",
         )
-    return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)), file.name
+    return parse_config(read_json(file), str(file)), file.name
 
 
 def _given(config: TrainConfig, settings: PlanConfig) -> Tokens:
@@ -104,13 +107,16 @@ def _rendered(config: TrainConfig, settings: PlanConfig, inputs: Inputs) -> Toke
     episodes = inputs.task.episodes("train", 0, count)
     sides = [inputs.conversation.longest_prompts(episode) for episode in episodes]
     students = [student for student, _ in sides]
+    prompt = settings.prompt_tokens or fmean(map(len, students))
+    measured = fmean(len(teacher) for _, teacher in sides) - fmean(map(len, students))
+    context = settings.context_tokens
     return _tokens(
         config,
         settings,
-        prompt=settings.prompt_tokens or fmean(map(len, students)),
+        prompt=prompt,
         shared=len(shared_start(students)) if len(students) > 1 else 0,
-        teacher_prompt=fmean(len(teacher) for _, teacher in sides),
-        held=len(inputs.prefix_ids),
+        teacher_prompt=prompt + (measured if context is None else context),
+        held=len(inputs.prefix_ids) if context is None else context,
     )
 
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,22 @@ def seal(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Give a finished folder its manifest and force both to the disk; its files already are."""
     write_manifest(folder, entries)
     sync(folder)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder in which nothing can be written, without making it.
+
+    Raises:
+        UserError: of this key.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            folder.lstat()  # too long a name, or below a file
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(key, folder, "a writable folder", problem=error.strerror) from error
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from opcd_nemo.config.plugs import build_plug, check_plug
+from opcd_nemo.config.plugs import build_plug, check_plug, makes
+from opcd_nemo.errors import UserError
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.tasks.draws import draw, draw_version, require_enough
 from opcd_nemo.tasks.kept import Problem, Source
@@ -46,7 +47,7 @@ class ReplayTask:
         Raises:
             UserError: a broken file (its line is named), or a plug that is none.
         """
-        check_plug("task.of", dict(of))
+        _check_task(of)
         self._task: Task = build_plug(dict(of))
         self._seed = seed
         self._turns = [
@@ -96,3 +97,17 @@ def _read(path: str, max_left_out: float) -> Iterator[tuple[str, str]]:
     for index in file.splits["train"]:
         text, uid = file.parts(index)
         yield uid, text
+
+
+def _check_task(of: object) -> None:
+    """Check a plug whose target makes a task, before anything of it is called.
+
+    Raises:
+        UserError: it is no mapping, or its target is neither a task of this package nor a class
+            with a task's methods, or a function that returns one.
+    """
+    if not isinstance(of, Mapping):
+        raise UserError("task.of", of, "a mapping with a _target_")
+    check_plug("task.of", dict(of))
+    if not makes(of["_target_"], Task):
+        raise UserError("task.of._target_", of["_target_"], "a task: opcd list tasks shows them")

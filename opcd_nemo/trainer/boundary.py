@@ -71,7 +71,7 @@ class StepBoundary(pl.Callback):
             heartbeat.touch()
 
     def _stop(self, step: int, path: Path, received: signal.Signals | None) -> None:
-        again = "continue with exp_manager.resume_if_exists=true"
+        again = "continue with exp_manager=resumable"
         if received is None:
             raise StoppedByFile(
                 f"stopped by {self._stop_file} after step {step}; saved {path}; {again}, without "

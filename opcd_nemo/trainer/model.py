@@ -120,8 +120,9 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
         self.run_folder.append(METRICS, metric_line(step, values))
-        for logger in self.loggers:  # TensorBoard, wandb: on rank 0
-            logger.log_metrics(values, step)
+        if (step + 1) % self.trainer.log_every_n_steps == 0:
+            for logger in self.loggers:  # TensorBoard, wandb: on rank 0
+                logger.log_metrics(values, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside the weights what a continued run is compared with."""

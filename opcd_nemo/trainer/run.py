@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
-from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
+from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.checkpoint import save_load as checkpoint
 from opcd_nemo.config.secrets import recorded, words_without_secrets
 from opcd_nemo.config.stored import escaped
+from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
-from opcd_nemo.errors import NonFiniteError, UserError
+from opcd_nemo.errors import NonFiniteError
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
@@ -138,16 +138,7 @@ def _first_line(parallel: Parallel) -> str:
 
 def _trainer(config: TrainConfig, strategy: MegatronStrategy, boundary: pl.Callback) -> pl.Trainer:
     warnings.filterwarnings("ignore", module="lightning")
-    fixed = {**trainer_settings(strategy), "callbacks": [boundary]}
-    names = inspect.signature(pl.Trainer).parameters
-    _check_names("trainer", config.trainer, [name for name in names if name not in fixed])
-    return pl.Trainer(**fixed, **config.trainer)
-
-
-def _check_names(group: str, settings: Mapping[str, Any], allowed: Collection[str]) -> None:
-    for name, value in settings.items():
-        if name not in allowed:
-            raise UserError(f"{group}.{name}", value, ", ".join(allowed), problem="no such key")
+    return pl.Trainer(**trainer_settings(strategy), callbacks=[boundary], **config.trainer)
 
 
 def _start_exp_manager(trainer: pl.Trainer, raw: DictConfig, folder: Path) -> None:
@@ -162,16 +153,17 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
     settings = recorded(raw)["exp_manager"]  # loggers store and send what they are given
     given: Any = OmegaConf.to_container(raw.exp_manager, resolve=True)
     wandb = given.get("wandb_logger_kwargs") or {}
-    for name in {"settings", "save_dir", "dir"} & wandb.keys():  # how it logs in, where it writes
-        settings["wandb_logger_kwargs"][name] = wandb[name]
+    if "settings" in wandb:  # how it logs in
+        settings["wandb_logger_kwargs"]["settings"] = wandb["settings"]
     settings.pop("exp_dir")
-    settings["resume_if_exists"] = False  # NeMo's search knows no manifests: see `_continue_from`
-    _check_names("exp_manager", settings, list(ExpManagerConfig.__dataclass_fields__))
+    settings |= MANAGER_FIXED
     # NeMo sets the files of its folder aside when a run is continued, metrics.jsonl too
     settings["explicit_log_dir"] = str(folder / "nemo")
-    settings["checkpoint_callback_params"]["save_nemo_on_train_end"] = False  # see `train`
-    settings["checkpoint_callback_params"]["dirpath"] = str(folder / "checkpoints")
-    settings["checkpoint_callback_params"]["async_save"] = False  # NeMo's own; ours: the strategy
+    settings["checkpoint_callback_params"] |= {
+        **CHECKPOINT_FIXED,
+        "dirpath": str(folder / "checkpoints"),
+        "model_parallel_size": raw.parallel.tensor_model_parallel_size,
+    }
     created: DictConfig = OmegaConf.create(settings)
     return created
 

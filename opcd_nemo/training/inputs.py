@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.losses import TopKLoss
 from opcd_nemo.rollout.conversation import Conversation, shared_start
+from opcd_nemo.storage.durable import check_writable
 from opcd_nemo.tasks import Episode, Task
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         UserError: a key, its value and what is allowed.
     """
     _check_world(config, world_size)
-    _check_writable(Path(config.exp_manager["exp_dir"]))
+    check_writable("exp_manager.exp_dir", Path(config.exp_manager["exp_dir"]))
     with _about("student.path", config.student.path):
         student = open_model(config.student.path)
     teacher = student
@@ -132,17 +132,6 @@ def _check_world(config: TrainConfig, world_size: int) -> None:
     check_layout(world_size, tp, pp, cp)
     dp = world_size // (tp * pp)
     check_batch(batching.global_batch_size, batching.micro_batch_size, dp, cp)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            "exp_manager.exp_dir", folder, "a writable folder", problem=error.strerror
-        ) from error
 
 
 def _shared_tokenizer(

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
-from opcd_nemo.config.doc import doc, doc_of
+from opcd_nemo.config.doc import Doc, doc, doc_of
 from opcd_nemo.config.programs import ChatConfig, DoctorConfig, ExportConfig, PlanConfig
 from opcd_nemo.config.schema import described, read_schema
 from opcd_nemo.config.train import TrainConfig
@@ -35,6 +35,7 @@ class Part:
     """A part of others' group."""
 
     depth: int = doc("how deep", minimum=1)
+    width: int = doc("how wide", minimum=1, default=2)
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,11 @@ class Outer:
     is_on: bool = doc("a switch")
     inner: Inner
     others: Any = doc("others' group", keys=Part)
+    more: Any = doc("another group of others", keys=Part, default=None)
+
+    def check(self, prefix: str) -> None:
+        if self.limit == 99:
+            raise UserError(f"{prefix}limit", 99, "another number")
 
 
 GOOD: dict[str, Any] = {
@@ -61,7 +67,7 @@ GOOD: dict[str, Any] = {
     "limit": None,
     "is_on": True,
     "inner": {"share": 1, "kinds": ["b", "a"]},
-    "others": {"depth": 3, "unknown": "kept"},
+    "others": {"depth": 3},
 }
 
 
@@ -71,7 +77,8 @@ def read(prefix: str = "", **changes: Any) -> Outer:
 
 def test_values_come_typed() -> None:
     found = read()
-    assert (found.from_, found.inner.share, found.others["unknown"]) == ("home", 1.0, "kept")
+    assert (found.from_, found.inner.share, found.others) == ("home", 1.0, {"depth": 3, "width": 2})
+    assert found.more is None
     assert type(found.inner.share) is float
 
 
@@ -94,7 +101,12 @@ def test_values_come_typed() -> None:
         ({"others": {"depth": 0}}, "others.depth", "a whole number >= 1"),
         ({"others": {}}, "others.depth", "a whole number >= 1"),
         ({"others": None}, "others", "a mapping"),
-        ({"limits": 3}, "limits", "limit, from, is_on, inner, others"),
+        ({"others": {"depth": 1, "unknown": 1}}, "others.unknown", "depth, width"),
+        ({"more": {"depth": 0}}, "more.depth", "a whole number >= 1"),
+        ({"limit": 99}, "limit", "another number"),
+        ({"from": "a\0b"}, "from", "a place"),
+        ({"from": "a\ud800"}, "from", "a place"),
+        ({"limits": 3}, "limits", "limit, from, is_on, inner, others, more"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "group."])
@@ -128,6 +140,10 @@ def test_help_lists_every_key_in_the_order_of_the_fields() -> None:
         ("inner.kinds", False, "a list of a, b, each at most once"),
         ("others", True, ""),
         ("others.depth", False, "a whole number >= 1"),
+        ("others.width", False, "a whole number >= 1"),
+        ("more", True, ""),
+        ("more.depth", False, "a whole number >= 1"),
+        ("more.width", False, "a whole number >= 1"),
     ]
 
 
@@ -153,3 +169,27 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def numbers(schema: type, prefix: str = "") -> Iterator[tuple[str, Doc]]:
+    for name, kind in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from numbers(kind, f"{key}.")
+            continue
+        found = doc_of(schema, name)
+        if found.keys is not None:
+            yield from numbers(found.keys, f"{key}.")
+        elif {int, float} & {
+            kind,
+            *get_args(kind),
+            *(a for k in get_args(kind) for a in get_args(k)),
+        }:
+            yield key, found
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_number_has_a_range(schema: type) -> None:
+    for key, found in numbers(schema):
+        assert found.minimum is not None or found.above is not None, key
+        assert found.maximum is not None or found.below is not None, key

@@ -60,14 +60,14 @@ def refused(*overrides: str) -> UserError:
         (
             "~loss.temperature",
             "loss.temperature: no value is given: divides both models' logits; independent of the "
-            "rollout's; allowed: a number > 0",
+            "rollout's; allowed: a number >= 0.001 and <= 100",
         ),
         (
             "rollout.sampling.max_new_tokens=${foo.bar}",
             "rollout.sampling.max_new_tokens: Interpolation key 'foo.bar' not found; allowed: "
             "a key that exists",
         ),
-        ("optim.lr=nan", "optim.lr=nan: is not finite; allowed: a number > 0"),
+        ("optim.lr=nan", "optim.lr=nan: is not finite; allowed: a number > 0 and <= 10"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
@@ -102,15 +102,15 @@ def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
         ("optim.betas=[0.9]", "two numbers >= 0 and < 1"),
         ("optim.betas=[nan,0.9]", "two numbers >= 0 and < 1"),
         ("optim.betas=[1,0.9]", "two numbers >= 0 and < 1"),
-        ("student.keep_layers=[a]", "a list of whole numbers >= 0, or null"),
+        ("student.keep_layers=[a]", "a list of whole numbers >= 0 and <= 10000, or null"),
         ("student.path=null", "a Hugging Face folder, a .gguf or .nemo file, an unpacked"),
         ("exp_manager.exp_dir=null", "a text"),
         ("optim.lr=-1", "a number > 0"),
         ("parallel.num_ranks=0", "a whole number >= 1"),
-        ("rollout.sampling.temperature=-0.1", "a number >= 0"),
+        ("rollout.sampling.temperature=-0.1", "0, or a number >= 0.001 and <= 100"),
         ("loss.chunk_tokens=-1", "a whole number >= 1"),
         ("optim.lr=inf", "a number > 0"),
-        ("loss.temperature=nan", "a number > 0"),
+        ("loss.temperature=nan", "a number >= 0.001 and <= 100"),
         ("rollout.sampling.top_p=1.2", "a number > 0 and <= 1"),
         ("rollout.sampling.top_p=0", "a number > 0 and <= 1"),
         ("parallel.port=70000", "a whole number >= 0 and <= 65535"),
@@ -123,11 +123,28 @@ def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
         ("evaluation.min_retention=0.5", "null with evaluation.every_n_steps=0"),
         ("teacher.update=slow", "never, every_n_steps, ema, shared"),
         ("teacher.ema_decay=0.9", "null with teacher.update=never"),
-        ("teacher.sync_every_n_steps=1.5", "a whole number >= 1, or null"),
+        ("teacher.sync_every_n_steps=1.5", "a whole number >= 1 and <= 1000000000, or null"),
         ("task._target_=nope.Task", "an importable class"),
         ("loss._target_=os.system", "a class or function of Python with annotated arguments"),
         ("loss._target_=subprocess.run", "a class or function of Python with annotated arguments"),
         ("name=../x", "the name of a folder"),
+        ("name='a\nb'", "the name of a folder"),
+        ("name=-x", "the name of a folder"),
+        ("name=.run.lock", "the name of a folder"),
+        ("name='a '", "the name of a folder"),
+        (f"name={'x' * 300}", "the name of a folder"),
+        (f"name=a/{'é' * 120}", "the name of a folder"),
+        (f"seed={2**70}", "a whole number >= 0 and <= 9223372036854775807"),
+        ("optim.lr=1e300", "a number > 0 and <= 10"),
+        ("optim.warmup_steps=31", "0 to 30"),
+        ("trainer.max_steps=1e30", "a whole number >= 1"),
+        ("parallel.timeout_s=1e-9", "a number >= 1"),
+        ("parallel.timeout_s=1e300", "a number >= 1"),
+        ("parallel.threads_per_rank=1000000000", "a whole number >= 1 and <= 1024"),
+        ("rollout.sampling.temperature=1e-300", "0, or a number >= 0.001 and <= 100"),
+        ("rollout.sampling.top_k=1000000000000", "a whole number >= 0 and <= 10000000"),
+        (f"loss.chunk_tokens={2**63}", "a whole number >= 1 and <= 10000000"),
+        ("resume.allow_changes=[optm.lr]", "a list of keys or groups of seed, student"),
     ],
 )
 def test_a_refusal_names_the_key_and_what_is_allowed(override: str, allowed: str) -> None:
@@ -145,7 +162,11 @@ def test_a_refusal_names_the_key_and_what_is_allowed(override: str, allowed: str
         ("ema", "teacher.ema_decay=null", "a number > 0 and < 1 with teacher.update=ema"),
         ("ema", "teacher.sync_every_n_steps=2", "null with teacher.update=ema"),
         ("hard_sync", "teacher.ema_decay=0.5", "null with teacher.update=every_n_steps"),
-        ("hard_sync", "teacher.sync_every_n_steps=0", "a whole number >= 1, or null"),
+        (
+            "hard_sync",
+            "teacher.sync_every_n_steps=0",
+            "a whole number >= 1 and <= 1000000000, or null",
+        ),
         (
             "hard_sync",
             "teacher.sync_every_n_steps=null",
@@ -173,6 +194,22 @@ def test_a_teacher_that_is_updated_has_the_students_parameters(teacher: str, upd
         allowed = refused(f"teacher={teacher}", "student.dtype=bf16", override).allowed
         assert allowed == f"{value} with teacher.update={update}"
     assert load_config(compose("train", [f"teacher={teacher}"])).teacher.update == update
+
+
+def test_limits_of_what_is_drawn_have_no_effect_on_greedy_rollouts() -> None:
+    for override, off in (("top_p=0.9", "1.0"), ("top_k=5", "0")):
+        error = refused("rollout.sampling.temperature=0", f"rollout.sampling.{override}")
+        assert error.allowed.startswith(f"{off} with rollout.sampling.temperature=0")
+
+
+def test_a_warm_up_ends_before_a_cosine_schedule() -> None:
+    steps = ["optim.schedule=cosine", "trainer.max_steps=5"]
+    assert refused(*steps, "optim.warmup_steps=5").key == "optim.warmup_steps"
+    assert load_config(compose("train", [*steps, "optim.warmup_steps=4"])).optim.warmup_steps == 4
+
+
+def test_a_folder_of_the_teachers_samples_has_a_name() -> None:
+    assert refused("method=sft", "rollout.teacher_data=''").key == "rollout.teacher_data"
 
 
 def test_warmup_loss_is_checked_when_there_is_a_warmup() -> None:
@@ -287,7 +324,13 @@ def test_a_program_of_another_kind_is_no_plug(target: str) -> None:
     assert refused.value.key == "plug._target_"
 
 
-@pytest.mark.parametrize("name", ["'../../{step}'", "'a/{step}'", "same", "'.{step}'", "null", "3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("'../../{step}'", "'a/{step}'", "same", "'.{step}'", "null", "3"),
+        *("'{step}-{loss}'", "'step=3-{step}'", "'{step}{step}'", f"'{{step}}{'x' * 200}'"),
+    ],
+)
 def test_a_checkpoint_has_a_name_of_its_folder_that_a_later_start_finds(name: str) -> None:
     key = "exp_manager.checkpoint_callback_params.filename"
     assert refused(f"{key}={name}").key == key

@@ -22,6 +22,7 @@ from opcd_nemo.context.sources import (
     FixedContext,
     content_hash,
 )
+from opcd_nemo.errors import UserError
 from opcd_nemo.export.convert import nemo_config
 from opcd_nemo.export.provenance import as_context, describe_context
 from opcd_nemo.launch.compose import compose
@@ -251,3 +252,48 @@ def test_hashes_of_contexts_without_experience_are_what_they_were() -> None:
     assert fixed.content_hash == (
         "4ccd42564e1027159440e3e1c48a3da401ec08378d7b760bb250dcf9ae26bb3c"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "is a list"),
+        ("null", "is a NoneType"),
+        ("{}", "has no content_hash"),
+        ('{"content_hash": null, "reason": "a test"}', "has no content_hash"),
+        ('{"content_hash": "ab"}', "has no reason"),
+        ('{"content_hash": "ab", "reason": 3}', "has no reason"),
+        ("[" * 100_000, "cannot be read"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_a_line_of_the_history_that_was_edited_is_named(
+    line: str, problem: str, tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path)
+    registry.add(entry("a"))
+    registry.select(entry("a").hash, "a test")
+    file = tmp_path / "history.jsonl"
+    with file.open("ab") as history:
+        history.write(f"{line}\n".encode(errors="surrogateescape"))
+    for read in (registry.selected, registry.rollback, lambda: table(registry)):
+        with pytest.raises(UserError) as refused:
+            read()
+        assert refused.value.key == f"{file}, line 2"
+        assert str(refused.value.problem).startswith(problem)
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = Registry(tmp_path).add(entry("a", validation=0.5))
+    path.write_text(path.read_text().replace("0.5", '"good"'))
+    with pytest.raises(UserError, match=r"scores\.validation is 'good'"):
+        read_entry(path)
+
+
+def test_a_context_whose_words_were_changed_is_refused() -> None:
+    described = describe_context({"_target_": "opcd_nemo.context.FixedContext", "system": "Be."})
+    assert as_context(described, "a file").system == "Be."
+    with pytest.raises(UserError) as refused:
+        as_context({**described, "system": "Do not be."}, "a file")
+    assert str(refused.value.problem).startswith("content_hash is ")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.plan import duration, memory
@@ -307,7 +307,7 @@ def test_long_sequences_take_less_of_a_rank_over_two_of_them() -> None:
 
 def test_shape_comes_from_the_file_that_is_given(tmp_path: Path) -> None:
     raw = known_shapes()["Qwen/Qwen3-1.7B"]
-    (tmp_path / "config.json").write_text(OmegaConf.to_yaml(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     report = said(*MATHS, f"plan.student_config={tmp_path}")
     assert "shapes from config.json and Qwen3-8B, " in report
 
@@ -341,3 +341,24 @@ def test_what_cannot_be_planned_is_refused_in_one_line(override: str, line: str)
 def test_lengths_must_be_given_where_no_tokenizer_is() -> None:
     line = refused(*MATHS, "plan.context_tokens=null", "task.train=x", "context.path=x")
     assert line.startswith("plan.context_tokens=null: there is no tokenizer to count with")
+
+
+@pytest.mark.parametrize("text", ["x", "[1]", "{"])
+def test_a_shape_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert "allowed: a JSON object" in refused(*MATHS, f"plan.student_config={file}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["plan.turns=0", "plan.show=0", "accelerator.memory_gib=1e300", "+accelerator.tflops.fp4=1"],
+)
+def test_a_plan_of_no_machine_is_refused(override: str) -> None:
+    key = override.lstrip("+").partition("=")[0]
+    assert refused(*MATHS, override).startswith(key)
+
+
+def test_a_shape_that_nothing_asks_for_is_refused() -> None:
+    line = refused(*MATHS, "teacher.path=null", "plan.teacher_config=x")
+    assert line.endswith("allowed: null without teacher.path")

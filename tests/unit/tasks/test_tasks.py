@@ -11,6 +11,8 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from opcd_nemo.config.plugs import makes
+from opcd_nemo.config.stored import STORED_CLASSES
 from opcd_nemo.context.sources import Context
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
@@ -423,3 +425,27 @@ def test_a_replayed_turn_repeats_nothing_and_the_tasks_games_their_map(tmp_path:
     assert replay.unit_of(turn.uid) == turn.uid == "replay/train/map/2/0"
     assert replay.unit_of("test/map/2") == "test/map"
     assert replay.report()["maps_overlap"] == 0
+
+
+@pytest.mark.parametrize(
+    ("of", "key"),
+    [
+        ([["_target_", "os.system"]], "task.of"),
+        ("opcd_nemo.tasks.questions.capitals", "task.of"),
+        (None, "task.of"),
+        ({"_target_": "os.system"}, "task.of._target_"),
+        ({"_target_": "opcd_nemo.context.NoContext"}, "task.of._target_"),
+        ({"_target_": "opcd_nemo.launch.exits.report_error", "error": "x"}, "task.of._target_"),
+        ({"_target_": "opcd_nemo.storage.durable.files_in", "folder": "/"}, "task.of._target_"),
+    ],
+)
+def test_only_a_task_is_replayed(of: Any, key: str, tmp_path: Path) -> None:
+    turns = tmp_path / "turns.jsonl"
+    turns.write_text('{"uid": "train/map/2/0", "text": "Move?"}\n')
+    with pytest.raises(UserError) as refused:
+        ReplayTask(path=str(turns), of=of, seed=0)
+    assert refused.value.key == key
+
+
+def test_every_task_that_a_file_may_name_makes_a_task() -> None:
+    assert all(makes(name, Task) for name in STORED_CLASSES["task"])
