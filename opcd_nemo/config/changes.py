@@ -14,8 +14,11 @@ RESULT_KEYS = (
     "seed student teacher task retention context engine loss rollout warmup batching optim "
     "context_hash draw"
 ).split()
+_SHOWN = 3  # files of a model
 _WITHOUT_EFFECT = ("task.max_left_out", "task.of.max_left_out")  # they refuse, or change nothing
 _ABSENT = "(absent)"
+Digests = Mapping[str, Mapping[str, str]]
+"""The content of models and files of data: of each key that names some, by the file's name."""
 
 
 def run_origin(config: DictConfig, context_hash: str, draw: int) -> dict[str, Any]:
@@ -28,14 +31,20 @@ def run_origin(config: DictConfig, context_hash: str, draw: int) -> dict[str, An
 
 
 def check_unchanged(
-    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allowed: Sequence[str],
+    contents: tuple[Digests, Digests] = ({}, {}),
 ) -> None:
     """Compare the keys that a result depends on; layout, lengths and outputs may change.
+
+    A key that names files may name others of the same content.
 
     Args:
         saved: the origin of the checkpoint.
         now: the origin of this run.
         allowed: dotted keys, or groups of them, that may differ.
+        contents: of the checkpoint's files and of this run's, where they are known.
 
     Raises:
         UserError: one line with every other difference.
@@ -44,6 +53,14 @@ def check_unchanged(
     if saved["optim"]["schedule"] != "constant":
         groups.append("trainer.max_steps")  # the end of the schedule
     changed = differences(saved, now, groups, allowed)
+    for key in contents[0].keys() & contents[1].keys():
+        before, after = contents[0][key], contents[1][key]
+        if before == after:
+            changed.pop(key, None)
+        elif key not in changed and not _within(key, allowed):
+            changed[key] = (
+                f"{key} has another content than the run began with{_named(before, after)}"
+            )
     if changed:
         raise UserError(
             "exp_manager.resume_if_exists",
@@ -51,6 +68,13 @@ def check_unchanged(
             f"the checkpoint's values, or resume.allow_changes=[{','.join(changed)}]",
             problem="; ".join(changed.values()),
         )
+
+
+def _named(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """The files whose digests differ, where they have names beside the key's."""
+    names = sorted(filter(None, before.keys() | after.keys()))
+    changed = [name for name in names if before.get(name) != after.get(name)]
+    return f" ({', '.join(changed[:_SHOWN])}{', ...' * (len(changed) > _SHOWN)})" * bool(changed)
 
 
 def differences(

@@ -18,6 +18,9 @@ and 4 MiB of `[],` are 90 MiB of lists."""
 RECORD_BYTES = 64 * MIB
 """Of a JSON file that a run of this project has written: the samples of an evaluation."""
 
+SAMPLES_BYTES = 1024 * MIB
+"""Of a file of samples that a teacher has written: 100 answers of 16,384 tokens take 64 MiB."""
+
 TOKENIZER_BYTES = 48 * MIB
 """Of a tokenizer.json: that of a vocabulary of 262,144 has 32 MiB."""
 

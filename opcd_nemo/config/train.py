@@ -77,7 +77,7 @@ class RolloutConfig:
     sampling: Sampling
     teacher_data: str | None = doc(
         "with sampler=teacher: a folder that keeps what a frozen teacher has written",
-        takes="a folder, or one that is made",
+        takes="the path of a folder",
     )
     anchor_fraction: float = doc(
         "share of the prompts that are general questions, on which the teacher reads no context",

@@ -15,11 +15,13 @@ from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config.limits import RECORD_BYTES
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.context.items import as_text, content_hash
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.formats.locate import parse_json, read_json
 from opcd_nemo.storage.durable import write_whole
+from opcd_nemo.storage.plain_file import is_there, read_bounded
 
 _ENTRIES, _HISTORY = "entries", "history.jsonl"
 _SHOWN_HASH = 12
@@ -104,10 +106,10 @@ class Registry:
             UserError: a line is not as it was written.
         """
         path = self.folder / _HISTORY
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        history = read_bounded(path, RECORD_BYTES) if is_there(path) else b""
         return [
             _selection(path, number, line)
-            for number, line in enumerate(lines, start=1)
+            for number, line in enumerate(history.splitlines(keepends=True), start=1)
             if line.endswith(b"\n")
         ]
 

@@ -1,5 +1,6 @@
 """Samples on disk: drawn once, read ever after. Text, not pickles.
 
+<folder>/samples_of.json                    whose samples they are, and how they were drawn
 <folder>/step=0003.index=0-4000001.jsonl    a sample a line, written when the call has all
 """
 
@@ -7,16 +8,58 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config.limits import SAMPLES_BYTES, SETTINGS_BYTES
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import UserError
+from opcd_nemo.formats.locate import parse_json
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.storage.durable import write_whole
+from opcd_nemo.storage.durable import check_writable, write_whole
+from opcd_nemo.storage.plain_file import is_there, read_bounded
 from opcd_nemo.types import Prompt, Sample
+
+_MADE_OF = "samples_of.json"
+_KEY = "rollout.teacher_data"
+_SHOWN = 60
+
+
+def check_samples(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a folder whose samples are another teacher's, or were drawn in another way.
+
+    Args:
+        folder: of the samples; it may not exist yet.
+        made_of: what a sample of this run is a function of, besides its prompt and its number.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    check_writable(_KEY, folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(_KEY, folder, "a folder, or one that is made", problem="is no folder")
+    file, another = folder / _MADE_OF, "another folder: a run draws its samples anew, and the same"
+    if not is_there(file):
+        if any(folder.glob("step=*.jsonl")):
+            problem = f"has samples and no {_MADE_OF}, which says whose they are"
+            raise UserError(_KEY, folder, another, problem=problem)
+        return
+    saved = parse_json(read_bounded(file, SETTINGS_BYTES), str(file))
+    if changed := [
+        f"{name} was {_short(saved.get(name))}, is {_short(value)}"
+        for name, value in made_of.items()
+        if saved.get(name) != value
+    ]:
+        problem = f"its samples are others: {'; '.join(changed)}"
+        raise UserError(_KEY, folder, another, problem=problem)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class RecordedEngine:
@@ -27,11 +70,30 @@ class RecordedEngine:
     run began are read, so that ranks agree on who draws without exchanging a word.
     """
 
-    def __init__(self, engine: RolloutEngine, folder: Path, parallel: Parallel) -> None:
-        self._engine, self._folder = engine, folder
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        folder: Path,
+        parallel: Parallel,
+        *,
+        made_of: Mapping[str, Any],
+        vocab_size: int,
+    ) -> None:
+        """Read and write a folder that `check_samples` has let pass.
+
+        Args:
+            engine: draws what is not recorded.
+            folder: of the samples.
+            parallel: the first rank of a replica writes.
+            made_of: written beside the first samples.
+            vocab_size: a sample has no token beyond.
+        """
+        self._engine, self._folder, self._vocab_size = engine, folder, vocab_size
         self._writes = parallel.tp_rank == parallel.pp_rank == 0
         folder.mkdir(parents=True, exist_ok=True)
         self._files = sorted(folder.glob("step=*.jsonl"))
+        if self._writes and not (folder / _MADE_OF).exists():
+            write_whole(folder / _MADE_OF, json.dumps(made_of, indent=1))
 
     @property
     def weights_version(self) -> int:
@@ -79,18 +141,25 @@ class RecordedEngine:
         for file in self._files:
             if not file.name.startswith(f"step={step:04d}."):
                 continue
-            for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            lines = read_bounded(file, SAMPLES_BYTES).splitlines()
+            for number, text in enumerate(lines, start=1):
                 try:
                     key, sample = _parse(json.loads(text))
-                except (ValueError, LookupError, TypeError) as error:
+                    self._check_ids(sample)
+                except (ValueError, LookupError, TypeError, RecursionError) as error:
                     raise UserError(
-                        "rollout.teacher_data",
+                        _KEY,
                         self._folder,
                         "the file as it was written, or no such file",
                         problem=f"{file.name}, line {number} cannot be read ({error!r})",
                     ) from error
                 found[key] = sample
         return found
+
+    def _check_ids(self, sample: Sample) -> None:
+        beyond = [one for one in sample.response_ids if not 0 <= one < self._vocab_size]
+        if beyond:
+            raise ValueError(f"token {beyond[0]} is not in the vocabulary of {self._vocab_size}")
 
 
 def _key(prompt: Prompt, sampling: Sampling, seed: int) -> str:
@@ -115,10 +184,20 @@ def _parse(line: Any) -> tuple[str, Sample]:
     if reason not in ("eos", "length"):
         raise ValueError(f"finish_reason={reason}")
     sample = Sample(
-        response_ids=tuple(int(token) for token in line["response_ids"]),
-        logprobs=tuple(float(value) for value in line["logprobs"]),
+        response_ids=tuple(_numbers(line["response_ids"], int)),
+        logprobs=tuple(map(float, _numbers(line["logprobs"], float))),
         finish_reason=reason,
     )
     if not 1 <= len(sample.response_ids) == len(sample.logprobs):
         raise ValueError(f"{len(sample.logprobs)} logprobs")
     return str(line["key"]), sample
+
+
+def _numbers(values: Any, kind: type) -> list[Any]:
+    """A list of numbers of this kind, none of them written as something else, none infinite."""
+    if not isinstance(values, list):
+        raise TypeError(f"{type(values).__name__} in place of a list")
+    for value in values:
+        if type(value) not in (int, kind) or not math.isfinite(value):
+            raise ValueError(f"{value!r} in place of a number")
+    return values

@@ -66,7 +66,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self.run_folder = strategy.run_folder
         self.context = describe_context(config.context)
         self.validations = ValidationHistory(config.evaluation.min_retention)
-        self._origin = prepared.origin
+        self._origin, self._digests = prepared.origin, prepared.digests
         self._summary: dict[str, Any] | None = None
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
@@ -128,6 +128,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """Put beside the weights what a continued run is compared with."""
         checkpoint["opcd"] = {
             "config": dict(self._origin),
+            "digests": {key: dict(files) for key, files in self._digests.items()},
             "versions": report.versions(),
             "validations": self.validations.records(),
             "context": self.context,

@@ -66,7 +66,16 @@ def continue_from(run_folder: RunFolder, prepared: PreparedRun, parallel: Parall
     if path is not None:
         common = read_common(path)
         saved = without_secrets(present_config(common["opcd"]["config"]))
-        check_unchanged(saved, prepared.origin, config.resume.allow_changes)
+        known = common["opcd"].get("digests")
+        check_unchanged(
+            saved, prepared.origin, config.resume.allow_changes, (known or {}, prepared.digests)
+        )
+        if known is None:
+            logger.info(
+                "%s is of an earlier version: whether models and data have changed in place since "
+                "is not known",
+                path.name,
+            )
         num_steps = common["global_step"]
     _cut(folder, num_steps, parallel)
     if path is not None:

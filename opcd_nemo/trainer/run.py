@@ -34,7 +34,7 @@ from opcd_nemo.trainer.boundary import StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.resume import DONE, continue_from, make_way
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
-from opcd_nemo.training.prepared import COMMITS, PreparedRun, prepare_run
+from opcd_nemo.training.prepared import COMMITS, PreparedRun, prepare_run, with_digests
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def _train(
     strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
     make_way(run_folder, prepared.config, parallel)
+    prepared = with_digests(prepared, parallel)
     continued = continue_from(run_folder, prepared, parallel)
     if prepared.commits:
         run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))

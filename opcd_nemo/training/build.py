@@ -34,8 +34,13 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         engines["teacher"] = _engine(config.engine, teacher, inputs)
     rollout, batching = config.rollout, config.batching
     if rollout.teacher_data is not None:
+        assert inputs.samples_of is not None
         engines["teacher"] = RecordedEngine(
-            engines["teacher"], Path(rollout.teacher_data), parallel
+            engines["teacher"],
+            Path(rollout.teacher_data),
+            parallel,
+            made_of=inputs.samples_of,
+            vocab_size=inputs.teacher_config.vocab_size,
         )
     phase = Phase(sampler=_sampler(rollout.sampler), loss=build_plug(config.loss))
     warmup = phase

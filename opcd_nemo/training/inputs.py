@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.sources import ContextSource, NoContext, content_hash
 from opcd_nemo.distributed.groups import check_batch, check_layout
+from opcd_nemo.engines.recorded import check_samples
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig, keep_layers
 from opcd_nemo.formats.stored_model import StoredModel, open_model
@@ -22,6 +24,7 @@ from opcd_nemo.losses import TopKLoss
 from opcd_nemo.rollout.conversation import Conversation, shared_start
 from opcd_nemo.storage.durable import check_writable
 from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.training.digests import model_digest, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class Inputs:
     retention: Task
     conversation: Conversation
     prefix_ids: tuple[int, ...]
+    samples_of: Mapping[str, Any] | None
+    """With `rollout.teacher_data`: what the samples of that folder are a function of."""
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -92,7 +97,25 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         retention=retention,
         conversation=conversation,
         prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
+        samples_of=_samples_of(config, conversation),
     )
+
+
+def _samples_of(config: TrainConfig, conversation: Conversation) -> dict[str, Any] | None:
+    """Check the folder that keeps the teacher's samples, if the run has such a folder."""
+    folder = config.rollout.teacher_data
+    if folder is None:
+        return None
+    made_of = {
+        "the teacher": model_digest(config.teacher.path or config.student.path),
+        "teacher.dtype": config.teacher.dtype,
+        "the tokenizer": tokenizer_digest(conversation.tokenizer),
+        "the context": content_hash(conversation.source),
+        "rollout.sampling": asdict(config.rollout.sampling),
+        "seed": config.seed,
+    }
+    check_samples(Path(folder), made_of)
+    return made_of
 
 
 def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:

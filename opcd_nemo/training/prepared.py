@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from opcd_nemo.config.changes import run_origin
+from opcd_nemo.config.changes import Digests, run_origin
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.context.sources import ContextSource
+from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.hub import addresses, at_commit
+from opcd_nemo.training.digests import input_digests
 from opcd_nemo.training.inputs import Inputs, open_inputs
 
 COMMITS = "hub.json"  # in a run's folder
@@ -29,7 +31,8 @@ class PreparedRun:
     with the weights needs no registry. `config` is the same, typed and checked. `origin` is what a
     checkpoint holds to compare a continued run with: plain values and the context's hash.
     `commits` are the hub's addresses as they were given, each with the commit that this run reads;
-    the run's folder keeps them (`COMMITS`), so that a continued run reads the same.
+    the run's folder keeps them (`COMMITS`), so that a continued run reads the same. `digests` tell
+    the content of models and files of data, by key; empty until `with_digests` has read them.
     """
 
     raw: DictConfig
@@ -37,6 +40,7 @@ class PreparedRun:
     inputs: Inputs
     origin: Mapping[str, Any]
     commits: Mapping[str, str]
+    digests: Digests = field(default_factory=dict)
 
 
 def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
@@ -62,6 +66,14 @@ def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
     inputs = open_inputs(config, world_size or config.parallel.num_ranks)
     origin = run_origin(frozen, inputs.context_hash, getattr(inputs.task, "draw_version", 1))
     return PreparedRun(raw=frozen, config=config, inputs=inputs, origin=origin, commits=commits)
+
+
+def with_digests(prepared: PreparedRun, parallel: Parallel) -> PreparedRun:
+    """The run with the content of what it reads; rank 0 reads. Collective over the world."""
+    digests = None
+    if parallel.rank == 0:
+        digests = input_digests(prepared.config, prepared.inputs.tokenizer)
+    return replace(prepared, digests=parallel.gather_objects(digests)[0])
 
 
 def _commits(raw: DictConfig, config: TrainConfig) -> dict[str, str]:

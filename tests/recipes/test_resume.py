@@ -63,6 +63,23 @@ def test_a_changed_key_is_refused(resume: Run, folders: tuple[Path, Path]) -> No
     assert "resume.allow_changes=[loss.temperature,optim.weight_decay]" in line
 
 
+def test_a_copied_model_goes_on_and_a_changed_one_does_not(
+    resume: Run, folders: tuple[Path, Path], tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders[1], tmp_path / "runs")
+    copied = Path(shutil.copytree(tiny, tmp_path / "copied"))
+    done = resume(tmp_path / "runs", 3, f"student.path={copied}")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stdout
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\7")
+    refused = resume(tmp_path / "runs", 4, f"student.path={copied}")
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert "student.path has another content than the run began with (model.safetensors)" in line
+    assert "resume.allow_changes=[student.path]" in line
+
+
 class Payload:
     """What unpickling this does."""
 

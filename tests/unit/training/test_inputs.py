@@ -270,3 +270,50 @@ def test_validation_needs_as_many_questions_as_the_test(model: Path, tmp_path: P
     assert refused(model, tmp_path, questions, "evaluation.every_n_steps=1") == (
         "evaluation.num_questions=100: validation: n=100; allowed: 1 to 64"
     )
+
+
+def test_the_smaller_of_both_models_positions_count(model: Path, tmp_path: Path) -> None:
+    """A student with room for more than its teacher has, and the other way round."""
+    shorter = write_chat_model(tmp_path / "shorter", max_positions=1024)
+    for student, teacher in ((model, shorter), (shorter, model)):
+        inputs = opened(student, tmp_path, f"teacher.path={teacher}")
+        assert inputs.conversation.max_positions == 1024
+
+
+def test_as_many_other_ends_of_sequence_are_others(model: Path, tmp_path: Path) -> None:
+    one, other = (copy(model, tmp_path / name) for name in ("one", "other"))
+    edit_json(one / "generation_config.json", eos_token_id=[0, 2])
+    edit_json(other / "generation_config.json", eos_token_id=[1, 2])
+    error = refusal(one, tmp_path, f"teacher.path={other}")
+    assert str(error.problem).startswith("end-of-sequence ids (")
+
+
+SFT = ("method=sft", "student.dtype=fp32")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "dangling"])
+def test_samples_are_kept_in_a_folder(model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere/at/all")
+    error = refusal(model, tmp_path, *SFT, f"rollout.teacher_data={tmp_path / name}")
+    assert error.key == "rollout.teacher_data"
+
+
+def test_samples_of_another_teacher_are_refused_at_set_up(model: Path, tmp_path: Path) -> None:
+    folder = f"rollout.teacher_data={tmp_path / 'samples'}"
+    samples_of = opened(model, tmp_path, *SFT, folder).samples_of
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/samples_of.json").write_text(json.dumps(samples_of))
+    assert opened(copy(model, tmp_path / "copy"), tmp_path, *SFT, folder).samples_of == samples_of
+    other = write_chat_model(tmp_path / "other", seed=1)
+    for overrides, name in (
+        ((f"teacher.path={other}",), "the teacher"),
+        (("rollout.sampling.temperature=0.5",), "rollout.sampling"),
+        (("seed=5",), "seed"),
+        (("context=pirate",), "the context"),
+        (("teacher.dtype=bf16",), "teacher.dtype"),
+    ):
+        error = refusal(model, tmp_path, *SFT, folder, *overrides)
+        assert error.key == "rollout.teacher_data"
+        assert f"{name} was " in str(error.problem)
+        assert str(error.problem).count(" was ") == 1
