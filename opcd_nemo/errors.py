@@ -24,6 +24,7 @@ class _Absent:
 
 
 ABSENT = _Absent()
+_LONGEST = 300  # letters of a value that an error shows
 
 
 class UserError(ValueError):
@@ -90,7 +91,10 @@ def _in_words(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)
+    text = str(value)
+    if len(text) > _LONGEST:
+        return f"{text[:_LONGEST]}... ({len(text)} letters)"
+    return text
 
 
 class StoppedBySignal(Exception):

@@ -106,6 +106,8 @@ def open_chat(settings: DictConfig) -> Chat:
     source = config.from_
     checkpoint, tokenizer = open_model(source), ChatTokenizer.from_path(source)
     _check_length(config.sampling, checkpoint.config.max_positions)
+    for note in tokenizer.notes():
+        logger.warning("%s", note)
     context = _context(source, config.system)
     dtype = choose_dtype(config.dtype, checkpoint.dtype)
     parallel = init_parallel(config.parallel, config.seed)

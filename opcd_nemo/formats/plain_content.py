@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.types import Message
 
 _CUTS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
@@ -26,11 +27,21 @@ class PlainContent:
         self._token = re.compile(rf"(?=(?:{starts}))(.)", re.DOTALL) if starts else None
 
     def cut(self, messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-        """Return the messages with a cut in every special token, and what marks a cut, if any."""
+        """Return the messages with a cut in every special token, and what marks a cut, if any.
+
+        Raises:
+            UserError: the messages have every character that could mark a cut.
+        """
         texts = [message["content"] for message in messages]
         if self._token is None or not any(map(self._token.search, texts)):
             return list(messages), None
-        mark = next(cut for cut in _CUTS if not any(cut in text for text in texts))
+        mark = next((cut for cut in _CUTS if not any(cut in text for text in texts)), None)
+        if mark is None:
+            raise UserError(
+                "messages",
+                allowed="texts without the noncharacters U+FDD0 to U+FDEF",
+                problem="have all of them, and a special token",
+            )
         return [
             {"role": message["role"], "content": self._token.sub(rf"\1{mark}", message["content"])}
             for message in messages

@@ -165,8 +165,9 @@ def _shared_tokenizer(
     arguments = config.student.chat_template_arguments
     with _about("student.chat_template_arguments", arguments):
         tokenizer = tokenizer.with_arguments(arguments)
-    for note in tokenizer.notes():
-        logger.warning("%s", note)
+    with _about("student.path", config.student.path):
+        for note in tokenizer.notes():
+            logger.warning("%s", note)
     if config.teacher.path is None:
         return tokenizer
     with _about("teacher.path", config.teacher.path):
@@ -247,7 +248,8 @@ def _check_prompts(
                 problem=f"the task has {len(episodes)} prompts where {count} are asked for",
             )
         for episode in episodes:
-            student, teacher = conversation.longest_prompts(episode)
+            with _about("student.path", config.student.path):
+                student, teacher = conversation.longest_prompts(episode)
             plug = "retention" if key == "evaluation.num_retention" else "task"
             with _about(f"{plug}._target_", getattr(config, plug)["_target_"]):
                 conversation.check_fits(student, new_tokens)

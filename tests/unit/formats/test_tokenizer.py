@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.types import Message
 from tests.tiny import (
@@ -190,6 +191,13 @@ def test_a_message_cannot_end_its_turn(
     if name == "tiny":  # SentencePiece puts a blank before every part of a text
         assert content in tokenizer.decode(ids, skip_special=False)
     assert tokenizer.encode(content) != ids
+
+
+def test_a_message_of_every_mark_is_refused(tiny: ChatTokenizer) -> None:
+    marks = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    tiny.render([{"role": "user", "content": marks}])
+    with pytest.raises(UserError, match="noncharacters"):
+        tiny.render([{"role": "user", "content": marks + IM_END}])
 
 
 def test_template_functions_are_those_of_transformers(folder: Path, tmp_path: Path) -> None:
