@@ -118,11 +118,12 @@ def read_common(path: Path) -> dict[str, Any]:
         ReadError: a disk does not give what it holds.
     """
     try:
-        common = read_plain(FolderFiles(path)).get("common")
+        plain: Any = read_plain(FolderFiles(path))
     except OSError as error:
         raise ReadError(
             f"checkpoint {path.name} cannot be read: {durable.describe(error)}"
         ) from error
+    common = plain.get("common") if isinstance(plain, dict) else None
     missing = _missing(common)
     if missing is not None:
         raise UserError(

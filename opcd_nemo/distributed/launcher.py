@@ -9,6 +9,7 @@ import signal
 import psutil
 
 LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a launcher hands them to its ranks
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 

@@ -30,10 +30,10 @@ from opcd_nemo.distributed.groups import choose_device, choose_layer_spec, keep_
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import as_override, compose
-from opcd_nemo.launch.exits import EXIT_FAILURE, EXIT_STOPPED, STOPS, report_error
+from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
-from opcd_nemo.launch.signals import ToRanks, stop_rank_on_signals
+from opcd_nemo.launch.signals import ToRanks, stopped
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
 from opcd_nemo.training.prepared import prepare_run
@@ -130,7 +130,7 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     end_with_parent()
     if launcher_has_ended():  # before the kernel knew of this rank
         raise RuntimeError("the launcher of this rank has ended")
-    stop_rank_on_signals()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the launcher says it
     # from a watchdog: the rank shows what each thread is doing, and dies
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -292,11 +292,9 @@ def _is_torchs(name: str) -> bool:
 
 def _report_failure(failures: dict[int, ProcessFailure], received: int, node: Nodes | None) -> int:
     """Print why the ranks ended; returns the exit code."""
+    if received and -received in {failure.exitcode for failure in failures.values()}:
+        return report_error(stopped(received, "not in a step of training"))
     rank, failure = _first_failure(failures)
-    if received and failure.exitcode == -received:  # before the rank could take the signal
-        name = signal.Signals(received).name
-        sys.stderr.write(f"stopped by {name}, while ranks started; the same command goes on\n")
-        return EXIT_STOPPED
     line = _first_line(failure)
     if failure.exitcode in STOPS.values():
         for stop in STOPS:

@@ -1,8 +1,9 @@
 """What a signal does outside the steps of training, where nothing has to be saved.
 
 Between two steps `trainer.boundary` takes SIGTERM and SIGUSR1, with a checkpoint. Before the first
-step and after the last one, every file that counts is whole on the disk: the process ends at once,
-and the same command goes on from these files.
+step and after the last one, every file that counts is whole on the disk: the signals keep their
+default action in ranks, which ends one at once even while it waits for another in C, and the
+launcher says so. The same command goes on from these files.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 import psutil
 
+from opcd_nemo.distributed.launcher import STOP_SIGNALS
 from opcd_nemo.errors import StoppedBySignal
-from opcd_nemo.launch.exits import EXIT_INTERRUPTED, report_error
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from opcd_nemo.launch.exits import report_error
 
 
 def stop_launcher_on_signals() -> None:
@@ -28,41 +27,22 @@ def stop_launcher_on_signals() -> None:
     Called before anything heavy is imported; a rank's launcher says what ended the rank.
     """
     if "RANK" not in os.environ:
-        _handle(lambda number: _end(_stopped(number, "no rank was at work")))
+        for number in STOP_SIGNALS:
+            signal.signal(number, _end)
 
 
-def stop_rank_on_signals() -> None:
-    """End a rank with one line and `EXIT_STOPPED`; its launcher reads the line, and prints it."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    recorder = get_error_handler()
-
-    def stop(number: int) -> None:
-        error = _stopped(number, "not in a step of training")
-        recorder.record_exception(error)
-        _end(error)
-
-    _handle(stop)
-    # the launcher has told why; a traceback of every rank would hide it
-    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
-
-
-def _handle(stop: Callable[[int], None]) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _: stop(received))
-
-
-def _stopped(number: int, where: str) -> StoppedBySignal:
-    name = signal.Signals(number).name
-    return StoppedBySignal(f"stopped by {name}, {where}; the same command goes on from here")
-
-
-def _end(error: StoppedBySignal) -> None:
+def _end(number: int, _: FrameType | None) -> None:
     """End without a way back: an exception might be caught by whatever is being imported."""
-    code = report_error(error)
+    code = report_error(stopped(number, "no rank was at work"))
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
+
+
+def stopped(number: int, when: str) -> StoppedBySignal:
+    """The error of a process that a signal has ended where nothing had to be saved."""
+    name = signal.Signals(number).name
+    return StoppedBySignal(f"stopped by {name}, {when}; the same command goes on from here")
 
 
 class ToRanks:
@@ -96,4 +76,4 @@ class ToRanks:
         if number in STOP_SIGNALS:
             self.received = number
             if found < self._num_ranks:  # the others are not started yet, and would not hear of it
-                raise _stopped(number, "while ranks were started or ended")
+                raise stopped(number, "while ranks were started or ended")

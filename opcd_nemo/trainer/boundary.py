@@ -11,12 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from opcd_nemo.distributed.launcher import launcher_has_ended
+from opcd_nemo.distributed.launcher import STOP_SIGNALS, launcher_has_ended
 from opcd_nemo.errors import StoppedByFile, StoppedBySignal
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.trainer.strategy import MegatronStrategy
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "STOP"  # in the run's folder, put there by hand: it ends the run for good
 
 
@@ -35,16 +34,20 @@ class StepBoundary(pl.Callback):
         self._strategy, self._checkpoints = strategy, folder / "checkpoints"
         self._stop_file = folder / STOP_FILE
         self._received = 0
-        self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Take the signals, after Lightning, which would end the run on SIGTERM without a word."""
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        if trainer.received_sigterm:  # in the moment between
+            self._received = signal.SIGTERM
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
 
     def on_train_end(self, *_: Any) -> None:
-        """Give them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """Let them end this rank from now on, when nothing that they would spoil is under way."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self._received:  # after the last step
+            os.kill(os.getpid(), self._received)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = number

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import time
 from dataclasses import field, make_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
 from opcd_nemo.losses import DivergenceLoss
 from opcd_nemo.metrics import Stats
 from opcd_nemo.tasks import Episode
@@ -50,6 +54,19 @@ class ExitingTask(StyleTask):
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         if LAST_RANK and split == "train" and step == 1:
             os._exit(7)
+        return super().episodes(split, step, n)
+
+
+class StoppedTask(StyleTask):
+    """Asks the launcher to stop, when a file that the environment names has so many lines."""
+
+    def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
+        file = Path(os.environ.get("STOP_FILE", ""))
+        if split == "test" and os.environ.get("RANK") == "0" and "STOP_LINES" in os.environ:
+            lines = file.read_bytes().count(b"\n") if file.is_file() else 0
+            if lines == int(os.environ["STOP_LINES"]):
+                os.kill(int(os.environ[LAUNCHER_PID_ENV]), signal.SIGTERM)
+                time.sleep(60)
         return super().episodes(split, step, n)
 
 

@@ -147,6 +147,25 @@ def test_a_run_that_is_taken_over_at_its_very_end_publishes_no_more(
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+def test_a_signal_outside_of_steps_loses_nothing(
+    train: Train, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    place = (f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=4", "parallel=dp2")
+    task = "task._target_=tests.recipes.faulty_parts.StoppedTask"
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for lines in (0, 4):  # before the first step, and in the last evaluation
+        stop = {"STOP_FILE": str(metrics), "STOP_LINES": str(lines)}
+        stopped = train(*RESUMABLE, *place, task, environment=stop)
+        assert stopped.returncode == 75, stopped.stderr
+        (line,) = [line for line in stopped.stderr.splitlines() if "a save waits" not in line]
+        assert line.startswith("stopped by SIGTERM, not in a step of training")
+        assert metrics.exists() == (lines > 0)
+        assert not (tmp_path / "run" / "DONE").exists()
+    done = train(*RESUMABLE, *place, task)
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "run") == outcome(folders[0] / "run")
+
+
 def test_a_full_disk_is_named_and_the_checkpoints_before_stay(
     smoke: list[str], folders: tuple[Path, Path]
 ) -> None:
