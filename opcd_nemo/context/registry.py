@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,17 +14,18 @@ from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
-from opcd_nemo.config.limits import RECORD_BYTES
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.context.items import as_text, content_hash
 from opcd_nemo.errors import ABSENT, UserError
-from opcd_nemo.formats.locate import parse_json, read_json
+from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.durable import write_whole
-from opcd_nemo.storage.plain_file import is_there, read_bounded
+from opcd_nemo.storage.records import read_lines, read_text
 
 _ENTRIES, _HISTORY = "entries", "history.jsonl"
 _SHOWN_HASH = 12
 _ROLLBACK = "rollback from"
+_SELECTION = {"content_hash": str, "reason": str}
+_REMEDY = "lines as `opcd registry` writes them: remove this one, or put a copy of the file back"
 COMMANDS = ("list", "show", "diff", "rollback")
 _USAGE = "list|show [entry]|diff <entry> <entry>|rollback, and registry=<folder>"
 
@@ -66,10 +66,9 @@ class Registry:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({"content_hash": selected.hash, "reason": reason, "time": now})
-        with (self.folder / _HISTORY).open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.folder / _HISTORY
+        before, newline, _ = read_text(path, _REMEDY).rpartition("\n")  # without a torn end
+        write_whole(path, f"{before}{newline}{line}\n")
 
     def rollback(self) -> Entry:
         """Select again what was selected before the present selection; each goes a step further.
@@ -103,15 +102,9 @@ class Registry:
         """Every selection, oldest first; a line that a crash cut off is not one.
 
         Raises:
-            UserError: a line is not as it was written.
+            UserError: a line is no selection.
         """
-        path = self.folder / _HISTORY
-        history = read_bounded(path, RECORD_BYTES) if is_there(path) else b""
-        return [
-            _selection(path, number, line)
-            for number, line in enumerate(history.splitlines(keepends=True), start=1)
-            if line.endswith(b"\n")
-        ]
+        return read_lines(self.folder / _HISTORY, _SELECTION, _REMEDY)
 
     def selected(self) -> Entry:
         """Return the selected entry.
@@ -151,17 +144,6 @@ class Registry:
 
     def _files(self) -> list[Path]:
         return sorted((self.folder / _ENTRIES).glob("*.json"))
-
-
-def _selection(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    where = f"{path}, line {number}"
-    selection = parse_json(line, where)
-    for name in ("content_hash", "reason"):
-        if not isinstance(selection.get(name), str):
-            raise UserError(
-                where, allowed="the line as it was written, or none", problem=f"has no {name}"
-            )
-    return selection
 
 
 def read_entry(path: Path) -> Entry:

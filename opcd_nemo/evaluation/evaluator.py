@@ -17,6 +17,17 @@ from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Rollout, Split
 
+ANSWER = {
+    "uid": str,
+    "sample": int,
+    "text": str,
+    "score": float,
+    "answered": bool,
+    "num_tokens": int,
+    "leaked": bool,
+}
+"""What a stored answer holds, beside its question."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -39,7 +50,8 @@ class Answer:
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Answer:
         """Read a stored answer; files written before answers had a question show the uid."""
-        return Answer(**{"question": record["uid"], **record})
+        given = {"question": record["uid"], **record}
+        return Answer(**{name: given[name] for name in (*ANSWER, "question")})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

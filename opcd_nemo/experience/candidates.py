@@ -8,6 +8,14 @@ from typing import Any
 
 from opcd_nemo.context.items import as_text, content_hash, newest_within
 
+CANDIDATE = {
+    "chain": int,
+    "step": int,
+    "items": list[str],
+    "num_tokens": int,
+    "problems": list[str],
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -30,7 +38,7 @@ class Candidate:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Candidate:
-        """The candidate of a record, which may say more of it."""
+        """The candidate of a record with `CANDIDATE`'s fields, which may say more of it."""
         return cls(
             chain=record["chain"],
             step=record["step"],

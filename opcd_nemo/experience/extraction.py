@@ -23,12 +23,25 @@ from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
+from opcd_nemo.storage.records import read_lines
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Message, Prompt
 
 logger = logging.getLogger(__name__)
 
+_RECORD = {
+    "chain": int,
+    "step": int,
+    "uid": str,
+    "score": float,
+    "turns": list[str],
+    "trace": str,
+    "outcome": str | None,
+    "answer": str,
+    "items": list[str],
+}
+_REMEDY = "a copy of the file as it was; or no such file, and its wave is done again"
 _WRITING = 500_000_000  # the index of an extraction's prompt starts here: its own randomness
 
 
@@ -106,7 +119,10 @@ class Extraction:
         """The records of a wave that an earlier run has done. Collective over the world."""
         file, found = self._run_folder.path / self._file(wave), None
         if self._parallel.rank == 0 and file.exists():
-            found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            found = read_lines(file, _RECORD, _REMEDY)
+            if [record["chain"] for record in found] != list(range(self._settings.num_chains)):
+                chains = f"holds {len(found)} records, not one of each chain"
+                raise UserError(file, allowed=_REMEDY, problem=chains)
         records: list[dict[str, Any]] | None = self._parallel.gather_objects(found)[0]
         return records
 

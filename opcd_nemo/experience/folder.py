@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from opcd_nemo.config.changes import RESULT_KEYS, differences
 from opcd_nemo.config.renamed import former_method, present_method, present_pipeline
 from opcd_nemo.config.secrets import recorded, without_secrets
 from opcd_nemo.context.registry import Entry, Registry
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.evaluation.evaluator import ANSWER
+from opcd_nemo.experience.candidates import CANDIDATE, Candidate
 from opcd_nemo.experience.config import Settings
-from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.attempt import is_first_node
 from opcd_nemo.storage.durable import write_whole
+from opcd_nemo.storage.records import check_record, read_list, read_object, read_text
 
 EXTRACTION, TURNS, CANDIDATES = "extraction", "turns.jsonl", "candidates.json"
 SCORES, RANKED, SELECTED = "scoring.jsonl", "ranked.json", "selected.json"
@@ -34,6 +38,8 @@ TEACHER_DATA = "teacher_data"
 CONTROLS, SUMMARY, TABLE = "controls.json", "summary.json", "table.md"
 RUN_SUMMARY, RUN_ANSWERS = "{run}/summary.json", "{run}/answers.jsonl"  # of every training run
 _ORIGIN = "experience.yaml"
+_ODD = (LookupError, TypeError, ValueError, AttributeError, AssertionError)  # of other kinds
+_REMEDY = "a copy of the file as it was; or no such file, and its stage is done again"
 _COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
 _NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
 
@@ -77,8 +83,39 @@ class PipelineFolder:
     def controls(self) -> dict[str, Any]:
         """The answers of the evaluation so far, by row and seed."""
         file = self.path / CONTROLS
-        rows = read_json(file) if file.is_file() else {}
+        rows = read_object(file, {}, _REMEDY) if file.is_file() else {}
+        for row, by_seed in rows.items():
+            seeds = by_seed if isinstance(by_seed, dict) else {"": by_seed}
+            for seed, parts in seeds.items():
+                where = f"{row}, seed {seed}: "
+                check_record(parts, {"task": list, "retention": list}, file, _REMEDY, where)
+                for answer in (*parts["task"], *parts["retention"]):
+                    check_record(answer, ANSWER, file, _REMEDY, where)
         return {present_method(row): by_seed for row, by_seed in rows.items()}
+
+    def candidates(self) -> list[Candidate]:
+        """What extraction has come to.
+
+        Raises:
+            UserError: the file is not as it was written.
+        """
+        records = read_list(self.path / CANDIDATES, CANDIDATE, _REMEDY)
+        return [Candidate.from_record(record) for record in records]
+
+    def ranking(self) -> dict[str, Any]:
+        """The candidates in the order of their scores, and the score without any.
+
+        Raises:
+            UserError: the file is not as it was written.
+        """
+        file = self.path / RANKED
+        ranking = read_object(file, {"without": float, "ranked": list}, _REMEDY)
+        scored = {**CANDIDATE, "experience": str, "score": float, "questions": int}
+        for number, record in enumerate(ranking["ranked"]):
+            check_record(record, scored, file, _REMEDY, f"record {number}: ")
+        if not ranking["ranked"]:
+            raise UserError(file, allowed=_REMEDY, problem="ranks no candidate")
+        return ranking
 
     def open(self) -> None:
         """Make the folder, once all is checked; refuse one that other settings have made.
@@ -102,9 +139,15 @@ class PipelineFolder:
         file = self.root / _ORIGIN
         if not file.exists():
             return
-        saved = without_secrets(present_pipeline(OmegaConf.to_container(OmegaConf.load(file))))
-        origin = self._origin()
-        before, now = (int(made["experience"]["rounds"]) for made in (saved, origin))
+        origin, remedy = self._origin(), "a copy of the file as it was, or another name="
+        text = read_text(file, remedy)
+        try:
+            saved = present_pipeline(OmegaConf.to_container(OmegaConf.create(text)))
+            before, now = (int(made["experience"]["rounds"]) for made in (saved, origin))
+        except (YAMLError, OmegaConfBaseException, *_ODD) as error:
+            problem = f"is not as it was written ({' '.join(str(error).split())})"
+            raise UserError(file, ABSENT, remedy, problem=problem) from error
+        saved = without_secrets(saved)
         if (before == 1) != (now == 1):
             raise self._changed(
                 f"experience.rounds was {before}, is {now}: a pipeline of one round has no folders "
@@ -142,18 +185,21 @@ class PipelineFolder:
         file = self.path / SELECTED
         if not file.is_file():
             raise UserError(str(file), ABSENT, "after stage=select", problem="does not exist")
-        return [self.registry.find(entry_hash) for entry_hash in read_json(file)["experience"]]
+        hashes = read_object(file, {"experience": list[str]}, _REMEDY)["experience"]
+        if not hashes:
+            raise UserError(file, allowed=_REMEDY, problem="names no experience")
+        return [self.registry.find(entry_hash) for entry_hash in hashes]
 
     def student(self, run: str) -> Path:
         """A run's student: its checkpoint of the best validation, else the last."""
         file = self.of_run(RUN_SUMMARY, run)
-        summary = read_json(file)
+        summary = read_object(file, {"steps": int}, _REMEDY)
         step = summary.get("best_step", summary["steps"])
         return file.parent / "checkpoints" / f"step={step}.ckpt"
 
     def is_last(self, run: str) -> bool:
         """Whether the run's own scores, of its last checkpoint, are its student's."""
-        steps = read_json(self.of_run(RUN_SUMMARY, run))["steps"]
+        steps = read_object(self.of_run(RUN_SUMMARY, run), {"steps": int}, _REMEDY)["steps"]
         return self.student(run).name == f"step={steps}.ckpt"
 
     def plug(self, name: str) -> dict[str, Any]:

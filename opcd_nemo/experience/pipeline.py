@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -19,10 +20,10 @@ from opcd_nemo.experience.folder import SUMMARY, PipelineFolder
 from opcd_nemo.experience.run_configs import checked_configs
 from opcd_nemo.experience.stages import STAGES
 from opcd_nemo.experience.stages.context import Stage, StageContext
-from opcd_nemo.formats.locate import read_json
 from opcd_nemo.launch.exits import EXIT_BAD_INPUT
 from opcd_nemo.launch.ranks import check_run
 from opcd_nemo.storage.attempt import is_first_node
+from opcd_nemo.storage.records import check_record, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +140,9 @@ def _failed(what: str, code: int) -> int:
 def _retained(folder: PipelineFolder) -> bool:
     """Whether the next round may start from this round's student."""
     settings = folder.settings
-    rows = read_json(folder.path / SUMMARY)["rows"]
-    first = read_json(folder.of_round(1).path / SUMMARY)["rows"]
-    base = first["base"]["retention"]["value"]
     seed = settings.first_run.removeprefix("opcd-")  # whose student goes on
-    now = rows["opcd"]["retention_by_seed"][seed]
+    base = _number(folder.of_round(1).path / SUMMARY, "rows", "base", "retention", "value")
+    now = _number(folder.path / SUMMARY, "rows", "opcd", "retention_by_seed", seed)
     share = settings.experience.next_round_retention
     assert share is not None  # with several rounds
     if now >= share * base:
@@ -157,3 +156,18 @@ def _retained(folder: PipelineFolder) -> bool:
         base,
     )
     return False
+
+
+def _number(file: Path, *names: str) -> float:
+    """A number of a summary, below these names.
+
+    Raises:
+        UserError: the summary has no such number.
+    """
+    remedy = "a copy of the file as it was; or stage=evaluate, which writes it anew"
+    found = read_object(file, {}, remedy)
+    for name in names[:-1]:
+        check_record(found, {name: dict}, file, remedy)
+        found = found[name]
+    check_record(found, {names[-1]: float}, file, remedy)
+    return float(found[names[-1]])

@@ -16,12 +16,18 @@ from typing import Any
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.candidates import Candidate
 from opcd_nemo.experience.config import ScoringConfig, SelectionConfig
+from opcd_nemo.storage.records import read_lines, read_text
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Task
 from opcd_nemo.tasks.draws import shuffled
 
 logger = logging.getLogger(__name__)
 
+_LINE = {"experience": str, "start": int, "scores": list[float]}
+_REMEDY = (
+    "lines as stage=score writes them: put a copy of the file back; or remove this line and those "
+    "after it, and their questions are asked again"
+)
 ScoreFn = Callable[[Candidate, int], list[float]]
 """The candidate's scores on so many validation questions, from the first on."""
 
@@ -51,17 +57,20 @@ class ScoreBook:
     """
 
     def __init__(self, run_folder: RunFolder, name: str) -> None:
+        """Raises: UserError when a line of the file is none, or scores are missing."""
         self._run_folder, self._name = run_folder, name
         self._scores: dict[str, list[float]] = {}
         file = run_folder.path / name
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if text != "".join(whole):
-            run_folder.write(name, "".join(whole))
-        for line in map(json.loads, whole):
+        lines = read_lines(file, _LINE, _REMEDY)
+        for number, line in enumerate(lines, start=1):
             known = self._scores.setdefault(line["experience"], [])
-            assert line["start"] == len(known), line
+            if line["start"] != len(known):
+                problem = f"line {number}: start is {line['start']} after {len(known)} scores"
+                raise UserError(file, allowed=_REMEDY, problem=problem)
             known += line["scores"]
+        whole, newline, torn = read_text(file, _REMEDY).rpartition("\n")
+        if torn:
+            run_folder.write(name, whole + newline)
 
     def known(self, experience: str) -> list[float]:
         """The scores on the first questions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opcd_nemo.config.limits import SAMPLES_BYTES
 from opcd_nemo.config.plugs import build_plug
-from opcd_nemo.evaluation.evaluator import Answer, Evaluation
+from opcd_nemo.errors import UserError
+from opcd_nemo.evaluation.evaluator import ANSWER, Answer, Evaluation
 from opcd_nemo.evaluation.statistics import (
     Estimate,
     compare,
@@ -28,8 +29,11 @@ from opcd_nemo.experience.folder import (
     PipelineFolder,
 )
 from opcd_nemo.formats.locate import read_json
+from opcd_nemo.storage.records import read_lines, read_object
 from opcd_nemo.tasks import Task
 
+_ANSWER = {**ANSWER, "evaluation": str, "part": str}
+_REMEDY = "a copy of the file as it was; or a new run in another folder, without this one"
 _SHOWN = {
     "base": "base",
     "in_context": "in-context (teacher)",
@@ -75,7 +79,7 @@ def summarise(folder: PipelineFolder) -> dict[str, Any]:
     first = plan.methods[0]
     maps = _maps(task, next(iter(rows["base"].values()))["task"])
     entry = folder.selected()[0]
-    ranked = read_json(folder.path / RANKED)
+    ranked = read_object(folder.path / RANKED, {"without": float}, _REMEDY)
     return {
         "base": table["base"]["score"]["value"],
         "in_context": table["in_context"]["score"]["value"],
@@ -156,10 +160,19 @@ def _rows(folder: PipelineFolder) -> dict[str, Row]:
 
 
 def _of_runs(folder: PipelineFolder, method: str, name: str) -> Row:
-    found = {}
+    found: Row = {}
     for seed in folder.settings.experience.consolidation.seeds:
-        answers = read_answers(folder.of_run(RUN_ANSWERS, f"{method}-{seed}"))
-        found[str(seed)] = {part: answers[name, part] for part in ("task", "retention")}
+        file = folder.of_run(RUN_ANSWERS, f"{method}-{seed}")
+        answers = read_answers(file)
+        found[str(seed)] = {}
+        for part in ("task", "retention"):
+            of_part = answers.get((name, part), Evaluation(answers=()))
+            wanted = len(next(iter(found.values())).get(part, of_part).answers)
+            if not of_part.answers or len(of_part.answers) != wanted:
+                count = f"{len(of_part.answers)} answers of {name}, {part}"
+                expected = f", {wanted} with the first seed" if wanted else ""
+                raise UserError(file, allowed=_REMEDY, problem=f"{count}{expected}")
+            found[str(seed)][part] = of_part
     return found
 
 
@@ -173,7 +186,7 @@ def _parts(parts: Mapping[str, Any]) -> dict[str, Evaluation]:
 def read_answers(file: Path) -> dict[tuple[str, str], Evaluation]:
     """A run's evaluations, by name and part (task, retention)."""
     found: dict[tuple[str, str], list[Answer]] = {}
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    for line in read_lines(file, _ANSWER, _REMEDY, SAMPLES_BYTES):
         key = line.pop("evaluation"), line.pop("part")
         found.setdefault(key, []).append(Answer.from_record(line))
     return {key: Evaluation(answers=tuple(answers)) for key, answers in found.items()}

@@ -22,7 +22,6 @@ from opcd_nemo.experience.folder import (
 from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.experience.table import summarise, table_text
-from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.storage import heartbeat
 
@@ -91,7 +90,7 @@ def _jobs(folder: PipelineFolder, config: TrainConfig) -> list[EvaluationJob]:
     student, teacher = config.student, config.teacher
     consolidation, items = folder.settings.experience.consolidation, folder.selected()[0].items
     of_control = {
-        "wrong": tuple(read_json(folder.path / RANKED)["ranked"][-1]["items"]),
+        "wrong": tuple(folder.ranking()["ranked"][-1]["items"]),
         "shuffled": shuffled_words(items, config.seed),
     }
     untrained = [

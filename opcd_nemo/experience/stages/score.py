@@ -31,8 +31,7 @@ class Score:
         settings = folder.settings.experience.scoring
         models = context.open_models(stage_config(folder))
         scores = _Scores(models)
-        records = json.loads((folder.path / CANDIDATES).read_text(encoding="utf-8"))
-        pool = [Candidate.from_record(record) for record in records]
+        pool = folder.candidates()
         ranked = halve(pool, settings, scores.of_candidate)
         of_none = scores.of("none", (), settings.num_questions)
         without = sum(of_none) / len(of_none)

@@ -12,7 +12,6 @@ from opcd_nemo.experience.folder import RANKED, SELECTED, PipelineFolder
 from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.scoring import Scored, select
 from opcd_nemo.experience.stages.context import StageContext
-from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class Select:
         """
         folder = context.folder
         settings, seed = folder.settings.experience.selection, folder.settings.train.seed
-        ranking = read_json(folder.path / RANKED)
+        ranking = folder.ranking()
         records = {record["experience"]: record for record in ranking["ranked"]}
         ranked = [
             Scored(candidate=Candidate.from_record(record), scores=(record["score"],))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +144,58 @@ def test_a_folder_that_is_taken_over_gets_no_wave_and_no_scores(tmp_path: Path) 
     with pytest.raises(OSError, match="now held by"):
         ScoreBook(taken_over(tmp_path), "scoring.jsonl").add("a", [1.0])
     assert [path.name for path in tmp_path.rglob("*")] == ["waves"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda text: text.replace('"items": ["learnt"]', '"items": "learnt"', 1), "line 1: items"),
+        (lambda text: text.splitlines()[0] + "\n", "holds 1 records"),
+        (lambda text: text[:-1], "holds 1 records"),
+        (lambda text: "junk\n" + text, "line 1: no JSON"),
+        (lambda text: "", "holds 0 records"),
+    ],
+)
+def test_a_wave_that_is_not_as_it_was_written_is_named(
+    tmp_path: Path, edit: Callable[[str], str], problem: str
+) -> None:
+    extraction(RunFolder(tmp_path), Writer(), settings()).run()
+    file = tmp_path / "waves" / "wave=0001.jsonl"
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(UserError) as caught:
+        extraction(RunFolder(tmp_path), Writer(), settings()).run()
+    assert caught.value.key == str(file)
+    assert str(caught.value.problem).startswith(problem)
+    assert "its wave is done again" in caught.value.allowed
+    file.unlink()
+    extraction(RunFolder(tmp_path), Writer(), settings()).run()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("junk", "line 3: no JSON"),
+        ('{"experience": "a", "start": 2}', "line 3: no scores"),
+        ('{"experience": "a", "start": 2, "scores": ["1"]}', 'line 3: scores is ["1"]'),
+        ('{"experience": "a", "start": 1, "scores": [1]}', "line 3: start is 1 after 2 scores"),
+        ('{"experience": "c", "start": 1, "scores": [1]}', "line 3: start is 1 after 0 scores"),
+    ],
+)
+def test_a_score_book_that_was_edited_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    file = tmp_path / "scoring.jsonl"
+    book = ScoreBook(RunFolder(tmp_path), file.name)
+    book.add("a", [1.0, 0.5])
+    book.add("b", [0.0])
+    good = file.read_text()
+    file.write_text(f"{good}{line}\n")
+    with pytest.raises(UserError) as caught:
+        ScoreBook(RunFolder(tmp_path), file.name)
+    assert caught.value.key == str(file)
+    assert str(caught.value.problem).startswith(problem)
+    assert "questions are asked again" in caught.value.allowed
+    file.write_text(good + line[:-1])  # a crash has cut it off
+    assert ScoreBook(RunFolder(tmp_path), file.name).known("a") == [1.0, 0.5]
+    assert file.read_text() == good
 
 
 def test_shared_problems_are_the_same_for_every_chain(tmp_path: Path) -> None:

@@ -263,3 +263,53 @@ def test_bad_input_of_a_stage_is_not_gone_on_with(
     assert run_pipeline(settings(tmp_path), lambda extra: code) == code
     assert caplog.text.count("the same command goes on") == hints
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("ranked.json", "{", "no JSON"),
+        ("ranked.json", "[]", "a list instead of a record"),
+        ("ranked.json", '{"without": "x", "ranked": []}', 'without is "x"'),
+        ("ranked.json", '{"without": 0, "ranked": []}', "ranks no candidate"),
+        ("ranked.json", '{"without": 0, "ranked": [{}]}', "record 0: no chain"),
+        ("ranked.json", ranking("best").replace('["best"]', '"best"'), "record 0: items is"),
+        ("candidates.json", '{"a": 1}', "a dict, not a list"),
+        ("candidates.json", "[3]", "record 0: a int instead"),
+        ("selected.json", '{"experience": "abc"}', 'experience is "abc"'),
+        ("selected.json", '{"experience": []}', "names no experience"),
+        ("controls.json", "[]", "a list instead"),
+        ("controls.json", '{"wrong": 3}', "wrong, seed : a int"),
+        ("controls.json", '{"wrong": {"1": {"task": []}}}', "wrong, seed 1: no retention"),
+        ("controls.json", '{"wrong": {"1": {"task": [{}], "retention": []}}}', "wrong, seed 1: no"),
+    ],
+)
+def test_a_file_that_was_edited_is_named(
+    tmp_path: Path, name: str, text: str, problem: str
+) -> None:
+    folder = written(tmp_path)
+    file = folder.path / name
+    file.write_text(text)
+    read = {
+        "ranked.json": lambda: select(folder),
+        "candidates.json": folder.candidates,
+        "selected.json": folder.selected,
+        "controls.json": folder.controls,
+    }[name]
+    with pytest.raises(UserError) as caught:
+        read()
+    assert caught.value.key == str(file)
+    assert str(caught.value.problem).startswith(problem)
+    assert "its stage is done again" in caught.value.allowed
+
+
+@pytest.mark.parametrize("text", ["", "[", "a: [1, 2", "3", "experience: 3", "\x00", "a: ${b"])
+def test_settings_that_were_edited_are_named(tmp_path: Path, text: str) -> None:
+    folder = PipelineFolder(settings(tmp_path))
+    folder.open()
+    file = folder.path / "experience.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        folder.check_unchanged()
+    assert caught.value.key == str(file)
+    assert "is not as it was written" in str(caught.value.problem)

@@ -11,11 +11,13 @@ import pytest
 
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.context.registry import Entry
-from opcd_nemo.evaluation.evaluator import Answer
+from opcd_nemo.errors import UserError
+from opcd_nemo.evaluation.evaluator import Answer, Evaluation
+from opcd_nemo.evaluation.report import write_answers
 from opcd_nemo.evaluation.statistics import crossed_interval, mean_interval
 from opcd_nemo.experience.config import load_experience
 from opcd_nemo.experience.folder import PipelineFolder
-from opcd_nemo.experience.table import summarise, table_text
+from opcd_nemo.experience.table import read_answers, summarise, table_text
 from opcd_nemo.formats.locate import write_json
 from tests.quick_compose import compose
 
@@ -109,3 +111,40 @@ def test_of_one_map_the_interval_is_over_seeds_and_chance_is_not_told(tmp_path: 
     assert summary["paired"]["opcd - sft"]["p_value"] is None
     assert summary["internalised"] is None
     assert "p = ?" in table_text(summary)
+
+
+def test_answers_that_were_removed_or_edited_are_named(tmp_path: Path) -> None:
+    pipeline = folder_of(tmp_path)
+    write_runs(pipeline)
+    file = pipeline.path / "opcd-2" / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    student = [line for line in lines if '"student"' in line and '"task"' in line]
+    for kept, problem in (
+        ([line for line in lines if line not in student], "0 answers of student, task, 46 with"),
+        (
+            [line for line in lines if line not in student[-2:]],
+            "44 answers of student, task, 46 with",
+        ),
+        (["{}\n", *lines], "line 1: no uid"),
+        ([lines[0].replace("false", '"no"'), *lines[1:]], "line 1: "),
+    ):
+        file.write_text("".join(kept))
+        with pytest.raises(UserError) as caught:
+            summarise(pipeline)
+        assert str(caught.value.problem).startswith(problem)
+
+
+def test_an_answer_with_any_line_end_is_one_answer(tmp_path: Path) -> None:
+    told = Answer(
+        uid="u",
+        question="?",
+        sample=0,
+        text="a\u2028b\x85c",
+        score=1.0,
+        answered=True,
+        num_tokens=1,
+        leaked=False,
+    )
+    evaluation = Evaluation(answers=(told,))
+    write_answers(tmp_path / "answers.jsonl", {"base": (evaluation, evaluation)})
+    assert read_answers(tmp_path / "answers.jsonl")["base", "task"].answers == (told,)
