@@ -69,7 +69,7 @@ class FileProblems:
             split: array("Q") for split in ("train", "validation", "test")
         }
         self.left_out: dict[Fault, tuple[int, str]] = {}
-        self._packed, self._ends, self._lines = bytearray(), array("Q", (0,)), array("Q")
+        self._packed, self._ends, self._lines = bytearray(), array("Q", (0,)), array("I")
         self._unit = ""
 
     @property

@@ -109,6 +109,8 @@ class ParquetRows:
         return not self._asked or name in self._asked or name.partition(".")[0] in self._asked
 
     def _rows(self, table: ParquetFile, dictionaries: list[str]) -> Iterator[Mapping[str, Any]]:
+        import pyarrow
+
         names = table.schema_arrow.names
         asked = [name for name in names if self._is_asked(name)]
         for group in range(table.metadata.num_row_groups):
@@ -120,6 +122,7 @@ class ParquetRows:
                 for index in range(batch.num_rows):
                     self.number += 1
                     yield _Record(self, names, lists, arrays, index)
+            pyarrow.default_memory_pool().release_unused()
 
     def _rows_at_a_time(
         self, metadata: FileMetaData, group: int, asked: list[str], dictionaries: list[str]

@@ -78,7 +78,8 @@ class Row(NamedTuple):
         """
         value = self.values.get(column)
         if type(value) is str and value.isascii() and (text := value.strip()):
-            self._check_speaker(key, column)
+            if "." in column:
+                self._check_speaker(key, column)
             return text  # most rows of most files: read in half the time
         value = self.value(key, column)
         number = isinstance(value, int | float) and not isinstance(value, bool)

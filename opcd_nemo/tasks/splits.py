@@ -56,7 +56,9 @@ class SourceFiles:
 
 def identity(*texts: str) -> str:
     """Return what makes texts the same problem: not case, blanks or the form of a character."""
-    return "\n".join([_same_for_all_forms(text) for text in texts])
+    if len(texts) == 1:
+        return _same_for_all_forms(texts[0])
+    return "\n".join(map(_same_for_all_forms, texts))
 
 
 def _same_for_all_forms(text: str) -> str:
