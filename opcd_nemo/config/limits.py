@@ -149,8 +149,11 @@ and a billion equal rows fit into a kilobyte."""
 PARQUET_VALUES = 16 * MIB
 """In a column of a row group: writers put a million rows into one, and a chat has some messages."""
 
-PARQUET_FOOTER_BYTES = 16 * MIB
-"""Of the end of a parquet file, which describes its columns: a hundred thousand of them."""
+PARQUET_FOOTER_BYTES = 4 * MIB
+"""Of the end of a parquet file, which describes its columns: 4,000 row groups of 10 columns."""
+
+PARQUET_PAGES = 100_000
+"""Of a parquet file: writers make pages of a MiB, or one a column and row group."""
 
 # ------------------------------------------------------------------ numbers of a configuration
 # beyond these a number is a slip of the pen, or is meant to break something

@@ -11,12 +11,12 @@ from opcd_nemo.config.limits import (
     MIB,
     PARQUET_BYTES,
     PARQUET_COMPRESSION,
-    PARQUET_FOOTER_BYTES,
     PARQUET_ROW_BYTES,
     PARQUET_VALUES,
     ROW_BYTES,
 )
 from opcd_nemo.errors import UserError
+from opcd_nemo.tasks.parquet_pages import Malformed, chunks
 
 if TYPE_CHECKING:
     from pyarrow import Array, Scalar
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 16 * MIB
 _PLACE = re.compile(r"-?\d{1,9}")
-_TEXTS = ("STRING", "NONE", "JSON", "ENUM")
 _WHOLE = "a whole parquet file"
 _SMALLER = (
     f"columns of at most {PARQUET_BYTES // MIB} MiB, or of {PARQUET_COMPRESSION} times what they "
@@ -55,47 +54,32 @@ class ParquetRows:
 
         try:
             with self._file.open("rb") as opened:
-                self._check_footer(opened)
-                metadata = parquet.read_metadata(opened)
-                dictionaries = self._check_sizes(metadata)
-                yield from self._rows(parquet.ParquetFile(opened, metadata=metadata), dictionaries)
-        except pyarrow.ArrowException as error:
+                dictionaries = self._check_sizes(opened)
+                opened.seek(0)
+                yield from self._rows(parquet.ParquetFile(opened), dictionaries)
+        except (pyarrow.ArrowException, UnicodeDecodeError, Malformed) as error:
             self._refuse(f"row {self.number + 1}: {str(error).splitlines()[0]}", _WHOLE, error)
 
     def _refuse(self, problem: str, allowed: str, error: Exception | None = None) -> NoReturn:
         raise UserError(self._key, self._path, allowed, problem=problem) from error
 
-    def _check_footer(self, opened: IO[bytes]) -> None:
-        opened.seek(-min(8, self._size), 2)
-        footer = int.from_bytes(opened.read(4), "little")
-        if PARQUET_FOOTER_BYTES < footer < self._size and opened.read(4) == b"PAR1":
-            problem = f"its description of columns has {footer // MIB} MiB"
-            self._refuse(problem, f"at most {PARQUET_FOOTER_BYTES // MIB} MiB")
-        opened.seek(0)
-
-    def _check_sizes(self, metadata: FileMetaData) -> list[str]:
+    def _check_sizes(self, opened: IO[bytes]) -> list[str]:
         """Refuse columns that unpack to too much; return those with a dictionary."""
         dictionaries = set()
         unpacked = 0
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for index in range(group.num_columns):
-                column = group.column(index)
-                name = column.path_in_schema
-                if not self._is_asked(name):
+        for group in chunks(opened, self._size):
+            for chunk in group:
+                if not self._is_asked(chunk.name):
                     continue
-                if (
-                    column.physical_type == "BYTE_ARRAY"
-                    and column.has_dictionary_page
-                    and metadata.schema.column(index).logical_type.type in _TEXTS
-                ):
-                    dictionaries.add(name)
-                size, packed = column.total_uncompressed_size, column.total_compressed_size
-                unpacked += size
-                if column.num_values > PARQUET_VALUES:
-                    problem = f"column {name!r} has {column.num_values} values in a row group"
+                if chunk.has_text_dictionary:
+                    dictionaries.add(chunk.name)
+                unpacked += chunk.unpacked
+                if chunk.num_values > PARQUET_VALUES:
+                    problem = f"column {chunk.name!r} has {chunk.num_values} values in a row group"
                     self._refuse(problem, f"at most {PARQUET_VALUES}")
-                if size > max(PARQUET_BYTES, PARQUET_COMPRESSION * packed):
-                    problem = f"column {name!r} holds {size // MIB} MiB in {packed} bytes"
+                if chunk.unpacked > max(PARQUET_BYTES, PARQUET_COMPRESSION * chunk.packed):
+                    size = chunk.unpacked // MIB
+                    problem = f"column {chunk.name!r} holds {size} MiB in {chunk.packed} bytes"
                     self._refuse(problem, _SMALLER)
         if unpacked > self._most_unpacked:
             self._refuse(f"it holds {unpacked // MIB} MiB in {self._size} bytes", _SMALLER)
@@ -134,7 +118,7 @@ class ParquetRows:
         described = metadata.row_group(group)
         longest: int = described.total_byte_size // max(1, described.num_rows)
         if dictionaries and described.total_byte_size > _BATCH_BYTES // _BATCH_ROWS:
-            coded = parquet.ParquetFile(self._file, metadata=metadata, read_dictionary=dictionaries)
+            coded = parquet.ParquetFile(self._file, read_dictionary=dictionaries)
             with coded:
                 batch = next(coded.iter_batches(1, row_groups=[group], columns=asked), None)
                 longest = max(longest, *map(_longest, batch.columns if batch else ()), 0)
@@ -143,13 +127,14 @@ class ParquetRows:
 
     def _weigh(self, num_rows: int, lists: Iterable[list[Any] | None]) -> None:
         """Refuse a batch with a text that is too long, or after which the rows are too much."""
-        self._unpacked += PARQUET_ROW_BYTES * num_rows
+        total = 0
         for values in lists:
             lengths = [len(value) for value in values or () if type(value) is str]
-            self._unpacked += sum(lengths)
+            total += sum(lengths)
             if max(lengths, default=0) > ROW_BYTES:
                 problem = f"a text of more than {ROW_BYTES // MIB} MiB after row {self.number}"
                 self._refuse(problem, "shorter texts")
+        self._unpacked += max(PARQUET_ROW_BYTES * num_rows, total)
         if self._unpacked > self._most_unpacked:
             problem = f"{self._unpacked // MIB} MiB up to row {self.number + num_rows}"
             self._refuse(f"{problem}, of a file of {self._size} bytes", _SMALLER)

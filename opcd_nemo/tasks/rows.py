@@ -84,7 +84,7 @@ class Row(NamedTuple):
         value = self.value(key, column)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         text = str(value).strip() if number or isinstance(value, str) else ""
-        if not text or (number and not math.isfinite(value)):
+        if not text or (isinstance(value, float) and not math.isfinite(value)):
             allowed = f"a text or a number, not empty{_last_message(key, column, value)}"
             raise self.refusal(f"column {column!r} holds {short(value)}", allowed)
         if not text.isascii():
@@ -198,7 +198,10 @@ def check_regular(key: str, path: str, file: Path) -> None:
         UserError: it is one.
         OSError: there is no such file.
     """
-    kind = _KINDS.get(stat.S_IFMT(file.stat().st_mode))
+    try:
+        kind = _KINDS.get(stat.S_IFMT(file.stat().st_mode))
+    except ValueError as error:  # a NUL in the name
+        raise UserError(key, path, "a readable file", problem=str(error)) from error
     if kind is not None:
         raise UserError(key, path, "a regular file", problem=f"is {kind}")
 

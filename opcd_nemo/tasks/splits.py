@@ -214,6 +214,8 @@ def tell_left_out(file: FileProblems, most: float) -> None:
     Raises:
         UserError: it is more than a share of the file's problems.
     """
+    if not isinstance(most, int | float) or not 0 <= most <= 1:
+        raise UserError("task.max_left_out", most, "a number >= 0 and <= 1")
     count, total = sum(count for count, _ in file.left_out.values()), file.num_problems
     if not count:
         return

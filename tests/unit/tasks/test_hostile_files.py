@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow
@@ -15,6 +16,7 @@ from pyarrow import parquet
 
 from opcd_nemo.config.limits import ROW_BYTES
 from opcd_nemo.errors import UserError
+from opcd_nemo.tasks.parquet_pages import chunks
 from opcd_nemo.tasks.rows import read_rows
 
 
@@ -119,7 +121,50 @@ def test_a_footer_of_many_columns_is_refused(tmp_path: Path) -> None:
         file.truncate(40 << 20)
         file.seek(-8, 2)
         file.write((32 << 20).to_bytes(4, "little") + b"PAR1")
-    assert "its description of columns has 32 MiB; allowed: at most 16 MiB" in refusal(path)
+    assert "its description has 33554432 bytes of 41943040; allowed: a whole" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"data_page_version": "2.0"},
+        {"data_page_version": "2.0", "use_dictionary": False, "compression": "none"},
+        {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
+        {"compression": "gzip", "row_group_size": 7},
+        {"data_page_size": 64, "write_batch_size": 8, "write_page_index": True},
+    ],
+)
+def test_the_pages_of_every_writer_are_found(tmp_path: Path, how: dict[str, Any]) -> None:
+    texts = [f"text {number % 17} {'x' * number}." for number in range(100)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"a": texts, "b": [[text] for text in texts]}), path, **how)
+    assert [row.text("k", "a") for row in read_rows("k", str(path), ["a"])] == texts
+    assert [row.text("k", "b.0") for row in read_rows("k", str(path), ["b.0"])] == texts
+    with path.open("rb") as opened:
+        groups = list(chunks(opened, path.stat().st_size))
+    assert {(chunk.name, chunk.num_values > 0) for group in groups for chunk in group} == {
+        ("a", True),
+        ("b.list.element", True),
+    }
+    assert sum(group[0].num_values for group in groups) == 100
+
+
+def test_damaged_files_are_one_line_or_read(tmp_path: Path) -> None:
+    columns = {"a": [f"text {n} {'x' * 50}" for n in range(50)], "b": [[str(n)] for n in range(50)]}
+    whole = write(tmp_path / "whole.parquet", columns).read_bytes()
+    path, chance, lines = tmp_path / "a.parquet", Random(0), 0
+    for attempt in range(150):
+        damaged = bytearray(whole)
+        start = 0 if attempt % 2 else len(whole) - 900
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(start, len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for row in read_rows("task.train", str(path), ["a", "b.0"]):
+                row.text("task.problem_column", "a")
+        except UserError:
+            lines += 1
+    assert lines > 50
 
 
 def test_a_list_without_end_is_refused(tmp_path: Path) -> None:

@@ -166,6 +166,10 @@ def test_a_repeated_row_counts_once_and_contradictions_are_left_out(
         f"1 of 50 problems of task.train={path} are left out: 1 with different answers in "
         "different rows (first line 1 and line 6: '9' and '8'); 49 are left, task.max_left_out=0.1"
     ]
+    for share in (-0.1, 1.1, float("nan"), "some", None):
+        wanted = r"^task\.max_left_out=.*; allowed: a number >= 0 and <= 1"
+        with pytest.raises(UserError, match=wanted):
+            task(path, max_left_out=share)
     with pytest.raises(
         UserError, match=r"^task\.max_left_out=0: 1 of 50 problems .*; allowed: 0\.02"
     ):

@@ -98,6 +98,11 @@ def test_a_broken_file_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_a_name_that_no_file_has_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^k=a\\x00\.csv: embedded null byte; allowed: a readable"):
+        list(read_rows("k", "a\0.csv"))
+
+
 def test_a_table_cut_short_is_refused(tmp_path: Path) -> None:
     path = Path(_write(tmp_path / "a.parquet", ROWS))
     path.write_bytes(path.read_bytes()[:-20])
@@ -117,6 +122,10 @@ def test_a_dotted_column_reaches_inside() -> None:
     for column in ("a.1.b", "a.0.c", "a.b", "a.-2.b", "e", "n.0", "", "a.- 1.b", "a.--1.b"):
         with pytest.raises(UserError, match=r": line 3: no column .*; allowed: k as "):
             row.text("k", column)
+
+
+def test_a_long_number_is_a_text() -> None:
+    assert row_of({"a": int("9" * 4000)}).text("k", "a") == "9" * 4000
 
 
 @pytest.mark.parametrize("value", ["", " \n", None, True, [], {}, float("nan")])
