@@ -123,6 +123,9 @@ class Extraction:
             if [record["chain"] for record in found] != list(range(self._settings.num_chains)):
                 chains = f"holds {len(found)} records, not one of each chain"
                 raise UserError(file, allowed=_REMEDY, problem=chains)
+            if [record["uid"] for record in found] != self._uids(wave):
+                other = "its problems are not those that this version draws"
+                raise UserError(file, allowed="another name for the pipeline", problem=other)
         records: list[dict[str, Any]] | None = self._parallel.gather_objects(found)[0]
         return records
 
@@ -163,6 +166,12 @@ class Extraction:
             _Play(chain=chain, step=step, episode=episode, turns=turns[chain])
             for chain, episode in zip(chains, episodes, strict=True)
         ]
+
+    def _uids(self, step: int) -> list[str]:
+        count = self._settings.num_chains
+        if self._settings.shared_problems:
+            return [self._problem(0, step).uid] * count
+        return [episode.uid for episode in self._task.episodes("train", step, count)]
 
     def _problem(self, chain: int, step: int) -> Episode:
         if self._settings.shared_problems:

@@ -222,6 +222,16 @@ def test_finished_waves_are_not_repeated(tmp_path: Path) -> None:
     assert len(writer.asked) == 4  # two problems, two extractions
 
 
+def test_a_wave_of_other_problems_is_not_gone_on_with(tmp_path: Path) -> None:
+    first = extraction(RunFolder(tmp_path), Writer(), settings()).run()
+    file = tmp_path / "waves" / "wave=0001.jsonl"
+    (uid, other) = (record["uid"] for record in first if record["step"] == 1)
+    assert uid != other
+    file.write_text(file.read_text().replace(json.dumps(uid), json.dumps(other)))
+    with pytest.raises(UserError, match=r"its problems are not those .* another name"):
+        extraction(RunFolder(tmp_path), Writer(), settings()).run()
+
+
 def test_every_wave_is_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat = tmp_path / "heartbeat"
     monkeypatch.setenv(HEARTBEAT_ENV, str(heartbeat))

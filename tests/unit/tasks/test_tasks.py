@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -425,6 +426,20 @@ def test_a_replayed_turn_repeats_nothing_and_the_tasks_games_their_map(tmp_path:
     assert replay.unit_of(turn.uid) == turn.uid == "replay/train/map/2/0"
     assert replay.unit_of("test/map/2") == "test/map"
     assert replay.report()["maps_overlap"] == 0
+
+
+def test_a_replayed_uid_with_two_texts_is_left_out(tmp_path: Path) -> None:
+    turns = tmp_path / "turns.jsonl"
+    lines = [{"uid": f"a/{n}", "text": f"Move {n}?"} for n in range(12)]
+    lines += [lines[3], lines[5] | {"text": "Other?"}]
+    turns.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings: Any = OmegaConf.to_container(compose("train", ["task=frozen_lake"]), resolve=True)
+    replay = ReplayTask(path=str(turns), of=settings["task"], seed=0)
+    drawn = {episode.uid: _questions([episode]) for episode in replay.episodes("train", 0, 11)}
+    assert drawn == {f"replay/a/{n}": {f"Move {n}?"} for n in range(12) if n != 5}
+    wanted = r"^task\.max_left_out=0\.05: 1 of 12 problems of task\.path="
+    with pytest.raises(UserError, match=wanted):
+        ReplayTask(path=str(turns), of=settings["task"], seed=0, max_left_out=0.05)
 
 
 @pytest.mark.parametrize(
