@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -115,9 +115,8 @@ def check_value(key: str, value: Any, kind: Any, described: Doc | None) -> None:
         parts = list(value.values())
     problem = None
     numbers = [part for part in parts if isinstance(part, int | float) and type(part) is not bool]
-    if any(isinstance(part, str) and _NO_TEXT.search(part) for part in parts):
-        problem = "has a character that no text has"
-    elif not all(math.isfinite(number) for number in numbers):
+    check_texts(key, value, allowed_words(kind, described))
+    if not all(math.isfinite(number) for number in numbers):
         problem = "is not finite"
     elif described is None or (
         all(_is_within(number, described) for number in numbers)
@@ -125,6 +124,22 @@ def check_value(key: str, value: Any, kind: Any, described: Doc | None) -> None:
     ):
         return
     raise UserError(key, value, allowed_words(kind, described), problem=problem)
+
+
+def check_texts(key: str, value: Any, allowed: str = "a text") -> None:
+    """Refuse characters that no text has, in a value or anywhere inside.
+
+    Raises:
+        UserError: a text has some.
+    """
+    if isinstance(value, str) and _NO_TEXT.search(value):
+        raise UserError(key, value, allowed, problem="has a character that no text has")
+    if isinstance(value, Mapping):
+        for name, inside in value.items():
+            check_texts(f"{key}.{name}", inside)
+    elif isinstance(value, list | tuple):
+        for index, inside in enumerate(value):
+            check_texts(f"{key}.{index}", inside)
 
 
 def _is_within(number: float, described: Doc) -> bool:

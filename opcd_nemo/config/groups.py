@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from opcd_nemo.config.doc import allowed_words
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.errors import UserError
 
 Settings = TypeVar("Settings")
 
@@ -20,4 +22,6 @@ def split_settings(raw: DictConfig, name: str, kind: type[Settings]) -> tuple[Di
     run = raw.copy()
     with open_dict(run):
         group: Any = run.pop(name)
+    if not isinstance(group, DictConfig):
+        raise UserError(name, group, allowed_words(kind, None))
     return run, read_schema(kind, OmegaConf.create(group), prefix=f"{name}.")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from opcd_nemo.config.doc import Doc, allowed_words, check_value
+from opcd_nemo.config.doc import Doc, allowed_words, check_texts, check_value
 from opcd_nemo.config.renamed import present_name
 from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.errors import ABSENT, UserError
@@ -33,6 +33,7 @@ def check_plug(key: str, plug: Any) -> None:
             continue
         if name not in parameters:
             raise unknown_name(f"{key}.{name}", parameters, value=value, what="argument")
+        check_texts(f"{key}.{name}", value)
         _check_argument(f"{key}.{name}", value, parameters[name].annotation)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in plug:

@@ -24,6 +24,9 @@ def check_rules(config: TrainConfig) -> None:
         UserError: a key contradicts another, or has no effect beside it.
     """
     _check_name(config.name)
+    folder = config.exp_manager["exp_dir"]
+    if not folder.strip():
+        raise UserError("exp_manager.exp_dir", folder, "the path of a folder; . is this one")
     _check_optim(config.optim, config.trainer["max_steps"])
     batching, rollout = config.batching, config.rollout
     if batching.global_batch_size % batching.micro_batch_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from opcd_nemo.config.limits import MOST_SEED, MOST_SEQUENCES, MOST_STEPS, MOST_
 from opcd_nemo.config.renamed import present_method
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
+from opcd_nemo.config.spelling import unknown_name
 from opcd_nemo.config.train import MODEL
 from opcd_nemo.errors import UserError
 
 STAGES = ("extract", "score", "select", "consolidate", "evaluate")
 METHODS = ("opcd", "off_policy", "sft")
+_SETTINGS = ("loss", "rollout", "warmup")  # of a file of conf/method
 _SLOTS = re.compile(r"\{(trace|outcome|experience)\}")
 
 
@@ -106,6 +109,30 @@ class ConsolidationConfig:
         "what the methods off_policy and sft change: their files of conf/method", takes="a mapping"
     )
     seeds: list[int] = doc("seeds of the runs of every method", minimum=0, maximum=MOST_SEED)
+
+    def check(self, prefix: str) -> None:
+        """Refuse methods whose settings are missing, and settings that nothing reads.
+
+        Raises:
+            UserError: `prefix` stands before the key.
+        """
+        key, others = f"{prefix}settings", METHODS[1:]
+        if not isinstance(self.settings, Mapping):
+            raise UserError(key, self.settings, "a mapping")
+        for method in self.settings:
+            if method not in others:
+                raise unknown_name(f"{key}.{method}", others, what="method")
+        for method in set(self.methods) & set(others):
+            _check_settings(f"{key}.{method}", self.settings.get(method))
+
+
+def _check_settings(key: str, settings: Any) -> None:
+    groups = [settings.get(name) for name in _SETTINGS] if isinstance(settings, Mapping) else [None]
+    if not all(isinstance(group, Mapping) for group in groups):
+        raise UserError(key, settings, f"a mapping with the groups {', '.join(_SETTINGS)}")
+    for name in settings:
+        if name not in (*_SETTINGS, "name"):  # the name is that of a run beside the pipeline
+            raise unknown_name(f"{key}.{name}", _SETTINGS)
 
 
 @dataclass(kw_only=True)

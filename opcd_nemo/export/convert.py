@@ -134,9 +134,12 @@ def _target(settings: ExportConfig) -> Path:
         raise UserError("to", path, f"{ending} in .nemo with format={settings.format}")
     if Path(settings.from_).absolute() in path.absolute().parents:
         raise UserError("to", path, f"a place outside {settings.from_}")
-    if len(path.name.encode()) > _NAME_BYTES or not path.name.isprintable():
-        allowed = f"a name of at most {_NAME_BYTES} bytes that can be printed"
+    name = path.name
+    if len(name.encode()) > _NAME_BYTES or not name.isprintable() or name.strip() != name:
+        allowed = f"a name of at most {_NAME_BYTES} bytes that can be printed, no blank at its ends"
         raise UserError("to", path, allowed)
+    if ".." in path.parts:
+        raise UserError("to", path, "a path without ..")
     check_writable("to", path.parent)
     if path.exists() or path.is_symlink():
         raise UserError("to", path, "a new path", problem="is already there")

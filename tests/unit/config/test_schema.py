@@ -9,9 +9,10 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.config.doc import Doc, doc, doc_of
+from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import ChatConfig, DoctorConfig, ExportConfig, PlanConfig
 from opcd_nemo.config.schema import described, read_schema
 from opcd_nemo.config.train import TrainConfig
@@ -193,3 +194,13 @@ def test_every_number_has_a_range(schema: type) -> None:
     for key, found in numbers(schema):
         assert found.minimum is not None or found.above is not None, key
         assert found.maximum is not None or found.below is not None, key
+
+
+@pytest.mark.parametrize("group", ["null", "3", "[1]"])
+def test_a_programs_group_is_a_group(group: str) -> None:
+    raw = OmegaConf.create(f"{{seed: 1, doctor: {group}}}")
+    assert isinstance(raw, DictConfig)
+    with pytest.raises(UserError) as refused:
+        split_settings(raw, "doctor", DoctorConfig)
+    assert refused.value.key == "doctor"
+    assert refused.value.allowed.startswith("a group with the keys environment_only")

@@ -134,6 +134,7 @@ def test_a_mistake_is_told_in_one_line(override: str, line: str) -> None:
         ("name='a '", "the name of a folder"),
         (f"name={'x' * 300}", "the name of a folder"),
         (f"name=a/{'é' * 120}", "the name of a folder"),
+        ("exp_manager.exp_dir=' '", "the path of a folder"),
         (f"seed={2**70}", "a whole number >= 0 and <= 9223372036854775807"),
         ("optim.lr=1e300", "a number > 0 and <= 10"),
         ("optim.warmup_steps=31", "0 to 30"),
@@ -315,6 +316,13 @@ def test_plug_is_built_of_yaml_and_runtime_arguments() -> None:
         check_plug("plug", plug | {"size": True})
     with pytest.raises(UserError, match=r"^plug=null; allowed: a mapping with a _target_$"):
         check_plug("plug", None)
+
+
+@pytest.mark.parametrize("value", ["a\0b", {"a": ["\udcff"]}, ["a", ["b\0"]]])
+def test_no_argument_of_a_plug_has_characters_that_no_text_has(value: object) -> None:
+    with pytest.raises(UserError, match="has a character that no text has") as refused:
+        check_plug("plug", {"_target_": f"{__name__}.Plug", "size": 3, "rest": value})
+    assert refused.value.key.startswith("plug.rest")
 
 
 @pytest.mark.parametrize("target", ["os.system", "builtins.exec", "os.popen", "shutil.rmtree"])

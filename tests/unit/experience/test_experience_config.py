@@ -368,3 +368,30 @@ def test_a_pipeline_with_former_names_of_methods_is_continued_in_its_folders(
     with pytest.raises(UserError) as refused:
         folder_of(tmp_path, "experience.consolidation.methods=[opcd,sft]").check_unchanged()
     assert "experience.consolidation.methods was" in str(refused.value.problem)
+
+
+SETTINGS = "experience.consolidation.settings"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"{SETTINGS}=text", SETTINGS),
+        (f"{SETTINGS}=null", SETTINGS),
+        (f"~{SETTINGS}.sft", f"{SETTINGS}.sft"),
+        (f"{SETTINGS}.sft=3", f"{SETTINGS}.sft"),
+        (f"~{SETTINGS}.sft.rollout", f"{SETTINGS}.sft"),
+        (f"+{SETTINGS}.dpo={{}}", f"{SETTINGS}.dpo"),
+        (f"+{SETTINGS}.sft.optim={{lr: 1}}", f"{SETTINGS}.sft.optim"),
+    ],
+)
+def test_a_method_has_its_settings_and_no_others(tmp_path: Path, override: str, key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_experience(raw(tmp_path, override))
+    assert refused.value.key == key
+
+
+def test_a_method_that_is_not_run_needs_no_settings(tmp_path: Path) -> None:
+    load_experience(
+        raw(tmp_path, f"~{SETTINGS}.sft", "experience.consolidation.methods=[opcd,off_policy]")
+    )

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("{folder}/file/x", "{folder}/file", "{folder}/dangling", "{folder}/dangling/x"),
         *("/dev/full", "/dev/full/x", "/proc/x", "{folder}/" + "x" * 300, "{folder}/'a\nb'"),
         *("{folder}", "{folder}/tiny/x", "{folder}/" + "y" * 300 + "/x"),
+        *("' '", "{folder}/new/..", "{folder}/new/../../x"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused(to: str, folder: Path) -> None:
