@@ -72,13 +72,15 @@ def multiple_choice(
     def read(row: Row) -> Problem:
         stem = row.text("task.question_column", question_column)
         options = tuple(row.text("task.option_columns", column) for column in option_columns)
-        if len(set(map(_as_read, options))) < len(options):
+        plain = [identity(option) for option in options]
+        # most differ in more than case; the others are read as they are written
+        if len(set(plain)) < len(plain) and len(set(map(_as_read, options))) < len(options):
             raise LeftOut("with two options alike")
         number = _number(row, answer_column, first_option, len(options))
-        alike = sorted(map(identity, options))
-        right = identity(options[number])
-        answer = right if alike.count(right) == 1 else _as_read(options[number])
-        return Problem(identity(stem, *alike), (answer, stem, str(number), *options))
+        answer = plain[number]
+        if plain.count(answer) > 1:
+            answer = _as_read(options[number])
+        return Problem(identity(stem, *sorted(plain)), (answer, stem, str(number), *options))
 
     def ask(parts: Sequence[str]) -> tuple[str, Judge]:
         _, stem, number, *options = parts

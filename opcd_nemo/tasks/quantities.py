@@ -22,6 +22,7 @@ _BLANK = r"(?:\\[,;:> ]|[~ \u00a0\u2007\u2009\u202f])"
 _BLANKS = re.compile(rf"{_BLANK}+")
 _GROUPS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_BLANK}+\d{{3}})+(?!{_BLANK}*\d)")
 _TEXT = re.compile(r"\\(?:text|math|operatorname|mbox)[a-z]*\s*\{([^{}]*)\}")
+_PER = re.compile(r"(?<=\d)\s*/\s*(?=[A-Za-z]{2})")
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|[€£¥₹]|(?:USD?|EUR|GBP)\b\s*\$?)\s*")
 _PERCENT = re.compile(r"\s*(?:%|\bper ?cent|\bpercentage|\bpct)(?: points?)?$", re.IGNORECASE)
 _NUMBER = re.compile(
@@ -31,6 +32,7 @@ _UNIT = re.compile(r"[A-Za-z°'][A-Za-z°'/.-]*(?:\^?\{?[23]\}?|[²³])?")
 _SHORT_UNITS = frozenset(
     "am cl cm dl ft gb hr hz in kb kg km lb mb mg mi ml mm oz pm pt yd".split()
 )
+_LETTER_UNITS = frozenset("ghlms")
 _FACTORS = {
     "hundred": "100",
     "thousand": "1000",
@@ -48,7 +50,9 @@ _NO_UNITS = frozenset(
     "abc abcd xyz but except wrong incorrect less more than at least most about".split()
 )
 _NAME = re.compile(r"[A-Za-z\\][\w\\{}'() ]*|")
-_EQUALS = re.compile(r"(?<![\\<>!:=~])=(?!=)")
+_EQUALS = re.compile(
+    r"(?<![\\<>!:=~-])=(?![=>])|=>|->|[→⇒]|\\(?:to|implies|[Rr]ightarrow)(?![A-Za-z])"
+)
 _SEVERAL = re.compile(r"(?<!\\)[,;]|\\(?:quad|qquad|lor|land)\b|\b(?:and|or)\b")
 
 Equal = Callable[[str, str], bool | None]
@@ -99,6 +103,7 @@ def quantity(text: str) -> Quantity | None:
     text = _GROUPS.sub(lambda match: _BLANKS.sub("", match[0]), text)
     text = _TEXT.sub(r" \1 ", text).replace(r"\%", "%")
     text = _CURRENCY.sub(r"\1", _BLANKS.sub(" ", text).strip())
+    text = _PER.sub(" per ", text.rstrip("$€£¥₹ ").removesuffix("\\"))
     without = _PERCENT.sub("", text)
     found = _NUMBER.match(without)
     if found is None or not re.search(r"\d", found[0]):
@@ -121,7 +126,8 @@ def quantity(text: str) -> Quantity | None:
 def _is_unit(word: str) -> bool:
     if _UNIT.fullmatch(word) is None or word.strip(".'") in _NO_UNITS:
         return False
-    return "°" in word or len(word.rstrip("^{}23²³")) > 2 or _is_short(word)
+    bare = word.rstrip("^{}23²³")
+    return "°" in word or len(bare) > 2 or bare in _LETTER_UNITS or _is_short(word)
 
 
 def _is_short(word: str) -> bool:
