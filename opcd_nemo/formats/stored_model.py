@@ -29,6 +29,7 @@ from opcd_nemo.formats.shape import (
     CLASS_NAMES,
     ModelConfig,
     RopeScaling,
+    hf_config,
     parse_config,
     tensor_shapes,
 )
@@ -170,18 +171,25 @@ def open_model(path: str) -> StoredModel:
 
 def _stored_config(found: Path) -> ModelConfig:
     values = read_checkpoint(found).model
-    scaling = values.get("rope_scaling")
     try:
-        return ModelConfig(
+        scaling = values.get("rope_scaling")
+        config = ModelConfig(
             **{
                 **values,
                 "rope_scaling": RopeScaling(**scaling) if scaling else None,
                 "eos_token_ids": tuple(values["eos_token_ids"]),
             }
         )
-    except (TypeError, LookupError) as error:
+        # whoever wrote the checkpoint may have written anything: it must be a model's shape
+        parsed = parse_config(hf_config(config, torch.float32), f"{found}: model")
+        if parsed != config:
+            raise ValueError(f"{config} for {parsed}")
+    except UserError:
+        raise
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise UserError(
             found,
             allowed="one of this version",
             problem=f"its model is of another version ({error})",
         ) from error
+    return config

@@ -236,7 +236,9 @@ class ChatTokenizer:
             chat = self._text([question, {"role": "assistant", "content": _REPLY}], False)
         except UserError:
             return "", ""  # it takes other chats alone
-        before, _, after = chat.rpartition(_REPLY)
+        before, found, after = chat.rpartition(_REPLY)
+        if not found:
+            return "", ""  # it writes no reply
         return before.removeprefix(prompt) if before.startswith(prompt) else "", after
 
     @cached_property

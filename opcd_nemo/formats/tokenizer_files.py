@@ -3,7 +3,7 @@
 | fact | of a folder | of a GGUF file |
 |---|---|---|
 | vocabulary | tokenizer.json, else tokenizer.model | tokenizer.ggml.* |
-| added tokens | added_tokens_decoder of tokenizer_config.json; without it added_tokens.json | token_type |
+| added tokens | added_tokens_decoder of tokenizer_config.json; without it added_tokens.json; and every special token that is named | token_type |
 | special tokens | tokenizer_config.json; special_tokens_map.json wins over one without added_tokens_decoder | *_token_id |
 | chat template | chat_template.jinja, else chat_template.json, else tokenizer_config.json | tokenizer.chat_template |
 | ends | eos_token, and generation_config.json; config.json where that has none | eos, eot and eom |
@@ -14,7 +14,7 @@ As transformers 5 has it. What the template closes a turn with is an end besides
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,13 @@ def read_folder(folder: Path) -> TokenizerParts:
         settings |= optional_settings(folder / _MAP)
         added = _legacy_tokens(folder / _ADDED, settings)
     special = _special_tokens(settings, folder)
-    vocabulary = _folder_vocabulary(folder, settings, added)
+    named = [_named_token(value, key, folder) for key, value in _named(settings)]
+    if len(added) + len(named) > limits.ADDED_TOKENS:
+        raise UserError(folder, allowed=f"at most {limits.ADDED_TOKENS} added tokens")
+    contents = {token.content for token in named}
+    for token in added.values():
+        token.special = token.special or token.content in contents
+    vocabulary = _folder_vocabulary(folder, bool(settings.get("legacy")), added, named)
     eos = vocabulary.token_ids().get(special.get("eos_token", ""))
     rows = optional_settings(folder / _MODEL_CONFIG).get("vocab_size")
     return TokenizerParts(
@@ -130,6 +136,22 @@ def _special_tokens(settings: Mapping[str, Any], folder: Path) -> dict[str, str]
         for key, value in settings.items()
         if key.endswith("_token") and (isinstance(value, str | dict) or (key in _NAMED and value))
     }
+
+
+def _named(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Every special token that the settings name, in the order in which transformers adds them."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    more = [("extra_special_tokens", token) for token in extra if isinstance(extra, list)]
+    if isinstance(extra, dict):
+        more = list(extra.items())
+    known = [*_NAMED, *(key for key in settings if key.endswith("_token") and key not in _NAMED)]
+    values = [(key, settings.get(key)) for key in known] + more
+    return [(key, value) for key, value in values if isinstance(value, str | dict) and value]
+
+
+def _named_token(value: Any, key: str, folder: Path) -> AddedToken:
+    flags = {flag: value[flag] for flag in _FLAGS if flag in value} if type(value) is dict else {}
+    return _added_token(_content(value, key, folder), {**flags, "special": True}, folder)
 
 
 def _ends(eos: int | None, others: Iterable[int]) -> tuple[int, ...]:
@@ -153,11 +175,7 @@ def _decoder_tokens(raw: Any, file: Path) -> Added:
 
 def _legacy_tokens(file: Path, settings: Mapping[str, Any]) -> Added:
     """`added_tokens.json`: token -> id; special are those that the settings name."""
-    special = set(_special_tokens(settings, file.parent).values())
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = settings.get(key)
-        if isinstance(tokens, list):
-            special |= {_content(token, key, file.parent) for token in tokens}
+    special = {_content(value, key, file.parent) for key, value in _named(settings)}
     added: dict[int, AddedToken] = {}
     for content, index in optional_settings(file).items():
         if type(index) is not int or index in added:
@@ -183,16 +201,14 @@ def _content(token: Any, key: str, where: Path) -> str:
     return content
 
 
-def _folder_vocabulary(folder: Path, settings: Mapping[str, Any], added: Added) -> Vocabulary:
+def _folder_vocabulary(
+    folder: Path, legacy: bool, added: Added, named: Sequence[AddedToken]
+) -> Vocabulary:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-    if len(added) > limits.ADDED_TOKENS:
-        raise UserError(folder, allowed=f"at most {limits.ADDED_TOKENS} added tokens")
     if is_there(fast):
-        return fast_vocabulary(fast, added)
+        return fast_vocabulary(fast, added, named)
     if is_there(pieces):
-        return SentencePieceVocabulary(
-            pieces, added, prefix_every_part=bool(settings.get("legacy"))
-        )
+        return SentencePieceVocabulary(pieces, added, named, prefix_every_part=legacy)
     raise UserError(folder, allowed="tokenizer.json or tokenizer.model", problem="no tokenizer")
 
 

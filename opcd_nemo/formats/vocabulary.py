@@ -90,8 +90,10 @@ class FastVocabulary:
         self._tokenizer.save(str(path))
 
 
-def fast_vocabulary(path: Path, added: Added) -> FastVocabulary:
+def fast_vocabulary(path: Path, added: Added, named: Sequence[AddedToken]) -> FastVocabulary:
     """A `tokenizer.json`, with the tokens that only other files know.
+
+    `added` have ids; `named` are special tokens, whose ids are the vocabulary's or those after it.
 
     Raises:
         UserError: it cannot be read, or has another id for one of the tokens.
@@ -108,6 +110,8 @@ def fast_vocabulary(path: Path, added: Added) -> FastVocabulary:
     tokenizer.add_tokens(
         [token for index, token in sorted(added.items()) if not _is_same(known.get(index), token)]
     )
+    split_at = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([token for token in named if token.content not in split_at])
     for index, token in added.items():
         if (found := tokenizer.token_to_id(token.content)) != index:
             raise UserError(
@@ -162,12 +166,15 @@ def _is_same(found: AddedToken | None, token: AddedToken) -> bool:
 class SentencePieceVocabulary:
     """A SentencePiece model; texts are split at special tokens, which it cannot parse."""
 
-    def __init__(self, path: Path, added: Added, *, prefix_every_part: bool) -> None:
+    def __init__(
+        self, path: Path, added: Added, named: Sequence[AddedToken], *, prefix_every_part: bool
+    ) -> None:
         """Load the model.
 
         Args:
             path: `tokenizer.model`.
             added: Tokens by id, besides the control tokens of the model.
+            named: Special tokens, whose ids are the model's, the added ones', or those after both.
             prefix_every_part: Put the model's leading space before every part between special
                 tokens (transformers' `legacy`), not before the text alone.
 
@@ -205,8 +212,13 @@ class SentencePieceVocabulary:
             self._split_at[token.content] = index
             self._hidden |= {index} if token.special else set()
         self._ids |= self._split_at
+        for token in named:
+            if token.content not in self._split_at:
+                index = self._ids.setdefault(token.content, max(self._ids.values()) + 1)
+                self._split_at[token.content] = index
+                self._hidden.add(index)
         self._token_of = {index: token for token, index in self._split_at.items()}
-        flags = {token.content: token for token in added.values()}
+        flags = {token.content: token for token in (*named, *added.values())}
         longest_first = sorted(self._split_at, key=len, reverse=True)
         self._parts = re.compile(
             f"({'|'.join(_pattern(token, flags.get(token)) for token in longest_first)})"

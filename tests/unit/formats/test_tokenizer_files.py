@@ -65,6 +65,7 @@ def test_what_closes_a_turn_ends_a_response(folder: Path, caplog: pytest.LogCapt
     ("template", "ids"),
     [
         ("{{ messages[0].content }}", (0,)),  # no assistant's turn
+        ("<|im_start|>{{ messages[0].content }}<|im_end|>", (0,)),
         ("{% for m in messages %}{{ m.content }}\n### {% endfor %}", (0,)),  # no token closes it
         ("{% for m in messages %}{{ m.content }} \n<|im_end|>{% endfor %}", (0, 2)),
         ("{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}", (0, 1)),
@@ -151,6 +152,47 @@ def test_added_tokens_json_is_read_as_transformers_does(tmp_path: Path) -> None:
     assert mine.decode(ids) == "the sea<tool>"
     edit(folder / "tokenizer_config.json", added_tokens_decoder={}, eos_token="</s>")
     assert len(opened(folder).encode(IM_START)) > 1  # the newer file decides
+
+
+TOOL = {"content": "<tool>", "special": False, "normalized": True, "lstrip": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({"added_tokens_decoder": {"320": TOOL}}, {}),
+        ({"added_tokens_decoder": {"320": TOOL | {"single_word": True}}}, {}),
+        ({"added_tokens_decoder": {"2": TOOL | {"content": IM_END}}}, {"tokenizer.json": {}}),
+        ({"additional_special_tokens": ["<tool>", IM_START]}, {"tokenizer.json": {}}),
+        ({"extra_special_tokens": {"tool_token": "<tool>"}}, {}),
+        ({"tool_token": "<tool>"}, {"tokenizer.json": {}}),
+        ({}, {"added_tokens.json": {"<tool>": 320, "<x>": 321}}),
+        ({}, {"special_tokens_map.json": {"eos_token": END_OF_TEXT, "bos_token": IM_START}}),
+        (
+            {"added_tokens_decoder": {"320": TOOL}},
+            {"special_tokens_map.json": {"eos_token": END_OF_TEXT, "bos_token": IM_START}},
+        ),
+    ],
+    ids=str,
+)
+def test_every_file_means_what_it_means_to_transformers(
+    folder: Path, settings: dict[str, Any], others: dict[str, dict[str, Any]]
+) -> None:
+    import transformers
+
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    edit(folder / "tokenizer_config.json", chat_template=template, **settings)
+    for name, values in others.items():
+        edit(folder / name, **(values or {"added_tokens": []}))
+    mine = opened(folder)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = f"{IM_START}the sea{IM_END}", "a <tool> b<tool>x <TOOL>", f"  <tool>\n<x> {END_OF_TEXT}"
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert list(mine.encode(text)) == ids, text
+        assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert list(mine.render([USER])) == theirs.apply_chat_template([USER], return_dict=False)
+    assert mine.eos_ids == (theirs.eos_token_id,)
 
 
 def test_a_token_takes_the_blanks_that_it_says(tmp_path: Path) -> None:
