@@ -135,6 +135,9 @@ ROW_BYTES = 4 * MIB
 """Of a row of a data file, or of a text in it: a prompt of 4 MiB has about a million tokens, more
 than a model reads; parsed, it is 100 MiB of Python objects at worst."""
 
+TABLE_COLUMNS = 10_000
+"""Of a table of text: each has a name and a text in every row."""
+
 PARQUET_BYTES = 64 * MIB
 """Of what a parquet file unpacks to, however small it is; above, `PARQUET_COMPRESSION` times its
 size. Dictionaries and compression make 4 GiB of a kilobyte."""

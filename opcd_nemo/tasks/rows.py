@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import IO, Any, AnyStr, NamedTuple
 
-from opcd_nemo.config.limits import MIB, ROW_BYTES
+from opcd_nemo.config.limits import MIB, ROW_BYTES, TABLE_COLUMNS
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import local_file
 from opcd_nemo.tasks.parquet import ParquetRows
@@ -247,16 +247,30 @@ def _parsed(text: str) -> Any:
 def _csv(key: str, path: str, file: Path) -> Iterator[Row]:
     """Read a table with a header; the delimiter is the one that splits the header most often."""
     with file.open(encoding="utf-8-sig", newline="") as opened:
-        number = 0
+        number = of_row = 0
+
+        def bounded(lines: Iterator[str]) -> Iterator[str]:
+            """The lines of rows that end: a row goes on while a quote is open."""
+            nonlocal of_row
+            for line in lines:
+                of_row += len(line)
+                if of_row > ROW_BYTES:
+                    problem = f"more than {ROW_BYTES // MIB} MiB up to its end"
+                    raise refusal(key, path, f"line {number + 1}", problem, "a shorter row")
+                yield line
+
         try:
             lines = _lines(key, path, opened)
             first = next(lines, "")
             delimiter = max(_CSV_DELIMITERS, key=first.count)
-            reader = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True)
+            if first.count(delimiter) > TABLE_COLUMNS:
+                problem = f"{first.count(delimiter)} columns"
+                raise refusal(key, path, "line 1", problem, f"at most {TABLE_COLUMNS}")
+            reader = csv.reader(bounded(chain((first,), lines)), delimiter=delimiter, strict=True)
             header = next(reader, [])
             number = reader.line_num
             for cells in reader:
-                begun, number = number + 1, reader.line_num
+                begun, number, of_row = number + 1, reader.line_num, 0
                 if not cells:
                     continue
                 if len(cells) != len(header):

@@ -56,6 +56,14 @@ def test_a_line_that_does_not_end_is_refused(tmp_path: Path, suffix: str) -> Non
     assert "more than 4 MiB; allowed: a shorter line" in refusal(path)
 
 
+def test_a_row_of_a_table_ends_and_has_so_many_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\nx,y\n" + '"\n",' * 1_500_000)
+    assert "line 3: more than 4 MiB up to its end; allowed: a shorter row" in refusal(path)
+    path.write_text("a," * 20_000 + "\n")
+    assert "line 1: 20000 columns; allowed: at most 10000" in refusal(path)
+
+
 def test_a_line_as_long_as_allowed_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"a": "x" * (ROW_BYTES - 11)}) + "\n")

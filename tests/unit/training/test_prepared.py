@@ -43,6 +43,16 @@ def test_experience_of_a_registry_is_written_out(model: Path, tmp_path: Path) ->
     assert run.origin["context"] == run.config.context
 
 
+@pytest.mark.parametrize(("rows", "version"), [(200, None), (2000, 2)])
+def test_the_draw_of_many_prompts_is_part_of_the_origin(
+    model: Path, tmp_path: Path, rows: int, version: int | None
+) -> None:
+    lines = [f'{{"question": "{n}?", "answer": "#### {n}"}}\n' for n in range(rows)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    task = ["task=gsm8k", f"task.train={tmp_path / 'a.jsonl'}", "task.test=0.1"]
+    assert prepare_run(raw(model, tmp_path, *task), 2).origin.get("draw") == version
+
+
 def test_the_configuration_is_checked_once_and_the_inputs_are_opened_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
