@@ -22,6 +22,9 @@ class _Absent:
     def __repr__(self) -> str:
         return "ABSENT"
 
+    def __reduce__(self) -> str:
+        return "ABSENT"  # in another process, too, there is one
+
 
 ABSENT = _Absent()
 _LONGEST = 300  # letters of a value that an error shows

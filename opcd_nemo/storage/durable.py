@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -155,6 +156,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         OSError: the disk does not say.
     """
     try:
+        if not stat.S_ISREG((folder / MANIFEST).stat().st_mode):  # reading a pipe may not end
+            raise FileNotFoundError("no plain file")
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (*MISSING, ValueError) as error:
         raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", str(folder)) from error
@@ -170,7 +173,7 @@ def parse_manifest(text: str | bytes, names: Sequence[str], where: str) -> dict[
     try:
         lines = json.loads(text)
         entries = {name: Entry(num_bytes=line[0], sha256=line[1]) for name, line in lines.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unlike_manifest(MANIFEST, f"cannot be read ({error})", where) from error
     if missing := sorted(entries.keys() - names):
         raise _unlike_manifest(missing[0], "is missing", where)

@@ -36,8 +36,6 @@ def make_way(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> 
     parallel.barrier()
     if not config.exp_manager["resume_if_exists"]:
         run_folder.set_aside()
-    if parallel.rank == 0:
-        (folder / DONE).unlink(missing_ok=True)
     parallel.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     stop = folder / STOP_FILE
@@ -98,6 +96,7 @@ def _cut(folder: Path, num_steps: int, parallel: Parallel) -> None:
             if num_steps == 0 and metrics.exists() and any((folder / _CHECKPOINTS).glob("*.ckpt*")):
                 set_aside(metrics)  # of the steps whose checkpoints are lost
             cut_metrics(metrics, num_steps)
+            (folder / DONE).unlink(missing_ok=True)  # last: a refused start changes nothing
         except UserError as mistake:
             error = mistake
         except OSError as failure:

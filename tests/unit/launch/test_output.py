@@ -21,7 +21,9 @@ file.write("done")
 """
 
 
-@pytest.mark.parametrize("end", ["| head -n 1", ">&-", ">&- 2>&-", "2>&1 | true"])
+@pytest.mark.parametrize(
+    "end", ["| head -n 1", ">&-", ">&- 2>&-", "2>&1 | true", "> /dev/full", "> /dev/full 2>&1"]
+)
 @pytest.mark.parametrize("option", ["", "-u"])
 def test_the_work_is_done_without_a_reader(tmp_path: Path, end: str, option: str) -> None:
     program, file = tmp_path / "program.py", tmp_path / "done"

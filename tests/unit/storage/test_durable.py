@@ -78,7 +78,9 @@ def test_an_unknown_file_is_named(folder: Path) -> None:
     assert str(damage_of(folder)).startswith(f"{folder}: new.bin: is not in the manifest")
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"a.bin": 3}', '{"a.bin": []}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"a.bin": 3}', '{"a.bin": []}', "[" * 99999]
+)
 def test_a_missing_or_broken_manifest_is_named(folder: Path, text: str | None) -> None:
     manifest = folder / durable.MANIFEST
     manifest.unlink() if text is None else manifest.write_text(text)
@@ -102,6 +104,30 @@ def test_a_file_that_goes_while_it_is_verified_is_missing(folder: Path) -> None:
     assert (
         durable.find_damage(folder, entries, sorted(entries)) == f"{folder / 'a.bin'}: is missing"
     )
+
+
+def test_a_manifest_that_is_a_pipe_is_none(folder: Path) -> None:
+    (folder / durable.MANIFEST).unlink()
+    os.mkfifo(folder / durable.MANIFEST)
+    assert "cannot be read (no plain file)" in str(damage_of(folder))
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_files_and_folders_have_what_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with RunFolder.hold(tmp_path / "run") as run_folder:
+            temporary = durable.partial(tmp_path / "run" / "one")
+            temporary.mkdir(parents=True)
+            run_folder.append("metrics.jsonl", "{}\n")
+            run_folder.write("summary.json", "{}")
+            run_folder.publish(temporary, tmp_path / "run" / "one", {})
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert len(made) == 6
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_publishing_replaces_what_had_the_name(folder: Path) -> None:
