@@ -80,8 +80,10 @@ class TimedVerifier:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", str(Path(verify_process.__file__)), self._kind]
+        # the kernel watches the thread that starts a process: another than the main one may end
+        is_main = threading.current_thread() is threading.main_thread()
         process = subprocess.Popen(
-            [*command, str(self._limit_s)],
+            [*command, str(self._limit_s), *(() if is_main else ("orphan",))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},

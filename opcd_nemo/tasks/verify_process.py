@@ -4,11 +4,14 @@ Run as a file, so that it imports nothing but what verifies. The timers' signals
 action: they end this process even in the middle of a computation that never returns to Python.
 CPU time is what is limited, so that a busy machine changes no score.
 
-    verify_process.py maths|generated LIMIT_S
+    verify_process.py maths|generated LIMIT_S [orphan]
+
+Without the word `orphan` the process also ends when the thread that started it does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import pickle
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MAX_MEMORY_BYTES = 4 << 30
 WALL_FACTOR = 20  # for what waits instead of computing
 
@@ -77,6 +81,8 @@ def main() -> None:
     # the trainer ends this process; Ctrl-C and a cluster's signals to all processes do not
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
+    if "orphan" not in sys.argv:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     verifiers = {"maths": maths_verifier, "generated": generated_verifier}
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no result

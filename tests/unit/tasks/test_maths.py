@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from opcd_nemo.context.sources import Context
@@ -352,23 +354,26 @@ def test_a_verifier_killed_while_idle_is_started_anew(maths: TimedVerifier) -> N
     assert maths("1", "1.0") is True
 
 
-def test_the_verifier_ends_with_its_owner(tmp_path: Path) -> None:
+def test_the_verifier_ends_with_its_owner_in_the_middle_of_an_answer() -> None:
     code = (
+        "import os, signal, threading\n"
         "from opcd_nemo.tasks.timed import TimedVerifier\n"
-        "verifier = TimedVerifier('maths', limit_s=5.0)\n"
+        "verifier = TimedVerifier('maths', limit_s=600.0)\n"
         "assert verifier('1', '1.0')\n"
-        "print(verifier._process.pid)\n"
+        "print(verifier._process.pid, flush=True)\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        f"verifier('1', '{HANGS}')\n"
     )
-    path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
+    assert done.returncode == -signal.SIGKILL
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(10)
 
 
 def test_a_fork_does_not_share_its_parents_verifier(maths: TimedVerifier) -> None:
