@@ -293,7 +293,7 @@ def _is_torchs(name: str) -> bool:
 def _report_failure(failures: dict[int, ProcessFailure], received: int, node: Nodes | None) -> int:
     """Print why the ranks ended; returns the exit code."""
     if received and -received in {failure.exitcode for failure in failures.values()}:
-        return report_error(stopped(received, "not in a step of training"))
+        return report_error(stopped(received))
     rank, failure = _first_failure(failures)
     line = _first_line(failure)
     if failure.exitcode in STOPS.values():

@@ -16,33 +16,36 @@ from types import FrameType
 
 import psutil
 
-from opcd_nemo.distributed.launcher import STOP_SIGNALS
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, STOP_SIGNALS
 from opcd_nemo.errors import StoppedBySignal
 from opcd_nemo.launch.exits import report_error
 
 
-def stop_launcher_on_signals() -> None:
-    """End a launcher that has no ranks yet with one line and `EXIT_STOPPED`.
+def stop_on_signals() -> None:
+    """End a launcher that has no ranks yet, or a lone rank, with one line and `EXIT_STOPPED`.
 
-    Called before anything heavy is imported; a rank's launcher says what ended the rank.
+    Called before anything heavy is imported. One of several ranks keeps the default action, and its
+    launcher says what ended it.
     """
-    if "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" and LAUNCHER_PID_ENV not in os.environ:
         for number in STOP_SIGNALS:
             signal.signal(number, _end)
 
 
 def _end(number: int, _: FrameType | None) -> None:
     """End without a way back: an exception might be caught by whatever is being imported."""
-    code = report_error(stopped(number, "no rank was at work"))
+    code = report_error(stopped(number))
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
 
 
-def stopped(number: int, when: str) -> StoppedBySignal:
+def stopped(number: int) -> StoppedBySignal:
     """The error of a process that a signal has ended where nothing had to be saved."""
     name = signal.Signals(number).name
-    return StoppedBySignal(f"stopped by {name}, {when}; the same command goes on from here")
+    return StoppedBySignal(
+        f"stopped by {name} outside of the steps of training; the same command goes on from here"
+    )
 
 
 class ToRanks:
@@ -76,4 +79,4 @@ class ToRanks:
         if number in STOP_SIGNALS:
             self.received = number
             if found < self._num_ranks:  # the others are not started yet, and would not hear of it
-                raise stopped(number, "while ranks were started or ended")
+                raise stopped(number)

@@ -33,6 +33,7 @@ class StepBoundary(pl.Callback):
         folder = strategy.run_folder.path
         self._strategy, self._checkpoints = strategy, folder / "checkpoints"
         self._stop_file = folder / STOP_FILE
+        self._outside = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self._received = 0
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -44,8 +45,8 @@ class StepBoundary(pl.Callback):
 
     def on_train_end(self, *_: Any) -> None:
         """Let them end this rank from now on, when nothing that they would spoil is under way."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._outside.items():
+            signal.signal(number, handler)
         if self._received:  # after the last step
             os.kill(os.getpid(), self._received)
 

@@ -158,7 +158,7 @@ def test_a_signal_outside_of_steps_loses_nothing(
         stopped = train(*RESUMABLE, *place, task, environment=stop)
         assert stopped.returncode == 75, stopped.stderr
         (line,) = [line for line in stopped.stderr.splitlines() if "a save waits" not in line]
-        assert line.startswith("stopped by SIGTERM, not in a step of training")
+        assert line.startswith("stopped by SIGTERM outside of the steps")
         assert metrics.exists() == (lines > 0)
         assert not (tmp_path / "run" / "DONE").exists()
     done = train(*RESUMABLE, *place, task)

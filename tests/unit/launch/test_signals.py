@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
 from opcd_nemo.errors import StoppedBySignal
 from opcd_nemo.launch.signals import ToRanks
 from tests.tree import PYTHONPATH
 
 LAUNCHER = """
 import os, signal
-from opcd_nemo.launch.signals import stop_launcher_on_signals
-stop_launcher_on_signals()
+from opcd_nemo.launch.signals import stop_on_signals
+stop_on_signals()
 try:
     os.kill(os.getpid(), signal.{name})
     import json.tool, time
@@ -26,17 +27,36 @@ except BaseException:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_launcher_without_ranks_stops_with_a_line(name: str) -> None:
-    program = [sys.executable, "-c", LAUNCHER.format(name=name)]
-    done = subprocess.run(
-        program, capture_output=True, text=True, check=False, env={"PYTHONPATH": PYTHONPATH}
+def signalled(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCHER.format(name=name)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": PYTHONPATH, **environment},
     )
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_launcher_without_ranks_and_a_lone_rank_stop_with_a_line(
+    name: str, environment: dict[str, str]
+) -> None:
+    done = signalled(name, **environment)
     assert done.returncode == 75
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"stopped by {name}")
     assert "the same command goes on" in line
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1", LAUNCHER_PID_ENV: "1"}],
+)
+def test_a_rank_whose_launcher_speaks_for_it_ends_at_once(environment: dict[str, str]) -> None:
+    done = signalled("SIGTERM", **environment)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def test_a_signal_that_not_every_rank_gets_ends_the_launch() -> None:
