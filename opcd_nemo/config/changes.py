@@ -52,15 +52,11 @@ def check_unchanged(
     groups = list(RESULT_KEYS)
     if saved["optim"]["schedule"] != "constant":
         groups.append("trainer.max_steps")  # the end of the schedule
-    changed = differences(saved, now, groups, allowed)
+    # of a path and its content the path is named
+    changed = changed_contents(*contents, allowed) | differences(saved, now, groups, allowed)
     for key in contents[0].keys() & contents[1].keys():
-        before, after = contents[0][key], contents[1][key]
-        if before == after:
+        if contents[0][key] == contents[1][key]:
             changed.pop(key, None)
-        elif key not in changed and not _within(key, allowed):
-            changed[key] = (
-                f"{key} has another content than the run began with{_named(before, after)}"
-            )
     if changed:
         raise UserError(
             "exp_manager.resume_if_exists",
@@ -68,6 +64,15 @@ def check_unchanged(
             f"the checkpoint's values, or resume.allow_changes=[{','.join(changed)}]",
             problem="; ".join(changed.values()),
         )
+
+
+def changed_contents(saved: Digests, now: Digests, allowed: Sequence[str]) -> dict[str, str]:
+    """What is said of every key in both whose files differ, but of those in `allowed`."""
+    return {
+        key: f"{key} has another content than the run began with{_named(saved[key], now[key])}"
+        for key in sorted(saved.keys() & now.keys())
+        if saved[key] != now[key] and not _within(key, allowed)
+    }
 
 
 def _named(before: Mapping[str, str], after: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """The folder of a pipeline.
 
-<exp_dir>/<name>/              registry/, experience.yaml; rounds > 1: round=1/, round=2/, ...
+<exp_dir>/<name>/              registry/, experience.yaml, digests.json; rounds > 1: round=1/, ...
 extraction/wave=*.jsonl    records; turns.jsonl: what the player was asked
 candidates.json            every prefix of every chain
 scoring.jsonl, ranked.json

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.experience.config import Settings, load_experience
+from opcd_nemo.experience.contents import check_contents
 from opcd_nemo.experience.folder import SUMMARY, PipelineFolder
 from opcd_nemo.experience.run_configs import checked_configs
 from opcd_nemo.experience.stages import STAGES
@@ -35,15 +36,18 @@ def check_pipeline(settings: Settings) -> ParallelConfig:
     """Check what can be checked before the first stage; returns the layout of the ranks.
 
     Raises:
-        UserError: a key is wrong, a file does not fit, or the folder has other settings.
+        UserError: a key is wrong, a file does not fit, or the folder has other settings, or began
+            with other files.
     """
-    configs = checked_configs(PipelineFolder(settings))
+    folder = PipelineFolder(settings)
+    configs = checked_configs(folder)
     for config in configs:
         load_config(config)
     if settings.stage != "all" and not _named(settings.stage).needs_ranks:
         return load_config(configs[0]).parallel
     parallel = check_run(configs[0])
     assert parallel is not None
+    check_contents(folder)
     return parallel
 
 

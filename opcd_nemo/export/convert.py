@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
 from opcd_nemo.config.programs import ExportConfig
 from opcd_nemo.config.renamed import present_config
@@ -16,7 +17,7 @@ from opcd_nemo.config.schema import read_schema
 from opcd_nemo.config.secrets import without_secrets
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
 from opcd_nemo.distributed.groups import init_parallel
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import read_provenance
 from opcd_nemo.formats.huggingface import write_hf_folder
@@ -26,7 +27,7 @@ from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer, write_tokenizer
 from opcd_nemo.model.language_model import DTYPES, LanguageModel, choose_dtype
 from opcd_nemo.storage.archive import read_whole
-from opcd_nemo.storage.durable import check_writable
+from opcd_nemo.storage.durable import check_writable, describe
 from opcd_nemo.storage.hub import SCHEME, at_commit, parse_address, upload_model
 from opcd_nemo.storage.run_folder import RunFolder
 
@@ -47,6 +48,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
 
     Raises:
         UserError: a key is wrong, the source is damaged, or the target is there already.
+        SaveError: a disk refuses; nothing is left behind.
     """
     config = read_schema(ExportConfig, settings)
     address = parse_address(config.to) if config.to.startswith(SCHEME) else None
@@ -74,14 +76,18 @@ def _export(settings: ExportConfig, target: Path, default_config: Callable[[], D
             for name, values in provenance.files().items():
                 write_json(folder / name, values)
 
-        write_hf_folder(
-            target,
-            checkpoint.config,
-            checkpoint.tensors(),
-            dtype,
-            max_file_bytes=settings.max_file_bytes,
-            write_others=write_others,
-        )
+        try:
+            write_hf_folder(
+                target,
+                checkpoint.config,
+                checkpoint.tensors(),
+                dtype,
+                max_file_bytes=settings.max_file_bytes,
+                write_others=write_others,
+            )
+        except (OSError, SafetensorError) as error:  # a full disk, for one
+            reason = describe(error) if isinstance(error, OSError) else error
+            raise SaveError(f"{target} is not written: {reason}") from error
         return target
     if dtype not in DTYPES.values():
         raise UserError("from", source, "dtype=bf16 or dtype=fp32", problem=f"is stored in {dtype}")

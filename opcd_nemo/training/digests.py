@@ -19,13 +19,16 @@ _READ = (".safetensors", ".json", ".jinja", ".model")
 _MERGES = "merges.txt"
 
 
-def input_digests(config: TrainConfig, tokenizer: ChatTokenizer) -> dict[str, dict[str, str]]:
+def input_digests(
+    config: TrainConfig, tokenizer: ChatTokenizer | None = None
+) -> dict[str, dict[str, str]]:
     """By configuration key, the digest of every file that the key names.
 
     Paths are no part of it: a model that was copied elsewhere is the same model.
     """
-    # of a training checkpoint the tokenizer is that of the model it began with
-    student = {**model_digests(config.student.path), "the tokenizer": tokenizer_digest(tokenizer)}
+    student = model_digests(config.student.path)
+    if tokenizer is not None:  # of a training checkpoint that of the model which it began with
+        student["the tokenizer"] = tokenizer_digest(tokenizer)
     digests = {"student.path": student}
     if config.teacher.path is not None:
         digests["teacher.path"] = model_digests(config.teacher.path)

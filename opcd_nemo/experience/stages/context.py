@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
 from opcd_nemo.evaluation.evaluator import Evaluator
+from opcd_nemo.experience.contents import keep_contents
 from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.run_configs import experience_context
 from opcd_nemo.formats.stored_model import StoredModel
@@ -78,12 +79,15 @@ class StageContext:
         # last: a folder that wrong input has made would refuse the input that is mended
         self.folder.open()
         parallel = init_parallel(config.parallel, config.seed)
+        run_folder = RunFolder.hold(self.folder.path, parallel)
+        if parallel.rank == 0:
+            keep_contents(self.folder)
         return Models(
             folder=self.folder,
             config=config,
             inputs=inputs,
             parallel=parallel,
-            run_folder=RunFolder.hold(self.folder.path, parallel),
+            run_folder=run_folder,
         )
 
 

@@ -14,11 +14,13 @@ from opcd_nemo.config.train import load_config
 from opcd_nemo.context.registry import Entry
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.config import Settings, load_experience
+from opcd_nemo.experience.contents import check_contents, keep_contents
 from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.run_configs import configs_before_start, run_config, stage_config
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.launch.recipes import CONF, is_for_pipeline
 from tests.quick_compose import compose
+from tests.tiny import write_chat_model
 
 CONTEXT = ["context=experience"]
 
@@ -395,3 +397,26 @@ def test_a_method_that_is_not_run_needs_no_settings(tmp_path: Path) -> None:
     load_experience(
         raw(tmp_path, f"~{SETTINGS}.sft", "experience.consolidation.methods=[opcd,off_policy]")
     )
+
+
+def test_a_pipeline_goes_on_with_the_files_that_it_began_with(tmp_path: Path) -> None:
+    model = write_chat_model(tmp_path / "tiny")
+    writer = write_chat_model(tmp_path / "writer", seed=1)
+    words = [f"student.path={model}", f"experience.extraction.model={writer}"]
+    folder = folder_of(tmp_path, *words)
+    check_contents(folder)  # of a pipeline that has not begun
+    folder.open()
+    check_contents(folder)  # of one that began before files were recorded
+    keep_contents(folder)
+    check_contents(folder)
+    for path, key in ((model, "student.path"), (writer, "experience.extraction.model")):
+        weights = path / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + b"\7")
+        keep_contents(folder)  # keeps what it has
+        with pytest.raises(UserError) as refused:
+            check_contents(folder_of(tmp_path, *words))
+        assert refused.value.key == "name"
+        assert str(refused.value.problem).startswith(f"{key} has another content")
+        weights.write_bytes(before)
+    check_contents(folder)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.export.convert import export
 from tests.quick_compose import compose
 from tests.tiny import write_chat_model
@@ -64,3 +65,16 @@ def test_folders_above_the_target_are_made(folder: Path) -> None:
     settings = compose("export", [f"from={folder}/tiny", f"to={folder}/a/b/c"])
     assert export(settings, lambda: compose("train", [])) == f"{folder}/a/b/c"
     assert (folder / "a/b/c/config.json").is_file()
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    settings = compose("export", [f"from={folder}/tiny", f"to={folder}/full"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(SaveError, match=r"full is not written: .*File too large"):
+            export(settings, lambda: compose("train", []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(folder.iterdir()) == before
