@@ -6,6 +6,7 @@ math-verify compares formulas. What people write around a number is read here:
 * a percent sign is a unit where the other side has none: 50 is `50\%`; so is 0.5, its value;
 * hundred, thousand, million, billion, trillion and dozen multiply: `18 million` is not 18;
 * blanks between groups of three digits are dropped, `1\,000\,000`;
+* a text with words between numbers, `5 hours 30 minutes`, is not the first of them;
 * in an equation every side that is no name must have the value: `1=2` is not 2, `x = 2` is.
 """
 
@@ -50,6 +51,8 @@ _NO_UNITS = frozenset(
     "abc abcd xyz but except wrong incorrect less more than at least most about".split()
 )
 _NAME = re.compile(r"[A-Za-z\\][\w\\{}'() ]*|")
+_COMMAND = re.compile(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|mod|gcd|lcm|max|min)\b")
+_COMPOUND = re.compile(r"\d\s+[A-Za-z]{3,}[^=]*\d")
 _EQUALS = re.compile(
     r"(?<![\\<>!:=~-])=(?![=>])|=>|->|[→⇒]|\\(?:to|implies|[Rr]ightarrow)(?![A-Za-z])"
 )
@@ -92,7 +95,15 @@ def same_value(gold: str, answer: str, equal: Equal) -> bool:
             return False  # math-verify takes the million for a unit
         if (wanted.number, given.number) == (gold, answer):
             return False
+    elif wanted is not None and _is_compound(answer):
+        return False  # math-verify reads the first number alone
     return bool(equal(gold, answer))
+
+
+def _is_compound(answer: str) -> bool:
+    """Whether a text has words between numbers, as `5 hours 30 minutes` has."""
+    text = _COMMAND.sub(" ", _TEXT.sub(r" \1 ", answer))
+    return len(answer) <= _LONGEST and _COMPOUND.search(text) is not None
 
 
 def quantity(text: str) -> Quantity | None:
@@ -110,7 +121,7 @@ def quantity(text: str) -> Quantity | None:
         return None
     words = without[found.end() :].casefold().split()
     units = [word for word in words if word not in _FACTORS]
-    is_apart = not words or found[0][-1].isspace() or _is_short(words[0])
+    is_apart = not words or found[0][-1].isspace() or words[0][0] == "°" or _is_short(words[0])
     if not is_apart or not all(map(_is_unit, units)):
         return None
     number = found[0].strip()
