@@ -15,7 +15,8 @@ RESULT_KEYS = (
     "context_hash draw"
 ).split()
 _SHOWN = 3  # files of a model
-_WITHOUT_EFFECT = ("task.max_left_out", "task.of.max_left_out")  # they refuse, or change nothing
+_WITHOUT_EFFECT = ("task.max_left_out", "task.of.max_left_out", "task.draw", "task.of.draw")
+"""What is refused or changes nothing; the draw that a run has is in the origin by itself."""
 _ABSENT = "(absent)"
 Digests = Mapping[str, Mapping[str, str]]
 """The content of models and files of data: of each key that names some, by the file's name."""

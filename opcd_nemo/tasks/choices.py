@@ -7,10 +7,11 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import tagged
+from opcd_nemo.tasks.draws import NEWEST_DRAW
 from opcd_nemo.tasks.kept import LeftOut, Problem, Source
 from opcd_nemo.tasks.questions import Judge, QuestionTask
 from opcd_nemo.tasks.rows import Row
@@ -40,6 +41,7 @@ def multiple_choice(
     question: str,
     seed: int,
     max_left_out: MaxLeftOut = MAX_LEFT_OUT,
+    draw: Literal[1, 2] = NEWEST_DRAW,
 ) -> QuestionTask:
     """Read questions with options and the number of the right one.
 
@@ -57,6 +59,7 @@ def multiple_choice(
         question: What is asked, with `{question}` and `{options}` in it once each.
         seed: Of the order in which training questions come.
         max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
+        draw: The version of the order: 1 goes on with a run from before December 2026.
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -93,7 +96,7 @@ def multiple_choice(
     columns = (question_column, *option_columns, answer_column)
     source = Source(name="choice", columns=columns, read=read, ask=ask)
     splits = read_splits("task", train, validation, test, source)
-    return QuestionTask(questions("task", [splits], max_left_out), seed=seed)
+    return QuestionTask(questions("task", [splits], max_left_out, draw), seed=seed, draw=draw)
 
 
 def labelled_texts(
@@ -101,6 +104,7 @@ def labelled_texts(
     sources: Mapping[str, Mapping[str, Any]],
     seed: int,
     max_left_out: MaxLeftOut = MAX_LEFT_OUT,
+    draw: Literal[1, 2] = NEWEST_DRAW,
 ) -> QuestionTask:
     """Read texts with a label, from one source or several, each with its columns and question.
 
@@ -111,6 +115,7 @@ def labelled_texts(
             in it once.
         seed: Of the order in which training texts come.
         max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
+        draw: The version of the order: 1 goes on with a run from before December 2026.
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -123,7 +128,7 @@ def labelled_texts(
         _check_source(key, source)
         files = source["train"], source["validation"], source["test"]
         read.append(read_splits(key, *files, _labelled(key, str(name), source)))
-    return QuestionTask(questions("task.sources", read, max_left_out), seed=seed)
+    return QuestionTask(questions("task.sources", read, max_left_out, draw), seed=seed, draw=draw)
 
 
 def _number(row: Row, column: str, first: int, count: int) -> int:

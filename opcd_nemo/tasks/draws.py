@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from opcd_nemo.errors import UserError
 
@@ -14,6 +14,7 @@ T = TypeVar("T")
 MOST_SORTED = 1024
 """An epoch of at most so many items is sorted by hash, which is the fairest shuffle and takes a
 millisecond; sorting 400,000 took half a second a step."""
+NEWEST_DRAW: Literal[1, 2] = 2
 _ROUNDS = 4  # Luby and Rackoff (1988): what four rounds make of a hash cannot be told from chance
 
 
@@ -28,7 +29,13 @@ def shuffled(items: Iterable[T], name: Callable[[T], object], *key: object) -> l
 
 
 def draw(
-    items: Sequence[T], name: Callable[[T], object], *, seed: int, step: int, n: int
+    items: Sequence[T],
+    name: Callable[[T], object],
+    *,
+    seed: int,
+    step: int,
+    n: int,
+    newest: int = NEWEST_DRAW,
 ) -> list[T]:
     """Return batch `step` of size `n`; what is left of an epoch below `n` is not drawn.
 
@@ -36,24 +43,29 @@ def draw(
     """
     assert step >= 0, step
     epoch, batch = divmod(step, len(items) // n)
-    return in_order(items, name, range(batch * n, (batch + 1) * n), seed, epoch)
+    places = range(batch * n, (batch + 1) * n)
+    return in_order(items, name, places, seed, epoch, newest=newest)
 
 
 def in_order(
-    items: Sequence[T], name: Callable[[T], object], places: range, *key: object
+    items: Sequence[T],
+    name: Callable[[T], object],
+    places: range,
+    *key: object,
+    newest: int = NEWEST_DRAW,
 ) -> list[T]:
     """The items at some places of a shuffled order: what this costs grows with `places` alone."""
-    if len(items) <= MOST_SORTED:
+    if draw_version(len(items), newest) == 1:
         return shuffled(items, name, *key)[places.start : places.stop]
     return [items[index] for index in permuted(places, len(items), *key)]
 
 
-def draw_version(num_items: int) -> int:
+def draw_version(num_items: int, newest: int = NEWEST_DRAW) -> int:
     """Which draw so many items get: a run must go on with the prompts that it began with.
 
     1: sorted by hash, as every number of items was until December 2026. 2: `permuted`.
     """
-    return 1 if num_items <= MOST_SORTED else 2
+    return 1 if num_items <= MOST_SORTED else newest
 
 
 def permuted(places: Iterable[int], size: int, *key: object) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.tasks.answers import after_hashes, last_box, marked, plain
+from opcd_nemo.tasks.draws import NEWEST_DRAW
 from opcd_nemo.tasks.kept import Problem, Source
 from opcd_nemo.tasks.quantities import same_value
 from opcd_nemo.tasks.questions import Judge, Question, QuestionTask
@@ -54,6 +55,7 @@ def file_problems(
     time_limit_s: float,
     seed: int,
     max_left_out: MaxLeftOut = MAX_LEFT_OUT,
+    draw: Literal[1, 2] = NEWEST_DRAW,
 ) -> QuestionTask:
     """Read problems from JSONL, CSV or parquet files; math-verify compares final answers.
 
@@ -68,6 +70,7 @@ def file_problems(
         time_limit_s: CPU-seconds for one comparison; an answer that needs more is wrong.
         seed: Of the order in which training problems come.
         max_left_out: The share of a file's problems that may be left out (`tasks.splits`).
+        draw: The version of the order: 1 goes on with a run from before December 2026.
 
     Raises:
         UserError: a wrong key, or a broken file (its problem names the line).
@@ -93,7 +96,7 @@ def file_problems(
 
     source = Source(name="maths", columns=(problem_column, answer_column), read=read, ask=ask)
     splits = read_splits("task", train, validation, test, source)
-    return QuestionTask(questions("task", [splits], max_left_out), seed=seed)
+    return QuestionTask(questions("task", [splits], max_left_out, draw), seed=seed, draw=draw)
 
 
 def generated_problems(

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from opcd_nemo.tasks import Context, Episode, Trace
-from opcd_nemo.tasks.draws import draw, draw_version, require_enough
+from opcd_nemo.tasks.draws import NEWEST_DRAW, draw, draw_version, require_enough
 from opcd_nemo.tasks.prompts import ANCHORS, CAPITALS
 from opcd_nemo.tasks.thinking import spoken
 from opcd_nemo.tasks.verifiers import mentions
@@ -91,9 +91,15 @@ class QuestionTask:
     anchors.
     """
 
-    def __init__(self, questions: Mapping[Split, Sequence[Question]], *, seed: int) -> None:
+    def __init__(
+        self,
+        questions: Mapping[Split, Sequence[Question]],
+        *,
+        seed: int,
+        draw: int = NEWEST_DRAW,
+    ) -> None:
         self._questions = questions
-        self._seed = seed
+        self._seed, self._newest_draw = seed, draw
 
     def episodes(self, split: Split, step: int, n: int) -> list[Episode]:
         """Return `n` new episodes of different prompts, as `Task.episodes` says."""
@@ -101,7 +107,14 @@ class QuestionTask:
         require_enough(split, n, len(questions))
         drawn = questions[:n]
         if split == "train":
-            drawn = draw(questions, attrgetter("uid"), seed=self._seed, step=step, n=n)
+            drawn = draw(
+                questions,
+                attrgetter("uid"),
+                seed=self._seed,
+                step=step,
+                n=n,
+                newest=self._newest_draw,
+            )
         return [QuestionEpisode(question, teacher_sees_context=True) for question in drawn]
 
     def anchors(self, step: int, n: int) -> list[Episode]:
@@ -111,7 +124,7 @@ class QuestionTask:
     @property
     def draw_version(self) -> int:
         """Which draw training questions come from."""
-        return draw_version(len(self._questions["train"]))
+        return draw_version(len(self._questions["train"]), self._newest_draw)
 
     def unit_of(self, uid: str) -> str:
         """Return the uid: no question repeats another."""

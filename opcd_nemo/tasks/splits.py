@@ -22,7 +22,7 @@ from typing import Annotated
 
 from opcd_nemo.config.doc import Doc
 from opcd_nemo.errors import UserError
-from opcd_nemo.tasks.draws import MOST_SORTED
+from opcd_nemo.tasks.draws import draw_version
 from opcd_nemo.tasks.kept import FileProblems, LeftOut, Source, SplitQuestions
 from opcd_nemo.tasks.questions import Question
 from opcd_nemo.tasks.rows import read_rows
@@ -97,7 +97,7 @@ def read_splits(
 
 
 def questions(
-    key: str, sources: Sequence[SourceFiles], max_left_out: float = MAX_LEFT_OUT
+    key: str, sources: Sequence[SourceFiles], max_left_out: float, draw: int
 ) -> dict[Split, Sequence[Question]]:
     """Merge sources; a split is in the order of its problems' hash, so its start is a fair sample.
 
@@ -111,9 +111,9 @@ def questions(
     for source in sources:
         _require_problems(source)
     merged = {split: SplitQuestions(split, files) for split in SPLITS}
-    # a draw from few looks at all of them
+    # the first version of the draw looks at all of them in every step
     return {
-        split: list(found) if len(found) <= MOST_SORTED else found
+        split: list(found) if draw_version(len(found), draw) == 1 else found
         for split, found in merged.items()
     }
 

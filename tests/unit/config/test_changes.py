@@ -11,9 +11,9 @@ from opcd_nemo.config.changes import check_unchanged, run_origin
 from opcd_nemo.errors import UserError
 
 
-def origin(draw: int, **task: Any) -> dict[str, Any]:
+def origin(version: int, **task: Any) -> dict[str, Any]:
     config = OmegaConf.create({"optim": {"schedule": "constant"}, "task": {"train": "a", **task}})
-    return run_origin(config, "hash", draw)
+    return run_origin(config, "hash", version)
 
 
 def test_a_run_does_not_go_on_with_another_draw() -> None:
@@ -27,6 +27,7 @@ def test_a_run_does_not_go_on_with_another_draw() -> None:
 
 def test_a_share_that_only_refuses_may_change() -> None:
     check_unchanged(origin(1), origin(1, max_left_out=0.2), [])
+    check_unchanged(origin(1), origin(1, draw=1), [])
     with pytest.raises(UserError, match=r"task\.validation was 0\.1, is 0\.2"):
         check_unchanged(origin(1, validation=0.1), origin(1, validation=0.2), [])
 

@@ -72,6 +72,9 @@ def test_a_batch_looks_at_no_more_than_itself() -> None:
 def test_the_draw_of_few_items_is_what_it_was_and_its_version_says_so() -> None:
     items = range(MOST_SORTED)
     assert draw(items, str, seed=3, step=1, n=5) == shuffled(items, str, 3, 0)[5:10]
+    many = range(3000)
+    assert draw(many, str, seed=3, step=1, n=5, newest=1) == shuffled(many, str, 3, 0)[5:10]
+    assert draw_version(3000, 1) == 1
     assert [draw_version(size) for size in (1, MOST_SORTED, MOST_SORTED + 1)] == [1, 1, 2]
 
 

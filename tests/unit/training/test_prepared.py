@@ -51,6 +51,8 @@ def test_the_draw_of_many_prompts_is_part_of_the_origin(
     (tmp_path / "a.jsonl").write_text("".join(lines))
     task = ["task=gsm8k", f"task.train={tmp_path / 'a.jsonl'}", "task.test=0.1"]
     assert prepare_run(raw(model, tmp_path, *task), 2).origin.get("draw") == version
+    before = prepare_run(raw(model, tmp_path, *task, "+task.draw=1"), 2)
+    assert "draw" not in before.origin
 
 
 def test_the_configuration_is_checked_once_and_the_inputs_are_opened_once(
