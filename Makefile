@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
-	test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
+	test-rehearsal test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
 
 LAYOUT ?= dp2
@@ -40,7 +40,7 @@ demo-games: $(RUN) ## a small model plays, writes notes of its games and learns 
 test: $(DEV) ## every check, the kernels compiled for GPUs, then every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync check test-unit kernels-aot test-kernels
 	$(PYTEST) tests/distributed
-	$(MAKE) --no-print-directory --jobs=2 --output-sync test-recipes-a-to-e test-recipes-f-to-z
+	$(MAKE) --no-print-directory --jobs=2 --output-sync test-recipes-a-to-e test-rehearsal test-recipes-f-to-z
 
 test-quick: $(DEV) ## the core of the unit tests, at most a minute of CPU time
 	$(PYTEST) $(QUICK)
@@ -58,6 +58,10 @@ test-recipes-a-to-e: $(DEV)
 
 test-recipes-f-to-z: $(DEV)
 	$(PYTEST) tests/recipes/test_[f-z]*.py tests/golden
+
+# two wheels, 3 MB, are downloaded once and not installed; without g++ these tests are left out
+test-rehearsal: $(DEV)
+	$(PYTEST) tests/rehearsal
 
 test-lanes: ## on Python 3.12 (6 GB): all of `test`, then models and training with newer megatron-cores
 	$(MAKE) --no-print-directory VENV=.venv-3.12 PYTHON3=$(PYTHON312) test

@@ -146,12 +146,9 @@ class TopKLoss:
             num_valid_columns=student.num_valid_columns,
             weight_N=tokens.weight_N,
         )
-        total, stats = _weighted(f"loss/{self._kind}", result.loss_N, tokens.weight_N)
         # the mass under the model whose top k was taken
         mass_N = result.student_mass_N if self._kind == "reverse_kl" else result.teacher_mass_N
-        captured = (mass_N * tokens.weight_N).sum().item(), tokens.weight_N.sum().item()
-        stats.add(Stats({CAPTURED_MASS: captured}))
-        return total, stats
+        return _weighted(f"loss/{self._kind}", result.loss_N, tokens.weight_N, mass_N)
 
 
 class HardLabelLoss:
@@ -177,11 +174,20 @@ class HardLabelLoss:
         return _weighted("loss/nll", loss_N, tokens.weight_N)
 
 
-def _weighted(name: str, loss_N: torch.Tensor, weight_N: torch.Tensor) -> LossSum:
+def _weighted(
+    name: str, loss_N: torch.Tensor, weight_N: torch.Tensor, mass_N: torch.Tensor | None = None
+) -> LossSum:
     """The sum of weighted losses, logged as a mean over the weights; what went wrong is counted."""
     total = loss_N.sum()
-    stats = Stats({name: (total.item(), weight_N.sum().item())})
-    if not math.isfinite(total.item()):
+    sums = [total.detach(), weight_N.sum()]
+    if mass_N is not None:
+        sums.append((mass_N * weight_N).sum())
+    # together: each value that the host reads makes it wait for the GPU
+    value, weight, *captured = torch.stack([each.double() for each in sums]).tolist()
+    stats = Stats({name: (value, weight)})
+    if captured:
+        stats.add(Stats({CAPTURED_MASS: (captured[0], weight)}))
+    if not math.isfinite(value):
         counts = zip(BAD_TOKENS, count_nonfinite(loss_N), strict=True)
         stats.add(Stats({key: (float(count), 1.0) for key, count in counts}))
     return total, stats

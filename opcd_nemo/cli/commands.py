@@ -73,6 +73,15 @@ COMMANDS: dict[str, Command] = {
             "plan.context_tokens=1000",
         ),
     ),
+    "rehearse": Command(
+        about="whole steps of a run's ranks on GPUs that do not exist: memory, deadlocks, crashes",
+        run=programs.rehearse,
+        config="rehearse",
+        examples=(
+            "recipe=math_qwen3_8b_to_4b_2n8g",
+            "recipe=math_qwen3_8b_2n8g rehearse.transformer_engine=2.16.1 rehearse.layers=null",
+        ),
+    ),
     "export": Command(
         about="convert a model to a Hugging Face folder, a .nemo file or Megatron's shards",
         run=programs.export,
@@ -112,7 +121,7 @@ COMMANDS: dict[str, Command] = {
         about="the composed configuration of a command, and the file that each value is from",
         run=programs.config,
         options=("--program",),
-        usage="[--program train|experience|doctor|plan|export|chat] [the command's words ...]",
+        usage=f"[--program {'|'.join(programs.CONFIGS)}] [the command's words ...]",
         examples=("recipe=demo_brevity", "--program experience recipe=demo_games"),
     ),
     "list": Command(

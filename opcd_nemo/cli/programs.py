@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opcd_nemo.config.train import ParallelConfig
     from opcd_nemo.launch.ranks import Main
 
-CONFIGS = ("train", "experience", "doctor", "plan", "export", "chat")
+CONFIGS = ("train", "experience", "doctor", "plan", "rehearse", "export", "chat")
 
 
 def train(words: Sequence[str]) -> int:
@@ -63,6 +63,14 @@ def plan(words: Sequence[str]) -> int:
         return plan
 
     run_alone(words, load, "plan")
+
+
+def rehearse(words: Sequence[str]) -> int:
+    """Play ranks of a run on GPUs that do not exist."""
+    from opcd_nemo.launch.ranks import run_and_exit
+    from opcd_nemo.rehearsal.command import rehearse
+
+    run_and_exit(lambda: rehearse(words))
 
 
 def export(words: Sequence[str]) -> int:

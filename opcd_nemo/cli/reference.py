@@ -30,6 +30,7 @@ _TITLES = {
     "experience": "`opcd experience`: the pipeline, besides the keys of its training runs",
     "doctor": "`opcd doctor`, besides the keys of the run",
     "plan": "`opcd plan`, besides the keys of the run",
+    "rehearse": "`opcd rehearse`, besides the keys of the run and of the accelerator",
     "chat": "`opcd chat`, besides `engine` and `parallel` as above",
     "export": "`opcd export`, besides `parallel` as above",
 }

@@ -32,6 +32,11 @@ _SCHEMAS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("opcd_nemo.plan.accelerator:Accelerator", "accelerator."),
         _TRAIN,
     ),
+    "rehearse": (
+        ("opcd_nemo.config.programs:RehearseConfig", "rehearse."),
+        ("opcd_nemo.plan.accelerator:Accelerator", "accelerator."),
+        _TRAIN,
+    ),
 }
 """By file of `conf/`: the dataclasses that describe its keys, and what stands before them."""
 

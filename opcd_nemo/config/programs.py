@@ -147,6 +147,28 @@ class PlanConfig:
     )
 
 
+@dataclass(kw_only=True)
+class RehearseConfig:
+    """A rehearsal of a run on GPUs that do not exist."""
+
+    layers: int | None = doc("layers of each model; null: all of them", minimum=1)
+    ranks: list[int] | None = doc(
+        "ranks of the world that are played; null: the first and last along tp, pp, dp and cp",
+        minimum=0,
+    )
+    tokens: int = doc("tokens that are sampled of every answer", minimum=1)
+    prompt_tokens: int = doc("tokens of a prompt, with the chat template", minimum=1)
+    context_tokens: int = doc("tokens that the context adds to the teacher's prompt", minimum=1)
+    response_tokens: int | None = doc("tokens of an answer; null: the longest allowed", minimum=1)
+    megatron_core: str | None = doc(
+        "a version of megatron-core, or the folder of its unpacked wheel; null: the installed one"
+    )
+    transformer_engine: str | None = doc(
+        "a version of Transformer Engine, or the folder of its unpacked wheel; null: without it, "
+        "with the layers of parallel.layer_spec=local"
+    )
+
+
 def load_chat(raw: DictConfig) -> ChatConfig:
     """Check `conf/chat.yaml` as it was composed and return it typed.
 

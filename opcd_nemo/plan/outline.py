@@ -37,15 +37,32 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
         models = inputs.student_config, inputs.teacher_config
         tokens = _rendered(config, settings, inputs)
         return _work(config, settings, models, tokens), "models and prompts as they are"
-    student, where = _shape("student", config.student.path, settings.student_config)
+    models, where = model_shapes(config, settings.student_config, settings.teacher_config)
+    work = _work(config, settings, models, _given(config, settings))
+    return work, f"shapes from {where}, lengths as given in plan"
+
+
+def model_shapes(
+    config: TrainConfig, student_config: str | None, teacher_config: str | None
+) -> tuple[tuple[ModelConfig, ModelConfig], str]:
+    """Shapes of student and teacher without their files, and where they are from.
+
+    Args:
+        config: whose paths name the models.
+        student_config: a `config.json`, or None: by the name of the student's folder.
+        teacher_config: the same for the teacher.
+
+    Raises:
+        UserError: a shape is not to be found.
+    """
+    student, where = _shape("student", config.student.path, student_config)
     if config.student.keep_layers is not None:
         student = keep_layers(student, config.student.keep_layers)
-    teacher, teacher_where = student, where
-    if config.teacher.path is not None:
-        teacher, teacher_where = _shape("teacher", config.teacher.path, settings.teacher_config)
+    if config.teacher.path is None:
+        return (student, student), where
+    teacher, teacher_where = _shape("teacher", config.teacher.path, teacher_config)
     teacher = replace(teacher, vocab_size=student.vocab_size)
-    work = _work(config, settings, (student, teacher), _given(config, settings))
-    return work, f"shapes from {where} and {teacher_where}, lengths as given in plan"
+    return (student, teacher), f"{where} and {teacher_where}"
 
 
 def _are_there(config: TrainConfig) -> bool:

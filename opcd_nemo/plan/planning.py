@@ -29,7 +29,7 @@ def plan(raw: DictConfig) -> None:
     raw, settings = split_settings(raw, "plan", PlanConfig)
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     if settings.prompt_tokens is not None and settings.context_tokens is not None:
-        _fill(raw)
+        fill_missing(raw)
     work, origin = outline(load_config(raw), settings)
     for dtype in (work.student_dtype, work.teacher_dtype, *(["fp8"] if work.fp8 else [])):
         if dtype not in accelerator.tflops:
@@ -43,10 +43,10 @@ def plan(raw: DictConfig) -> None:
         logger.info("%s", sweep_report(work, accelerator, settings.show))
 
 
-def _fill(node: Any) -> None:
+def fill_missing(node: Any) -> None:
     """Put a word where files of data are missing: lengths are given, no file is opened."""
     for key in list(node):
         if OmegaConf.is_missing(node, key):
             node[key] = _NOT_NEEDED
         elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
-            _fill(node[key])
+            fill_missing(node[key])

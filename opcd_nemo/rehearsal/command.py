@@ -1,0 +1,127 @@
+"""`opcd rehearse`: a process for each rank that is played, then the comparison and the table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.programs import RehearseConfig
+from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.errors import UserError
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.exits import EXIT_FAILURE
+from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.rehearsal.compare import mismatches
+from opcd_nemo.rehearsal.devices import compiled_guard
+from opcd_nemo.rehearsal.rank import Task
+from opcd_nemo.rehearsal.report import rehearsal_report
+from opcd_nemo.rehearsal.shapes import rehearsed_run
+from opcd_nemo.rehearsal.wheels import unpacked
+
+logger = logging.getLogger(__name__)
+
+
+def rehearse(words: Sequence[str]) -> int:
+    """Play ranks of a run on GPUs that do not exist; returns the exit code.
+
+    Raises:
+        UserError: a key is wrong, or g++ or a package is missing.
+    """
+    raw, settings = split_settings(compose("rehearse", words), "rehearse", RehearseConfig)
+    raw, accelerator = split_settings(raw, "accelerator", Accelerator)
+    with_te = settings.transformer_engine is not None
+    config = rehearsed_run(words, with_te=with_te)
+    ranks = _ranks(settings, config.parallel)
+    pp = config.parallel.pipeline_model_parallel_size
+    if settings.layers is not None and settings.layers % pp:
+        allowed = f"a multiple of parallel.pipeline_model_parallel_size={pp}"
+        raise UserError("rehearse.layers", settings.layers, allowed)
+    path = _path(settings)
+    compiled_guard()
+    response = settings.response_tokens or config.rollout.sampling.max_new_tokens
+    results = []
+    for rank in ranks:
+        task = Task(
+            rank=rank,
+            world_size=config.parallel.num_ranks,
+            words=list(words),
+            layers=settings.layers,
+            lengths=(settings.prompt_tokens, settings.context_tokens, response),
+            tokens=settings.tokens,
+            gpu=accelerator.name,
+            memory_gib=accelerator.memory_gib,
+            per_node=accelerator.ranks_per_node,
+            with_te=with_te,
+        )
+        result = _play(task, path)
+        if result is None:
+            logger.info("rank %s failed; its traceback is above", rank)
+            return EXIT_FAILURE
+        results.append(result)
+    found = mismatches(results)
+    logger.info("%s", rehearsal_report(results, accelerator.memory_gib, found))
+    return EXIT_FAILURE if found else 0
+
+
+def _ranks(settings: RehearseConfig, parallel: ParallelConfig) -> list[int]:
+    """The ranks to play, in order."""
+    if settings.ranks is None:
+        return corners(parallel)
+    for rank in settings.ranks:
+        if rank >= parallel.num_ranks:
+            allowed = f"0 to {parallel.num_ranks - 1}, of parallel.num_ranks"
+            raise UserError("rehearse.ranks", settings.ranks, allowed)
+    if not settings.ranks:
+        raise UserError("rehearse.ranks", settings.ranks, "one rank or more, or null")
+    return sorted(set(settings.ranks))
+
+
+def corners(parallel: ParallelConfig) -> list[int]:
+    """First and last rank along each axis; Megatron counts along tp first, then cp, dp and pp."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    dp = parallel.num_ranks // (tp * pp * cp)
+    ends = [{0, size - 1} for size in (tp, cp, dp, pp)]
+    return sorted(t + tp * (c + cp * (d + dp * p)) for t, c, d, p in product(*ends))
+
+
+def _path(settings: RehearseConfig) -> list[str]:
+    """Folders that come before the installed packages."""
+    folders = []
+    for project, word in (
+        ("megatron-core", settings.megatron_core),
+        ("transformer_engine", settings.transformer_engine),
+    ):
+        if word is not None:
+            key = f"rehearse.{project.replace('-', '_')}"
+            folders.append(str(unpacked(key, project, word)))
+    return folders
+
+
+def _play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
+    """The result of a rank's process; None where it failed."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (*path, inherited))),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "opcd_nemo.rehearsal.rank"],
+        input=json.dumps(asdict(task)) + "\n",
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return None
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result

@@ -1,0 +1,202 @@
+"""A rank of a rehearsal: `python -m opcd_nemo.rehearsal.rank` reads its task from stdin.
+
+The first line of this module that imports torch comes after the device's guard is registered.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from opcd_nemo.rehearsal import devices
+
+if TYPE_CHECKING:
+    from opcd_nemo.config.train import TrainConfig
+    from opcd_nemo.rehearsal.recorder import Recorder
+    from opcd_nemo.rehearsal.tensors import Answers
+    from opcd_nemo.training.step import Run
+    from opcd_nemo.types import Rollout
+
+_EOS, _PROMPT, _CONTEXT, _ANSWER = 2, 3, 7, 5  # token ids; only their number matters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a rank is told, as JSON.
+
+    `words` compose the run's configuration. `layers` are those of each model; None: all.
+    `lengths` are the tokens of prompt, context and response, `tokens` those that are sampled.
+    """
+
+    rank: int
+    world_size: int
+    words: list[str]
+    layers: int | None
+    lengths: tuple[int, int, int]
+    tokens: int
+    gpu: str
+    memory_gib: float
+    per_node: int
+    with_te: bool
+
+
+def main() -> None:
+    """Play the rank, and write what it did to stdout as JSON."""
+    task = Task(**json.loads(sys.stdin.readline()))
+    warnings.filterwarnings("ignore")
+    shown, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    devices.load_guard()
+    result = _rehearse(task)
+    shown.write(f"{json.dumps(result)}\n")
+    shown.flush()
+
+
+def _rehearse(task: Task) -> dict[str, Any]:
+    from opcd_nemo.rehearsal import groups, tensors, transformer_engine, triton
+    from opcd_nemo.rehearsal.recorder import Recorder
+
+    started, recorder, answers = time.perf_counter(), Recorder(), tensors.Answers()
+    devices.answer_as_gpus(task.gpu, task.memory_gib, task.per_node)
+    tensors.install(recorder, answers)
+    groups.start_world(task.rank, task.world_size, task.per_node, recorder)
+    if task.with_te:
+        transformer_engine.install(recorder)
+    import opcd_nemo.model.language_model  # noqa: F401  # megatron-core, which has kernels of its own
+
+    triton.install(recorder)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from opcd_nemo.rehearsal.shapes import rehearsed_run
+
+    config = rehearsed_run(task.words, with_te=task.with_te)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        facts = _play(task, config, recorder, answers)
+    return {**facts, **recorder.result(), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers) -> dict[str, Any]:
+    """Build, sample, train two steps, save, resume, and train a third."""
+    from opcd_nemo.distributed.groups import init_parallel
+    from opcd_nemo.rehearsal.shapes import shapes_of, unwritten
+    from opcd_nemo.training.build import build_run
+    from opcd_nemo.training.inputs import Inputs
+    from opcd_nemo.training.step import learn
+
+    parallel = init_parallel(config.parallel, config.seed)
+    student, teacher = shapes_of(config, task.layers)
+    tokenizer: Any = SimpleNamespace(eos_ids=(_EOS,))
+    nothing: Any = SimpleNamespace(tokenizer=tokenizer)
+    inputs = Inputs(
+        student=unwritten(student),
+        student_config=student,
+        teacher=unwritten(teacher),
+        teacher_config=teacher,
+        task=nothing,
+        retention=nothing,
+        conversation=nothing,
+        prefix_ids=tuple(range(_CONTEXT, _CONTEXT + task.lengths[1])),
+    )
+    run = replace(build_run(config, inputs, parallel), watch=recorder)  # type: ignore[arg-type]
+    with recorder.phase("rollout"):
+        _sample(task, run, config, answers)
+    for step in range(2):
+        learn(run, _rollouts(task, run), step)
+    _save_and_resume(run, recorder)
+    learn(run, _rollouts(task, run), 2)
+    return {
+        "rank": parallel.rank,
+        "place": {
+            axis: (getattr(parallel, f"{axis}_rank"), getattr(parallel, axis))
+            for axis in ("tp", "pp", "dp", "cp")
+        },
+        "layer_spec": parallel.layer_spec,
+    }
+
+
+def _sample(task: Task, run: Run, config: TrainConfig, answers: Answers) -> None:
+    """Sample a few tokens with the cache of a whole answer, then let every row end."""
+    from opcd_nemo.types import Prompt
+
+    rows = min(config.engine["max_batch_size"], max(1, run.prompts_per_step // run.parallel.dp))
+    prompts = [
+        Prompt(token_ids=tuple(range(_PROMPT, _PROMPT + task.lengths[0] - row % 7)), index=row)
+        for row in range(rows)
+    ]
+    engine: Any = run.engines["student"]
+    engine.load_weights(0)
+    answers.end_after(task.tokens * min(run.parallel.pp, rows), _EOS)
+    engine.generate(prompts, run.sampling, seed=config.seed, step=0)
+    engine.release_weights()
+
+
+def _rollouts(task: Task, run: Run) -> Sequence[Rollout]:
+    """Two micro-batches of whole answers, of other lengths on other data-parallel ranks."""
+    from opcd_nemo.types import Rollout
+
+    prompt, context, response = task.lengths
+    read = tuple(range(_CONTEXT, _CONTEXT + context))
+    rollouts = []
+    for index in range(2 * run.micro_batch_size):
+        shorter = 97 * (index + run.parallel.dp_rank)
+        length = max(1, response - shorter % max(1, response // 4))
+        ids = tuple(range(_PROMPT, _PROMPT + max(1, prompt - 5 * index)))
+        rollouts.append(
+            Rollout(
+                uid=str(index),
+                question="",
+                episode_index=index,
+                turn_index=0,
+                prompt_ids=ids,
+                teacher_prompt_ids=(*read, *ids),
+                response_ids=(_ANSWER,) * length,
+                sampled_logprobs=(-1.0,) * length,
+                weights_version=0,
+                finish_reason="eos",
+            )
+        )
+    return rollouts
+
+
+def _save_and_resume(run: Run, recorder: Recorder) -> None:
+    """Gather what a checkpoint holds and fill the optimizer with it, without files."""
+    from opcd_nemo.checkpoint import sharded_state
+
+    optimizer, parallel = run.optimizer, run.parallel
+    with recorder.phase("save"):
+        weights = sharded_state.sharded_weights(run.student)
+        sharded_state.optimizer_to_save(weights, optimizer, parallel)
+        sharded_state.teacher_state(run.teacher)
+    with recorder.phase("resume"):
+        sharded_state.prepare_loading(optimizer.optimizer)
+        weights = sharded_state.sharded_weights(run.student)
+        wanted = sharded_state.optimizer_to_load(weights, optimizer)
+        sharded_state.load_optimizer(optimizer.optimizer, _as_loaded(wanted["optimizer"]))
+        optimizer.scheduler.load_state_dict(wanted["scheduler"])
+
+
+def _as_loaded(node: Any) -> Any:
+    """What `dist_checkpointing.load` would put in place of the sharded tensors of a state."""
+    import torch
+
+    if isinstance(node, dict):
+        return {key: _as_loaded(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_as_loaded(value) for value in node]
+    if not hasattr(node, "replica_id"):
+        return node
+    data = getattr(node, "data", None)
+    if not hasattr(node, "local_shape") and not isinstance(data, torch.Tensor):
+        return data  # an object
+    if data is not None:
+        return torch.empty_like(data)
+    return torch.empty(node.local_shape, dtype=node.dtype, device="cuda")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Ranks at real widths go through whole steps on fake GPUs, and a fault in the project is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd_nemo.errors import UserError
+from opcd_nemo.rehearsal.compare import mismatches
+from opcd_nemo.rehearsal.devices import compiled_guard
+from opcd_nemo.rehearsal.rank import Task
+from opcd_nemo.rehearsal.wheels import unpacked
+
+ROOT = Path(__file__).parents[2]
+QWEN = ("recipe=math_qwen3_8b_to_4b_2n8g",)
+PIPELINE = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+CONTEXT = ("parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2")
+LLAMA = ("recipe=medical_llama3p2_3b_1n8g",)
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the guard")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guard() -> None:
+    compiled_guard()
+
+
+@pytest.fixture(scope="session")
+def image() -> list[str]:
+    """megatron-core and Transformer Engine as NVIDIA's image has them."""
+    try:
+        return [
+            str(unpacked("megatron_core", "megatron-core", "0.18.0")),
+            str(unpacked("transformer_engine", "transformer_engine", "2.16.1")),
+        ]
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def start(
+    words: Sequence[str], rank: int, world: int, path: Sequence[str] = (), fault: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    task = Task(
+        rank=rank,
+        world_size=world,
+        words=list(words),
+        layers=2,
+        lengths=(24, 40, 48),
+        tokens=3,
+        gpu="H100",
+        memory_gib=80.0,
+        per_node=8,
+        with_te=bool(path),
+    )
+    module = ["tests.rehearsal.faults", fault] if fault else ["opcd_nemo.rehearsal.rank"]
+    given = os.environ.get("PYTHONPATH", "")
+    return subprocess.run(
+        [sys.executable, "-m", *module],
+        input=json.dumps(asdict(task)) + "\n",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((*path, given)), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def played(*words: Any, **more: Any) -> dict[str, Any]:
+    done = start(*words, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def syncs(result: dict[str, Any], phase: str) -> int:
+    return sum(result["syncs"].get(phase, {}).values())
+
+
+@pytest.fixture(scope="session")
+def qwen() -> list[dict[str, Any]]:
+    """Two ranks of tp 4 and dp 4, with responses of other lengths."""
+    return [played(QWEN, rank, 16) for rank in (0, 5)]
+
+
+def test_ranks_meet_in_every_collective(qwen: list[dict[str, Any]]) -> None:
+    assert mismatches(qwen) == []
+    names = {event["name"] for result in qwen for event in result["collectives"]}
+    assert {"allreduce_", "_allgather_base_", "_reduce_scatter_base_"} <= names
+
+
+def test_what_a_rank_holds_is_what_its_models_weigh(qwen: list[dict[str, Any]]) -> None:
+    for result in qwen:
+        assert result["place"]["tp"][1] == result["place"]["dp"][1] == 4
+        assert 1.8 < result["peak_bytes"]["build"] / 2**30 < 1.9
+
+
+def test_a_token_waits_for_the_gpu_once_and_a_micro_batch_once(qwen: list[dict[str, Any]]) -> None:
+    """3 tokens, then the rows end; 3 steps of 2 micro-batches."""
+    rank = qwen[0]
+    reads = {name.partition(" ")[2]: n for name, n in rank["syncs"]["rollout"].items()}
+    engine = sum(n for name, n in reads.items() if name.startswith("engines/megatron.py"))
+    assert engine == 4
+    assert syncs(rank, "rollout") == 5  # and which rows are left
+    assert syncs(rank, "student") == 3 * 2
+
+
+@pytest.mark.parametrize(("words", "ranks"), [(PIPELINE, (0, 8)), (CONTEXT, (0, 3))])
+def test_ranks_of_a_pipeline_and_of_context_parallelism_meet(
+    words: tuple[str, ...], ranks: tuple[int, ...]
+) -> None:
+    assert mismatches([played((*QWEN, *words), rank, 16) for rank in ranks]) == []
+
+
+def test_transformer_engines_layers_train_and_resume(image: list[str]) -> None:
+    result = played(LLAMA, 1, 8, image)
+    assert result["layer_spec"] == "te"
+    names = {name for counts in result["launches"].values() for name in counts}
+    assert {"te.generic_gemm", "te.rmsnorm_bwd", "te.multi_tensor_adam"} <= names
+    assert result["peak_bytes"]["resume"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "message"),
+    [
+        ("cpu_tensor_in_the_loss", LLAMA, "device"),
+        ("transposed_output_is_viewed", LLAMA, "view"),
+    ],
+)
+def test_a_crash_is_seen(fault: str, words: tuple[str, ...], message: str) -> None:
+    done = start(words, 0, 8, fault=fault)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("wrong_type_into_a_product", "generic_gemm: a product"), ("unknown_parameter", "KeyError")],
+)
+def test_a_crash_of_transformer_engine_is_seen(image: list[str], fault: str, message: str) -> None:
+    done = start(LLAMA, 0, 8, image, fault=fault)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_a_collective_that_a_rank_leaves_out_is_named(qwen: list[dict[str, Any]]) -> None:
+    done = start(QWEN, 0, 16, fault="collective_left_out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = mismatches([json.loads(done.stdout), qwen[1]])
+    assert any("ranks 0 and 5 differ" in line and "clip_grads.py" in line for line in lines)
+
+
+def test_tokens_that_need_a_buffer_are_named() -> None:
+    fault = "tokens_sent_back_among_hidden_states"
+    results = [
+        json.loads(start((*QWEN, *PIPELINE), rank, 16, fault=fault).stdout) for rank in (0, 8)
+    ]
+    (line,) = mismatches(results)
+    assert "ranks 0 and 8 would both wait" in line
+    assert line.count("send of") == 2
