@@ -100,6 +100,7 @@ def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers)
         task=nothing,
         retention=nothing,
         conversation=nothing,
+        samples_of=None,
         prefix_ids=tuple(range(_CONTEXT, _CONTEXT + task.lengths[1])),
     )
     run = replace(build_run(config, inputs, parallel), watch=recorder)  # type: ignore[arg-type]

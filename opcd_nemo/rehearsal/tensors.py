@@ -185,7 +185,7 @@ def _choose_attention() -> None:
         )[0]
         return out
 
-    bias.causal_lower_right = lower_right  # type: ignore[assignment]
+    bias.causal_lower_right = lower_right
     bias.can_use_flash_attention = lambda words, *_: takes_flash(words.query)  # type: ignore[attr-defined]
     torch.nn.functional.scaled_dot_product_attention = attention
 
