@@ -77,7 +77,7 @@ MISTAKES = {
         ["parallel.port={port}", "Address already in use; allowed: a free port, or 0"],
     ),
     "more GPUs than there are": (
-        ["parallel.device=cuda", "parallel.num_ranks=64"],
+        ["parallel.device=cuda", "parallel.num_ranks=64", "batching.global_batch_size=128"],
         ["parallel.device=cuda", "for 64 ranks; allowed: as many GPUs as ranks"],
     ),
 }
