@@ -110,6 +110,9 @@ INDEX_SHARE = 16
 PIECES = 4096
 """Of one tensor: as many ranks would have written it."""
 
+PIECE_OVERHEAD = MIB
+"""What a stored piece may have beside its values: a zip archive of it has two KiB."""
+
 PLAIN_BYTES = 32 * MIB
 """Of a checkpoint's common.pt: a configuration, and the texts of a context."""
 

@@ -96,13 +96,17 @@ class ChatTemplate:
         return self._process if self._owner == os.getpid() else None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        jinja = find_spec("jinja2")
-        assert jinja is not None
-        assert jinja.origin is not None
         script = str(Path(template_process.__file__))
         limit = str(limits.TEMPLATE_CPU_S), str(limits.TEMPLATE_MEMORY_BYTES)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", script, str(Path(jinja.origin).parents[1]), *limit],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                script,
+                ":".join(map(_folder_of, ("jinja2", "markupsafe"))),
+                *limit,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a template's words are no output of this program
@@ -111,6 +115,13 @@ class ChatTemplate:
         self._end = weakref.finalize(self, _stop, process, self._owner)
         _write(process, self.source)
         return process
+
+
+def _folder_of(package: str) -> str:
+    found = find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    return str(Path(found.origin).parents[1])
 
 
 def in_words(messages: Sequence[Message]) -> str:

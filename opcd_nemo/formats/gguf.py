@@ -29,6 +29,18 @@ _SCALAR_FORMATS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 
+_NOT_COMPUTED = (
+    *(
+        "attention.scale",
+        "attention.clamp_kqv",
+        "attention.max_alibi_bias",
+        "attn_logit_softcapping",
+    ),
+    *("embedding_scale", "expert_count", "final_logit_softcapping", "logit_scale"),
+    *("residual_scale", "rope.scaling.attn_factor"),
+)
+"""Settings of llama.cpp under which this project's layers would compute something else."""
+
 _HF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -235,6 +247,9 @@ class GgufFile:
         def get(key: str) -> Any:
             return self.metadata.get(f"{architecture}.{key}")
 
+        if other := [key for key in _NOT_COMPUTED if get(key)]:
+            key, value = f"{architecture}.{other[0]}", get(other[0])
+            raise UserError(key, value, "a model without", where=str(self.path))
         heads, hidden = get("attention.head_count"), get("embedding_length")
         rotated = get("rope.dimension_count")
         head_dim = get("attention.key_length") or rotated
@@ -252,7 +267,7 @@ class GgufFile:
             "head_dim": head_dim,
             "vocab_size": self.num_rows,
             "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon") or 0,  # it has no default
             "rope_theta": get("rope.freq_base"),
             "rope_scaling": self._rope_scaling(get),
             "partial_rotary_factor": partial,

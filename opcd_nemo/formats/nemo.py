@@ -51,7 +51,7 @@ class CheckedFiles:
         self.where = files.where
         self._files, self._sizes = files, files.sizes()
         members = [name for name in self._sizes if name != MANIFEST]
-        text = read_whole(files, MANIFEST)
+        text = read_whole(files, MANIFEST, limits.SETTINGS_BYTES)
         self._unchecked = durable.parse_manifest(text, members, self.where)
 
     def sizes(self) -> dict[str, int]:
@@ -123,7 +123,9 @@ def unpack_hf(files: Files) -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory()
     for name in files.sizes():
         if name.startswith(HF):
-            (Path(folder.name) / name.removeprefix(HF)).write_bytes(read_whole(files, name))
+            (Path(folder.name) / name.removeprefix(HF)).write_bytes(
+                read_whole(files, name, limits.TOKENIZER_BYTES)
+            )
     return folder
 
 

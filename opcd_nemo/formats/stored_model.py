@@ -36,6 +36,7 @@ from opcd_nemo.formats.shape import (
 from opcd_nemo.formats.torch_dist import DistributedTensors
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
 _ROWS = 4096  # of a head, compared at once
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,12 @@ class StoredModel:
                     path,
                     allowed=f"{shape}",
                     problem=f"tensor {name!r} has shape {weights.shape(name)}",
+                )
+            if (dtype := weights.dtype(name)) not in _DTYPES:
+                raise UserError(
+                    path,
+                    allowed=", ".join(map(str, _DTYPES)),
+                    problem=f"tensor {name!r} is {dtype}",
                 )
 
     def names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ can loop (`range` in `range`) or make gigabytes (`'a' * 10**9`) in ways that no 
 would name; the kernel limits CPU time and memory instead. Lines of JSON go in and out: the answer
 of a template that breaks out of Jinja's sandbox is still no more than a text.
 
-    template_process.py FOLDER_OF_JINJA2 CPU_S MEMORY_BYTES
+    template_process.py FOLDERS_OF_JINJA2_AND_MARKUPSAFE CPU_S MEMORY_BYTES
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    sys.path.append(sys.argv[1])
+    sys.path += sys.argv[1].split(":")
     cpu_s, memory = float(sys.argv[2]), int(sys.argv[3])
     renderer = _Renderer(json.loads(sys.stdin.readline()))
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - pathlib takes 10 ms

@@ -110,6 +110,8 @@ def read_folder(folder: Path) -> TokenizerParts:
         settings |= optional_settings(folder / _MAP)
         added = _legacy_tokens(folder / _ADDED, settings)
     special = _special_tokens(settings, folder)
+    if settings.get("split_special_tokens"):
+        raise UserError("split_special_tokens", True, "false", where=str(folder / _CONFIG))
     named = [_named_token(value, key, folder) for key, value in _named(settings)]
     if len(added) + len(named) > limits.ADDED_TOKENS:
         raise UserError(folder, allowed=f"at most {limits.ADDED_TOKENS} added tokens")

@@ -146,7 +146,7 @@ class DistributedTensors:
         """Before memory is taken: the pieces are there, and are the tensor, each value once."""
         there = self._files.sizes()
         fits = all(
-            prod(piece.sizes) * entry.dtype.itemsize <= piece.length
+            0 <= piece.length - prod(piece.sizes) * entry.dtype.itemsize <= limits.PIECE_OVERHEAD
             and piece.start + piece.length <= there.get(f"{self._folder}{piece.file}", -1)
             for piece in entry.pieces
         )

@@ -14,6 +14,7 @@ from nemo.core.classes.common import (  # pinned: NeMo offers no public way to n
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.renamed import present_name
 from opcd_nemo.config.secrets import HIDDEN, hidden_keys
 from opcd_nemo.config.stored import parse_stored
@@ -148,7 +149,9 @@ def run_config(config: DictConfig) -> DictConfig:
 
 
 def _stored_config(files: Files) -> DictConfig:
-    stored = parse_stored(read_whole(files, NEMO_CONFIG), f"{files.where}: {NEMO_CONFIG}")
+    stored = parse_stored(
+        read_whole(files, NEMO_CONFIG, limits.CONFIGURATION_BYTES), f"{files.where}: {NEMO_CONFIG}"
+    )
     config: DictConfig = OmegaConf.create(stored)
     return config
 

@@ -162,6 +162,8 @@ def test_a_tensor_of_broken_blocks_and_a_tensor_twice_are_refused(tmp_path: Path
         ("rope.scaling.factor", struct.pack("<If", 6, 4.0), "rope_type=linear"),
         ("rope.scaling.type", struct.pack("<I", 8) + text("yarn"), "rope_type=yarn"),
         ("rope.dimension_count", struct.pack("<I", 8) + text("x"), "partial_rotary_factor=x"),
+        ("logit_scale", struct.pack("<If", 6, 0.5), "llama.logit_scale=0.5; allowed"),
+        ("expert_count", struct.pack("<II", 4, 8), "llama.expert_count=8; allowed"),
         ("attention.sliding_window", struct.pack("<II", 4, 64), "use_sliding_window"),
     ],
 )

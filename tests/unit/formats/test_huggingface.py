@@ -264,6 +264,17 @@ def test_a_header_of_gigabytes_and_files_that_never_end_are_refused(tmp_path: Pa
         assert f"{name}: is a pipe" in refusal(open_model, tmp_path / name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8])
+def test_weights_of_another_type_are_refused_before_they_load(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    config = write_folder(tmp_path / "model")
+    tensors = random_tensors(config)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    assert "tensor 'model.norm.weight' is" in refusal(open_model, tmp_path / "model")
+
+
 def test_settings_of_many_megabytes_are_not_read(tmp_path: Path) -> None:
     write_folder(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_bytes(b"[" * 5_000_000)

@@ -234,6 +234,7 @@ def test_added_tokens_that_are_none_are_refused(folder: Path, decoder: Any) -> N
     [
         ("tokenizer_config.json", '{"eos_token": 5}'),
         ("tokenizer_config.json", '{"eos_token": {"no": 1}}'),
+        ("tokenizer_config.json", '{"split_special_tokens": true}'),
         ("tokenizer_config.json", '{"chat_template": 5}'),
         ("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}'),
         ("tokenizer_config.json", '{"chat_template": {"tool": "x"}}'),

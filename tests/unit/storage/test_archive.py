@@ -265,6 +265,36 @@ def test_a_plain_part_is_as_large_as_its_file(tmp_path: Path) -> None:
     assert "larger unpacked" in refusal(plain, tmp_path)
 
 
+def test_a_piece_is_no_larger_than_its_values(tmp_path: Path) -> None:
+    class Large:
+        where = "x"
+
+        def sizes(self) -> dict[str, int]:
+            return {**files.sizes(), "a": 6 << 30}
+
+        def read(self, name: str, start: int, count: int) -> bytes:
+            assert count < limits.INDEX_BYTES
+            return files.read(name, start, count)
+
+    write_rows(tmp_path, 3, (0, 3, "a"))
+    files = FolderFiles(tmp_path)
+    assert DistributedTensors(Large()).tensor("x").shape == (3, 2)
+    index = (tmp_path / ".metadata").read_bytes()
+    length = (tmp_path / "a").stat().st_size
+    assert index.count(b"M" + length.to_bytes(2, "little")) == 1
+    grown = b"J" + (1 << 30).to_bytes(4, "little")
+    index = index.replace(b"M" + length.to_bytes(2, "little"), grown)
+    (tmp_path / ".metadata").write_bytes(index[:2] + _without_frame(index[2:]))
+    with pytest.raises(ValueError, match="not the whole tensor"):
+        DistributedTensors(Large()).tensor("x")
+
+
+def _without_frame(pickled: bytes) -> bytes:
+    """A pickle whose first frame does not say how long it is."""
+    assert pickled.startswith(b"\x95")
+    return pickled[9:]
+
+
 def test_a_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
