@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.context.sources import Context, ContextSource, content_hash
 from opcd_nemo.errors import UserError
@@ -21,6 +22,7 @@ from opcd_nemo.formats.nemo import (
     read_checkpoint,
     read_record,
 )
+from opcd_nemo.storage.plain_file import read_bounded
 
 SUMMARY = "summary.json"  # of a run
 _LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
@@ -145,9 +147,7 @@ def base_licence(path: str) -> dict[str, Any]:
     else:
         stated = _front_matter(found / "README.md").get("license")
         texts = {
-            name: (found / name).read_text(encoding="utf-8", errors="replace")
-            for name in _LICENCE_FILES
-            if (found / name).is_file()
+            name: _readable(found / name) for name in _LICENCE_FILES if (found / name).is_file()
         }
     return {"base_model": path, "licence": stated or "not stated", "texts": texts}
 
@@ -156,11 +156,15 @@ def _not_stated(path: str) -> dict[str, Any]:
     return {"base_model": path, "licence": "not stated", "texts": {}}
 
 
+def _readable(path: Path) -> str:
+    return read_bounded(path, limits.SETTINGS_BYTES).decode(errors="replace")
+
+
 def _front_matter(readme: Path) -> dict[str, str]:
     """The `key: value` lines between the `---` of a model card."""
     if not readme.is_file():
         return {}
-    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
+    head = _readable(readme).split("---")
     lines = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
     pairs = (line.partition(":") for line in lines if ":" in line and not line.startswith(" "))
     return {key.strip(): value.strip() for key, _, value in pairs}
