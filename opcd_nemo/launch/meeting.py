@@ -19,6 +19,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from opcd_nemo.errors import UserError
+from opcd_nemo.storage.attempt import RENDEZVOUS_ENV
+
 BACKEND = "opcd"
 
 
@@ -32,7 +35,7 @@ class Meeting(StaticTCPRendezvous):
     def next_rendezvous(self) -> RendezvousInfo:
         """Open the store, on the first node, and wait until every node is there."""
         if self.rank == 0:
-            opened = listen(self.master_addr, self.master_port, alone=self.world_size == 1)
+            opened = self._listen()
             self.master_port = opened.getsockname()[1]
             self._store = TCPStore(
                 self.master_addr,
@@ -43,6 +46,17 @@ class Meeting(StaticTCPRendezvous):
                 master_listen_fd=opened.detach(),  # the store closes it
             )
         return super().next_rendezvous()
+
+    def _listen(self) -> socket.socket:
+        alone = self.world_size == 1
+        try:
+            return listen(self.master_addr, self.master_port, alone=alone)
+        except OSError as error:
+            key, value = RENDEZVOUS_ENV, f"{self.master_addr}:{self.master_port}"
+            if alone:
+                key, value = "parallel.port", str(self.master_port)
+            allowed = "a free port of the first node"
+            raise UserError(key, value, allowed, problem=error.strerror) from error
 
 
 def listen(host: str, port: int, *, alone: bool) -> socket.socket:

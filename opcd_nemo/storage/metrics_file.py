@@ -21,6 +21,8 @@ def cut_metrics(file: Path, num_steps: int) -> None:
         UserError: the line of an earlier step is missing or damaged; nothing has changed.
         OSError: the disk refuses.
     """
+    if file.exists() and not file.is_file():
+        raise UserError(file, allowed="a plain file", problem="is a pipe, a device or a folder")
     data = file.read_bytes() if file.exists() else b""
     lines = data.splitlines(keepends=True)
     good = 0

@@ -25,10 +25,11 @@ from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
-from opcd_nemo.errors import NonFiniteError
+from opcd_nemo.errors import NonFiniteError, ReadError
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
+from opcd_nemo.storage.durable import describe
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
@@ -71,9 +72,12 @@ def _train(
     checkpoints = prepared.config.exp_manager["checkpoint_callback_params"]
     strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
-    make_way(run_folder, prepared.config, parallel)
-    prepared = with_digests(prepared, parallel)
-    continued = continue_from(run_folder, prepared, parallel)
+    try:
+        make_way(run_folder, prepared.config, parallel)
+        prepared = with_digests(prepared, parallel)
+        continued = continue_from(run_folder, prepared, parallel)
+    except OSError as error:
+        raise ReadError(f"{run_folder.path} cannot be used: {describe(error)}") from error
     if prepared.commits:
         run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))
     _start_exp_manager(trainer, prepared.raw, run_folder.path)

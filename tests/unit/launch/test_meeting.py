@@ -11,6 +11,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 
+from opcd_nemo.errors import UserError
 from opcd_nemo.launch.meeting import BACKEND, listen, offer_meeting
 
 
@@ -49,6 +50,22 @@ def test_the_store_of_one_machine_is_not_seen_by_others(tmp_path: Path) -> None:
         stranger.sendall(os.urandom(512))
     found.store.set("key", b"goes on")
     assert found.store.get("key") == b"goes on"
+
+
+@pytest.mark.parametrize(
+    ("host", "count", "key"),
+    [("127.0.0.1", 1, "parallel.port"), ("127.0.0.1", 2, "OPCD_RENDEZVOUS")],
+)
+def test_a_port_that_is_taken_is_the_users_to_change(host: str, count: int, key: str) -> None:
+    offer_meeting()
+    with listen(host, 0, alone=True) as taken:
+        port = taken.getsockname()[1]
+        parameters = RendezvousParameters(
+            BACKEND, f"{host}:{port}", "a-run", count, count, rank=0, timeout=30
+        )
+        with pytest.raises(UserError, match="in use") as caught:
+            rendezvous_handler_registry.create_handler(parameters).next_rendezvous()
+    assert caught.value.key == key
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_a_run_that_has_saved_nothing_starts_at_its_first_step(file: Path) -> No
     file.write_bytes(lines(0, 1))
     cut_metrics(file, 0)
     assert read_metrics(file) == []
+
+
+def test_what_is_no_file_is_refused_at_once(file: Path) -> None:
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="is a pipe"):
+        cut_metrics(file, 0)
 
 
 def test_a_whole_file_is_left_alone(file: Path) -> None:
