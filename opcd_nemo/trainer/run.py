@@ -60,6 +60,9 @@ def train(raw: DictConfig) -> Path:
     config = prepared.config
     parallel = init_parallel(config.parallel, config.seed)
     logger.info("%s; student: %s", _first_line(parallel), config.student.dtype)
+    if (every := config.evaluation.every_n_steps) > (steps := config.trainer["max_steps"]):
+        words = "no validation: evaluation.every_n_steps=%d is above trainer.max_steps=%d"
+        logger.info(words, every, steps)
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     with RunFolder.hold(folder, parallel) as run_folder:
         _train(prepared, parallel, run_folder, started)
