@@ -251,6 +251,8 @@ class PackedAttention:
         shared = packing.prefix_tokens
         if self._record is not None:
             self._record[layer] = (k_TGD, v_TGD.clone())  # a view would keep queries and keys too
+        if self._cache is None and not shared and len(packing.lengths) == 1:
+            return self._alone(layer, q_TAD, k_TGD, v_TGD)
         k_BGD, v_BGD = k_TGD[:shared], v_TGD[:shared]  # what comes before every row
         if self._prefix is not None:
             held_k, held_v = self._prefix[layer]
@@ -272,6 +274,20 @@ class PackedAttention:
         if padding:
             parts.append(q_TAD.new_zeros(padding, *q_TAD.shape[1:]))
         return torch.cat(parts)
+
+    def _alone(
+        self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
+    ) -> torch.Tensor:
+        """The same of a stream with a single sequence, without copies of queries and output."""
+        (length,) = self._packing.lengths
+        # a view of v would keep queries and keys, too, until backward
+        keys, values = k_TGD[:length], v_TGD[:length].contiguous()
+        if self._prefix is not None:
+            held_k, held_v = self._prefix[layer]
+            keys, values = torch.cat((held_k, keys)), torch.cat((held_v, values))
+        out = causal_attention(q_TAD[None, :length], keys[None], values[None])[0]
+        padding = self._packing.stream_tokens - length
+        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
 
 class DecodeAttention:
