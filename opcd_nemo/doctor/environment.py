@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from opcd_nemo.distributed.groups import backend_version, choose_device
+from opcd_nemo.distributed.devices import backend_version, choose_device
 from opcd_nemo.doctor.checks import Check, attempt, judge
 from opcd_nemo.evaluation.report import versions
 

@@ -49,7 +49,7 @@ def compose(config_name: str, words: Sequence[str]) -> DictConfig:
 
 def _fast_dtype() -> str:
     """What `${fast_dtype:}` in a configuration means on this machine."""
-    from opcd_nemo.distributed.groups import fast_dtype  # torch: not for `opcd --help`
+    from opcd_nemo.distributed.devices import fast_dtype  # torch: not for `opcd --help`
 
     return fast_dtype()
 

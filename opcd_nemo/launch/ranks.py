@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig
 
 from opcd_nemo.config.train import ParallelConfig, load_config
-from opcd_nemo.distributed.groups import choose_device, choose_layer_spec, keep_on_loopback
+from opcd_nemo.distributed.devices import choose_device, choose_layer_spec
+from opcd_nemo.distributed.groups import keep_on_loopback
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import as_override, compose

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config.plugs import build_plug, check_plug
 from opcd_nemo.config.train import TrainConfig, load_config
-from opcd_nemo.distributed.groups import fast_dtype
+from opcd_nemo.distributed.devices import fast_dtype
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.recipes import CONF
 from tests.quick_compose import compose
