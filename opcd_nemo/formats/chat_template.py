@@ -61,8 +61,8 @@ class ChatTemplate:
             UserError: the template refuses the messages, or takes too much time or memory.
         """
         given = {"messages": [dict(message) for message in messages], **variables}
-        length = sum(len(message["content"]) + len(message["role"]) for message in messages)
-        longest = limits.TEMPLATE_GROWTH * (length + len(self.source)) + limits.KIB
+        length = len(json.dumps(given)) + len(self.source)
+        longest = limits.TEMPLATE_GROWTH * length + limits.KIB
         answer = self._ask({"variables": given, "longest": longest}, in_words(messages))
         return str(answer["text"])
 

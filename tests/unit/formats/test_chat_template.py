@@ -59,6 +59,7 @@ def test_a_chat_does_not_become_a_book() -> None:
     assert "makes 18000 letters" in str(refusal(source).problem)
     long: Message = {"role": "user", "content": "hi" * 10_000}
     assert len(rendered("{{ messages[0].content * 3 }}", long)) == 60_000
+    assert len(rendered("{{ tools }}", tools="x" * 60_000)) == 60_000
 
 
 @pytest.mark.parametrize(
