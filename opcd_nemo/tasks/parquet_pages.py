@@ -129,8 +129,7 @@ def _list(fields: Fields, number: int, kind: type) -> list[Any]:
 
 def _structure(data: bytes, place: int, level: int) -> tuple[Fields, int]:
     """Read a structure at a place of some bytes; returns where the next one begins, too."""
-    if level > _MOST_LEVELS:
-        raise Malformed("too many levels")
+    _check_level(level)
     fields: Fields = {}
     number = 0
     try:
@@ -157,7 +156,7 @@ def _value(data: bytes, place: int, kind: int, level: int) -> tuple[Any, int]:
             raise Malformed("it is cut short")
         return data[place : place + length], place + length
     if kind in (9, 10):
-        return _values(data, place, level)
+        return _values(data, place, level + 1)
     if kind == 12:
         return _structure(data, place, level + 1)
     if kind in (3, 7):
@@ -167,6 +166,7 @@ def _value(data: bytes, place: int, kind: int, level: int) -> tuple[Any, int]:
 
 
 def _values(data: bytes, place: int, level: int) -> tuple[list[Any], int]:
+    _check_level(level)
     head, place = data[place], place + 1
     count = head >> 4
     if count == 15:
@@ -181,6 +181,11 @@ def _values(data: bytes, place: int, level: int) -> tuple[list[Any], int]:
             value, place = _value(data, place, head & 15, level)
         values.append(value)
     return values, place
+
+
+def _check_level(level: int) -> None:
+    if level > _MOST_LEVELS:
+        raise Malformed("too many levels")
 
 
 def _unsigned(data: bytes, place: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from opcd_nemo.config.limits import ROW_BYTES
 from opcd_nemo.errors import UserError
-from opcd_nemo.tasks.parquet_pages import chunks
+from opcd_nemo.tasks.parquet_pages import Malformed, _structure, chunks
 from opcd_nemo.tasks.rows import read_rows
 
 
@@ -191,6 +191,11 @@ def test_levels_without_end_are_refused(tmp_path: Path) -> None:
         kind, value = pyarrow.struct([("a", kind)]), {"a": value}
     path = write(tmp_path / "a.parquet", {"a": pyarrow.array([value], kind)})
     assert "too deeply nested" in refusal(path, "a")
+
+
+def test_lists_in_lists_of_a_description_end() -> None:
+    with pytest.raises(Malformed, match="too many levels"):
+        _structure(b"\x19" * 5000, 0, 0)
 
 
 def test_a_column_that_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
