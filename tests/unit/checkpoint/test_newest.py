@@ -72,8 +72,9 @@ def test_the_latest_step_is_no_matter_of_letters(folder: Path) -> None:
 def test_damaged_ones_are_set_aside_once_an_older_one_is_whole(folder: Path) -> None:
     (folder / "step=10.ckpt" / "a").write_bytes(b"y" * 10)
     (folder / "step=4.ckpt" / "b").unlink()
-    assert newest(folder, ALONE, from_scratch=False) == folder / "step=2.ckpt"
-    assert names(folder) == ["step=10.ckpt.damaged", "step=2.ckpt", "step=4.ckpt.damaged"]
+    for _ in range(2):  # those that are set aside are not looked at again
+        assert newest(folder, ALONE, from_scratch=False) == folder / "step=2.ckpt"
+        assert names(folder) == ["step=10.ckpt.damaged", "step=2.ckpt", "step=4.ckpt.damaged"]
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])

@@ -45,6 +45,7 @@ def test_steps_that_are_done_again_go_without_a_trace(file: Path, torn: bytes) -
         lines(4),
         lines(2),
         b"garbage\nand more",
+        b"garbage\rand more",
         b"garbage\n" + lines(3, 4),
     ],
 )

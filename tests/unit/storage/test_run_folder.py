@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,3 +107,23 @@ def test_an_appended_line_is_read_back(path: Path) -> None:
         folder.append("lines", f"{number}\n")
         assert (path / "lines").read_text().endswith(f"{number}\n")
     assert (path / "lines").read_text() == "0\n1\n"
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync = os.fsync
+
+    def remember(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    run_folder = RunFolder(tmp_path)
+    for number in range(2):
+        run_folder.append("metrics.jsonl", "{}\n")
+        (tmp_path / "new").mkdir()
+        run_folder.publish(tmp_path / "new", tmp_path / f"step={number}.ckpt", {})
+        assert done.index("metrics.jsonl") < done.index("new")
+        done.clear()
