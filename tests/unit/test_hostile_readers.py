@@ -23,6 +23,7 @@ from pyarrow import parquet
 
 from opcd_nemo.config.stored import STORED_CLASSES, parse_stored
 from opcd_nemo.context.registry import Entry, Registry, read_entry
+from opcd_nemo.engines.recorded import RecordedEngine, check_samples
 from opcd_nemo.errors import UserError
 from opcd_nemo.experience.scoring import ScoreBook
 from opcd_nemo.formats.locate import NEMO_CONFIG
@@ -449,6 +450,31 @@ def test_lines_of_metrics(tmp_path: Path) -> None:
         is_read_or_refused(lambda: cut_metrics(file, num_steps))
 
     check()
+
+
+def test_lines_of_samples(tmp_path: Path) -> None:
+    made_of = {"the teacher": "sha256 ab", "rollout.sampling": {"temperature": 1.0}, "seed": 1}
+    alone: Any = SimpleNamespace(tp_rank=0, pp_rank=0)
+    nobody: Any = SimpleNamespace()
+    engine = RecordedEngine(nobody, tmp_path, alone, made_of=made_of, vocab_size=9)
+    record, file = tmp_path / "samples_of.json", tmp_path / "step=0000.index=0-0.jsonl"
+    line = {"key": "a", "response_ids": [1, 8], "logprobs": [-1.0, 0], "finish_reason": "eos"}
+
+    @tried(60)
+    @given(json_bytes(made_of))
+    def check_record(data: bytes) -> None:
+        record.write_bytes(data)
+        is_read_or_refused(lambda: check_samples(tmp_path, made_of))
+
+    @tried(60)
+    @given(json_lines([line] * 3))
+    def check_lines(data: bytes) -> None:
+        file.write_bytes(data)
+        engine._files = [file]
+        is_read_or_refused(lambda: engine._read(0))
+
+    check_record()
+    check_lines()
 
 
 def test_the_watch_sees_a_call() -> None:
