@@ -21,6 +21,9 @@ RECORD_BYTES = 64 * MIB
 SAMPLES_BYTES = 1024 * MIB
 """Of a file of samples that a teacher has written: 100 answers of 16,384 tokens take 64 MiB."""
 
+JSON_ITEMS = 2_000_000
+"""Of any of these: brackets and commas. A number costs 32 bytes, an empty list or mapping 64."""
+
 TOKENIZER_BYTES = 48 * MIB
 """Of a tokenizer.json: that of a vocabulary of 262,144 has 32 MiB."""
 

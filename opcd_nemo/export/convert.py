@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.programs import ExportConfig
 from opcd_nemo.config.renamed import present_config
 from opcd_nemo.config.schema import read_schema
@@ -110,7 +111,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
     found = resolve_model_path(source)
     kind = model_kind(found)
     if kind == "nemo":
-        text = read_whole(open_package(found), NEMO_CONFIG)
+        text = read_whole(open_package(found), NEMO_CONFIG, limits.CONFIGURATION_BYTES)
         parse_stored(text, f"{found}: {NEMO_CONFIG}")
         return text.decode()
     if kind == "checkpoint":

@@ -107,6 +107,12 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     Raises:
         UserError: The text holds something else.
     """
+    signs = "[{," if isinstance(text, str) else (b"[", b"{", b",")
+    items = sum(map(text.count, signs))  # type: ignore[arg-type]
+    if items > limits.JSON_ITEMS:
+        raise UserError(
+            where, allowed=f"at most {limits.JSON_ITEMS} items", problem=f"has {items} items"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from opcd_nemo.config import limits
 from opcd_nemo.formats.huggingface import write_hf_folder
+from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.stored_model import open_model
 from tests.tiny import (
@@ -264,6 +266,13 @@ def test_a_header_of_gigabytes_and_files_that_never_end_are_refused(tmp_path: Pa
         assert f"{name}: is a pipe" in refusal(open_model, tmp_path / name)
 
 
+@pytest.mark.parametrize("item", [b"[],", b".1,", b"{},", b"0,"])
+def test_a_record_of_millions_of_items_is_not_parsed(tmp_path: Path, item: bytes) -> None:
+    path = tmp_path / "summary.json"
+    path.write_bytes(b'{"a":[' + item * limits.JSON_ITEMS + b"0]}")
+    assert f"at most {limits.JSON_ITEMS} items" in refusal(lambda p: read_json(Path(p)), path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8])
 def test_weights_of_another_type_are_refused_before_they_load(
     tmp_path: Path, dtype: torch.dtype
@@ -279,7 +288,7 @@ def test_settings_of_many_megabytes_are_not_read(tmp_path: Path) -> None:
     write_folder(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_bytes(b"[" * 5_000_000)
     assert "is too large" in refusal(open_model, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_bytes(b"[" * 4_000_000)
+    (tmp_path / "model" / "config.json").write_bytes(b"[" * 1_000_000)
     assert "config.json: cannot be read" in refusal(open_model, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_bytes(b"\xff")
     assert "config.json: cannot be read" in refusal(open_model, tmp_path / "model")
