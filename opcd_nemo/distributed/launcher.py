@@ -6,8 +6,6 @@ import ctypes
 import os
 import signal
 
-import psutil
-
 LAUNCHER_PID_ENV = "OPCD_LAUNCHER_PID"  # set by the process that started the ranks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a launcher hands them to its ranks
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -32,6 +30,8 @@ def launcher_has_ended() -> bool:
     pid = os.environ.get(LAUNCHER_PID_ENV)
     if pid is None:
         return False
+    import psutil  # not for `opcd --help`
+
     try:
         launcher = psutil.Process(int(pid))
         # a process that is younger than this rank has got the launcher's number

@@ -14,8 +14,6 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
-import psutil
-
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, STOP_SIGNALS
 from opcd_nemo.errors import StoppedBySignal
 from opcd_nemo.launch.exits import report_error
@@ -62,6 +60,8 @@ class ToRanks:
         self._num_ranks, self.received = num_ranks, 0
 
     def __enter__(self) -> ToRanks:
+        import psutil  # noqa: F401  # before a signal needs it; not for `opcd --help`
+
         self._before = [signal.signal(number, self._forward) for number in self._NUMBERS]
         return self
 
@@ -70,6 +70,8 @@ class ToRanks:
             signal.signal(number, handler)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
+        import psutil
+
         found = 0
         for child in psutil.Process().children():
             with suppress(psutil.Error):
