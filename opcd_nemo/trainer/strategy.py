@@ -176,7 +176,9 @@ class MegatronStrategy(DDPStrategy):
     ) -> dict[str, Any]:
         """Fill the student, its optimizer and the teacher; returns Lightning's own part."""
         run = self._trained.run
-        return checkpoint.load(Path(checkpoint_path), run.student, run.optimizer, run.teacher)
+        common = checkpoint.load(Path(checkpoint_path), run.student, run.optimizer, run.teacher)
+        _reopen_epoch(common["loops"]["fit_loop"])
+        return common
 
     def load_model_state_dict(self, checkpoint_: Any, strict: bool = True) -> None:
         """Nothing: `load_checkpoint` has filled the student."""
@@ -203,6 +205,16 @@ class MegatronStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Keep the groups: evaluation follows training."""
+
+
+def _reopen_epoch(fit_loop: dict[str, Any]) -> None:
+    """Let a run that has finished go on when it is given more steps.
+
+    A whole run is one epoch of Lightning's. A checkpoint that is saved after the last step counts
+    that epoch as done, and Lightning would train nothing.
+    """
+    for counts in fit_loop["epoch_progress"].values():
+        counts |= {name: 0 for name in ("processed", "completed") if name in counts}
 
 
 def trainer_settings(strategy: MegatronStrategy) -> dict[str, Any]:

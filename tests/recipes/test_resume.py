@@ -231,3 +231,13 @@ def test_a_signal_ends_the_run_at_a_step_boundary_with_a_checkpoint(
     assert stopped is not None
     assert len(read_metrics(job.run / "metrics.jsonl")) == int(stopped[1])
     assert (Path(stopped[2]) / "manifest.json").is_file()
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(resume: Run, tmp_path: Path) -> None:
+    """Its last checkpoint is not one of the callback's: the interval is longer than the run."""
+    rare = "exp_manager.checkpoint_callback_params.every_n_train_steps=3"
+    for steps in (2, 4):
+        done = resume(tmp_path, steps, rare)
+        assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
