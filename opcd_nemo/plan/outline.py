@@ -32,7 +32,7 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
     """
     if settings.teacher_config is not None and config.teacher.path is None:
         raise UserError("plan.teacher_config", settings.teacher_config, "null without teacher.path")
-    if _are_there(config) and settings.student_config is settings.teacher_config is None:
+    if models_exist(config) and settings.student_config is settings.teacher_config is None:
         inputs = open_inputs(config, config.parallel.num_ranks)
         models = inputs.student_config, inputs.teacher_config
         tokens = _rendered(config, settings, inputs)
@@ -65,7 +65,7 @@ def model_shapes(
     return (student, teacher), f"{where} and {teacher_where}"
 
 
-def _are_there(config: TrainConfig) -> bool:
+def models_exist(config: TrainConfig) -> bool:
     """Whether every model's path leads somewhere; the words of bundled models have no slash."""
     paths = [path for path in (config.student.path, config.teacher.path) if path is not None]
     return all("/" not in path or Path(path).expanduser().exists() for path in paths)

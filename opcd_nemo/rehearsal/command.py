@@ -23,7 +23,7 @@ from opcd_nemo.rehearsal.compare import mismatches
 from opcd_nemo.rehearsal.devices import compiled_guard
 from opcd_nemo.rehearsal.rank import Task
 from opcd_nemo.rehearsal.report import rehearsal_report
-from opcd_nemo.rehearsal.shapes import rehearsed_run
+from opcd_nemo.rehearsal.shapes import rehearsed_run, shapes_of
 from opcd_nemo.rehearsal.wheels import unpacked
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def rehearse(words: Sequence[str]) -> int:
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     with_te = settings.transformer_engine is not None
     config = rehearsed_run(words, with_te=with_te)
+    shapes_of(config, settings.layers)  # each rank finds them again
     ranks = _ranks(settings, config.parallel)
     pp = config.parallel.pipeline_model_parallel_size
     if settings.layers is not None and settings.layers % pp:

@@ -11,11 +11,11 @@ import torch
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import RehearseConfig
 from opcd_nemo.config.train import TrainConfig, load_config
-from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
-from opcd_nemo.formats.stored_model import StoredModel
+from opcd_nemo.formats.shape import ModelConfig, keep_layers, tensor_shapes
+from opcd_nemo.formats.stored_model import StoredModel, open_model
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan.accelerator import Accelerator
-from opcd_nemo.plan.outline import model_shapes
+from opcd_nemo.plan.outline import model_shapes, models_exist
 from opcd_nemo.plan.planning import fill_missing
 
 
@@ -63,7 +63,15 @@ def shapes_of(config: TrainConfig, layers: int | None) -> tuple[ModelConfig, Mod
     Raises:
         UserError: a shape is not to be found.
     """
-    (student, teacher), _ = model_shapes(config, None, None)
+    if models_exist(config):
+        student = teacher = open_model(config.student.path).config
+        if config.student.keep_layers is not None:
+            student = keep_layers(student, config.student.keep_layers)
+        if config.teacher.path is not None:
+            teacher = open_model(config.teacher.path).config
+        teacher = replace(teacher, vocab_size=student.vocab_size)
+    else:
+        (student, teacher), _ = model_shapes(config, None, None)
     config.student.keep_layers = None  # `student` has the layers that are kept
     if layers is None:
         return student, teacher
