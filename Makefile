@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
 	test-rehearsal test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
-	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu
+	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu mutation-test
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -24,6 +24,18 @@ CORE_TESTS := $(addprefix tests/,$(addprefix unit/,model training checkpoint for
 QUICK := $(addprefix tests/unit/,checkpoint config/test_renamed.py config/test_schema.py context engines \
 	evaluation/test_[erv]*.py formats/test_sh*.py formats/test_tok*.py launch/test_exits.py model rollout/test_[cs]*.py storage \
 	tasks/test_[rt]*.py test_floors.py test_losses.py test_metrics.py)
+# what `mutation-test` changes: configuration, stored configurations, resume, checkpoint, batching, sampling,
+# rollout, evaluation, splits, answers, archive, launcher; and the tests among which it finds those of a line
+MUTANTS ?= 300
+SEED ?= 0
+MUTATED ?= $(addprefix config/,schema rules train programs third_parties stored) \
+	$(addprefix storage/,run_folder metrics_file durable archive) training/digests training/batches \
+	checkpoint/newest $(addprefix rollout/,sampling collect conversation) \
+	$(addprefix evaluation/,evaluator statistics summary) $(addprefix tasks/,splits draws answers maths quantities) \
+	$(addprefix launch/,ranks exits signals meeting)
+MUTATION_TESTS := $(addprefix tests/unit/,checkpoint config evaluation launch rollout storage training \
+	$(addprefix tasks/test_,tasks.py maths.py quantities.py draws.py choices.py rows.py) \
+	$(addprefix experience/test_,pipeline.py extraction.py experience_config.py))
 WHEEL := $(CURDIR)/build/wheel-test
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -119,6 +131,9 @@ cluster-test: $(DEV) ## the scripts of slurm/ on a real Slurm of eight hosts in 
 image-test: $(DEV) ## build the Dockerfile on a stand-in for NVIDIA's image and run it (root, 5 min)
 	tests/cluster/packages.sh buildah buildah crun debootstrap
 	$(PYTEST) -x tests/image
+
+mutation-test: $(DEV) ## change the code at random places; at least 90 % of the changes must fail a test (60 min)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --mutants $(MUTANTS) --seed $(SEED) --tests $(MUTATION_TESTS) -- $(MUTATED)
 
 wheel-test: ## build the wheel, install it in an empty environment and run its commands in an empty folder (3 GB)
 	rm -rf build

@@ -114,3 +114,8 @@ def test_a_run_of_this_project_is_read() -> None:
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     read = parse_stored(text.encode(), "a package")
     assert read == config | {"target": "opcd_nemo.trainer.model.OPCDModel"}
+
+
+def test_lists_beside_each_other_are_no_levels() -> None:
+    text = "".join(f"k{number}: [[1], {{a: 1}}]\n" for number in range(40))
+    assert parse_stored(text.encode(), "a package")["k39"] == [[1], {"a": 1}]

@@ -17,6 +17,7 @@ import torch
 
 from opcd_nemo.config import limits
 from opcd_nemo.config.stored import parse_stored
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import NEMO_CONFIG
 from opcd_nemo.formats.nemo import CheckedFiles, open_package
 from opcd_nemo.formats.stored_model import open_model
@@ -338,3 +339,13 @@ def test_a_tar_of_nested_headers_is_refused(tmp_path: Path) -> None:
 )
 def test_a_strangers_configuration_is_refused(text: str, word: str) -> None:
     assert word in refusal(lambda p: parse_stored(text.encode(), str(p)), "config")
+
+
+def test_folders_are_passed_over_and_a_read_beyond_a_file_names_it(tmp_path: Path) -> None:
+    folder = member("hf", b"", type=tarfile.DIRTYPE)
+    path = tar(tmp_path / "a.nemo", folder, member("hf/a.json", b"{}"))
+    files = TarFiles(path)
+    assert files.sizes() == {"hf/a.json": 2}
+    with pytest.raises(UserError) as caught:
+        files.read("hf/a.json", 1, 2)
+    assert (caught.value.key, caught.value.where) == ("hf/a.json", str(path))

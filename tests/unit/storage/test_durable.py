@@ -181,3 +181,13 @@ def test_keys_that_came_or_went_are_shown() -> None:
     with pytest.raises(ValueError, match=r"loss.beta was 0.5, is \(absent\); loss.k was \(abs"):
         check_unchanged(config(loss={"beta": 0.5}), config(loss={"k": 3}), [])
     check_unchanged(config(loss={"beta": 0.5}), config(loss={"k": 3}), ["loss"])
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_forced_to_the_disk_when_it_is_measured(
+    sync: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced = []
+    monkeypatch.setattr(os, "fsync", forced.append)
+    assert durable.measure(folder / "a.bin", sync=sync).num_bytes == 1000
+    assert len(forced) == sync

@@ -127,3 +127,17 @@ def test_lines_are_on_the_disk_before_a_checkpoint_has_its_name(
         run_folder.publish(tmp_path / "new", tmp_path / f"step={number}.ckpt", {})
         assert done.index("metrics.jsonl") < done.index("new")
         done.clear()
+
+
+def test_lines_are_utf_8_whatever_the_locale(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.mkdir()
+    opened, real = [], Path.open
+
+    def note(self: Path, *given: Any, **named: Any) -> Any:
+        opened.append(named.get("encoding"))
+        return real(self, *given, **named)
+
+    with RunFolder.hold(path) as folder:
+        monkeypatch.setattr(Path, "open", note)
+        append(folder)
+    assert set(opened) == {"utf-8"}

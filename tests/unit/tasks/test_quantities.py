@@ -92,12 +92,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("gold", "answer"), RIGHT)
 def test_what_stands_around_a_number_makes_it_no_other(gold: str, answer: str) -> None:
-    assert same_value(gold, answer, verifier())
+    assert same_value(gold, answer, verifier()) is True
 
 
 @pytest.mark.parametrize(("gold", "answer"), WRONG)
 def test_another_number_is_wrong(gold: str, answer: str) -> None:
-    assert not same_value(gold, answer, verifier())
+    assert same_value(gold, answer, verifier()) is False
 
 
 @pytest.mark.parametrize(
