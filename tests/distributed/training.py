@@ -106,7 +106,7 @@ class FixedTask:
 class FixedConversation:
     """The teacher reads a context before the student's prompt."""
 
-    tokenizer = SimpleNamespace(decode=lambda _: "")
+    tokenizer = SimpleNamespace(reply=lambda *_: "")
 
     def prompts(
         self, episode: FixedEpisode, step: int, *, with_context: bool = True
