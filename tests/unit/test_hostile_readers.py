@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import tarfile
@@ -85,10 +86,11 @@ def is_read_or_refused(read: Callable[[], object]) -> None:
 
 
 def tried(count: int) -> Callable[[Any], Any]:
-    """The same examples at every run."""
+    """The same examples at every run; with `OPCD_TEST_EXAMPLES=20` so many times as many others."""
+    times = int(os.environ.get("OPCD_TEST_EXAMPLES", "1"))
     slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None,
+        max_examples=count * times, derandomize=times == 1, deadline=None, database=None,
         suppress_health_check=slow,
     )  # fmt: skip
 
@@ -480,8 +482,6 @@ def test_lines_of_samples(tmp_path: Path) -> None:
 def test_the_watch_sees_a_call() -> None:
     class Call:
         def __reduce__(self) -> tuple[object, ...]:
-            import os
-
             return os.system, ("true",)
 
     with pytest.raises(AssertionError), nothing_is_called():
