@@ -74,6 +74,9 @@ class Recorder:
         lines: Lines = {}
         for path, line in sorted(self._lines):
             lines.setdefault(self._modules[path], []).append(line)
+        for module in self._modules.values():
+            if module in sys.modules:  # its own lines have run before any test
+                lines.setdefault(module, [])
         self.record[item.nodeid] = (_cpu_s() - begun, lines)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -242,13 +245,14 @@ def chosen_tests(mutant: Mutant, recorded: Record) -> list[str]:
     stem = mutant.module.rpartition(".")[2]
 
     def place(name: str) -> tuple[bool, bool, float]:
-        return f"test_{stem}.py" not in name, f"/{area}/" not in name, recorded[name][0]
+        elsewhere = mutant.in_function and f"/{area}/" not in name
+        return f"test_{stem}.py" not in name, elsewhere, recorded[name][0]
 
     def runs(name: str) -> bool:
-        lines = recorded[name][1].get(mutant.module, [])
-        if mutant.in_function:
-            return any(mutant.line <= line <= mutant.last_line for line in lines)
-        return bool(lines)  # what runs at import
+        lines = recorded[name][1].get(mutant.module)
+        if lines is None or not mutant.in_function:
+            return lines is not None
+        return any(mutant.line <= line <= mutant.last_line for line in lines)
 
     names = [name for name in recorded if recorded[name][0] <= TEST_CPU_S and runs(name)]
     chosen, left = [], float(CHOSEN_CPU_S)
