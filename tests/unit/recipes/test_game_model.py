@@ -86,7 +86,7 @@ def test_any_text_comes_back() -> None:
 def test_the_folder_holds_the_vocabulary_of_todays_prompts() -> None:
     made = make_tokenizer()
     assert {made.id_to_token(index) for index in range(made.get_vocab_size())} == set(
-        CHAT._vocabulary.token_ids()
+        CHAT._parts.vocabulary.token_ids()
     )
     for symbol in SYMBOLS:
         assert all(len(CHAT.encode(token)) == 1 for token in drawn(symbol))
