@@ -26,16 +26,16 @@ QUICK := $(addprefix tests/unit/,checkpoint config/test_renamed.py config/test_s
 	tasks/test_[rt]*.py test_floors.py test_losses.py test_metrics.py)
 # what `mutation-test` changes: configuration, stored configurations, resume, checkpoint, batching, sampling,
 # rollout, evaluation, splits, answers, archive, launcher; and the tests among which it finds those of a line
-MUTANTS ?= 150
+MUTANTS ?= 100
 SEED ?= 0
 MUTATED ?= $(addprefix config/,schema rules train programs third_parties stored) \
 	$(addprefix storage/,run_folder metrics_file durable archive) training/digests training/batches \
 	checkpoint/newest $(addprefix rollout/,sampling collect conversation) \
 	$(addprefix evaluation/,evaluator statistics summary) $(addprefix tasks/,splits draws answers maths quantities) \
 	$(addprefix launch/,ranks exits signals meeting)
-MUTATION_TESTS := $(addprefix tests/unit/,checkpoint cli/test_reference.py config evaluation launch rollout storage training \
-	$(addprefix tasks/test_,tasks.py maths.py quantities.py draws.py choices.py rows.py) \
-	$(addprefix experience/test_,pipeline.py extraction.py experience_config.py))
+MUTATION_TESTS := $(addprefix tests/unit/,checkpoint/test_newest.py cli/test_reference.py config evaluation launch rollout \
+	storage $(addprefix training/test_,batches.py digests.py prepared.py) \
+	$(addprefix tasks/test_,tasks.py maths.py quantities.py draws.py choices.py rows.py))
 WHEEL := $(CURDIR)/build/wheel-test
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Changes the code at random places and counts the changes that tests notice.
 
-    python -m tests.mutation [--mutants 150] [--seed 0] [--jobs 2] [--again] [module ...]
+    python -m tests.mutation [--mutants 100] [--seed 0] [--jobs 2] [--again] [module ...]
 
 A mutant is one change (`tests.mutation_operators`). Its tests are those that run the changed line,
 recorded once by tracing and kept in a cache folder until sources or tests change. Each mutant has
@@ -40,7 +40,7 @@ PASSED = 0.9  # the share of mutants to be caught
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opcd_nemo_mutation"
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.toml")
 RECORDED_CPU_S, TEST_CPU_S = 400, 10  # of a test file that is recorded; of a test that is chosen
-CHOSEN_CPU_S = 60  # of all tests of a mutant, as they took while they were traced: thrice as long
+CHOSEN_CPU_S = 30  # of all tests of a mutant, as they took while they were traced: thrice as long
 MUTANT_CPU_S, MUTANT_S = 120, 600
 DATA_BYTES = 6 << 30
 OURS = ("opcd_nemo", "opcd_kernels", "tests")
@@ -340,7 +340,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="+", metavar="module", help="such as config/schema")
     parser.add_argument("--tests", nargs="+", default=["tests/unit"], help="files and folders")
     parser.add_argument("--only", nargs="+", default=[], help="modules; lines of all are recorded")
-    parser.add_argument("--mutants", type=int, default=150)
+    parser.add_argument("--mutants", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="what survived the last time")

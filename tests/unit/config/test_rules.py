@@ -83,3 +83,12 @@ def test_the_doctor_has_a_limit_for_every_precision() -> None:
     assert refused(lambda: read_schema(DoctorConfig, raw, prefix="doctor.")).key == (
         "doctor.max_logprob_gap"
     )
+
+
+def test_a_plugs_argument_without_a_value_is_told_as_its_words() -> None:
+    raw = compose("train", [])
+    raw.loss.temperature = "???"
+    error = refused(lambda: load_config(raw))
+    assert (error.key, error.allowed) == ("loss.temperature", "a number >= 0.001 and <= 100")
+    assert error.problem is not None
+    assert error.problem.startswith("no value is given: divides both models' logits")
