@@ -41,7 +41,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opcd_
 EQUIVALENT = Path(__file__).with_name("mutation_equivalent.toml")
 RECORDED_CPU_S, TEST_CPU_S = 400, 10  # of a test file that is recorded; of a test that is chosen
 CHOSEN_CPU_S = 30  # of all tests of a mutant, as they took while they were traced: thrice as long
-MUTANT_CPU_S, MUTANT_S = 120, 600
+MUTANT_CPU_S, MUTANT_S = 90, 90  # a mutant that waits for ever is one that was noticed
 DATA_BYTES = 6 << 30
 OURS = ("opcd_nemo", "opcd_kernels", "tests")
 Lines = dict[str, list[int]]
@@ -240,13 +240,15 @@ def _recorded(folder: Path, test: str, sources: dict[str, str], kept: Path) -> i
 
 
 def chosen_tests(mutant: Mutant, recorded: Record) -> list[str]:
-    """The tests that run the changed line; of the module's folder first, then short ones."""
+    """The tests that run the changed line: those of the module's folder, and short ones.
+
+    What runs at import may be seen by any test that has the module.
+    """
     area = mutant.module.split(".")[1]
     stem = mutant.module.rpartition(".")[2]
 
     def place(name: str) -> tuple[bool, bool, float]:
-        elsewhere = mutant.in_function and f"/{area}/" not in name
-        return f"test_{stem}.py" not in name, elsewhere, recorded[name][0]
+        return f"test_{stem}.py" not in name, f"/{area}/" not in name, recorded[name][0]
 
     def runs(name: str) -> bool:
         lines = recorded[name][1].get(mutant.module)
@@ -255,9 +257,15 @@ def chosen_tests(mutant: Mutant, recorded: Record) -> list[str]:
         return any(mutant.line <= line <= mutant.last_line for line in lines)
 
     names = [name for name in recorded if recorded[name][0] <= TEST_CPU_S and runs(name)]
-    chosen, left = [], float(CHOSEN_CPU_S)
-    for name in sorted(names, key=place):
-        if (left := left - recorded[name][0]) < 0:
+    near = _within(sorted(names, key=place), recorded, CHOSEN_CPU_S / 2)
+    others = sorted(set(names) - set(near), key=lambda name: (recorded[name][0], name))
+    return near + _within(others, recorded, CHOSEN_CPU_S / 2)
+
+
+def _within(names: Sequence[str], recorded: Record, cpu_s: float) -> list[str]:
+    chosen = []
+    for name in names:
+        if (cpu_s := cpu_s - recorded[name][0]) < 0:
             break
         chosen.append(name)
     return chosen

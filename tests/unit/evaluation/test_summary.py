@@ -67,7 +67,9 @@ def test_a_report_ends_with_the_summary(tmp_path: Path) -> None:
     lines = map(metric_line, range(2), LINES)
     (tmp_path / METRICS).write_text("".join(lines))
     summary = write_report(RunFolder(tmp_path), outcome(), "name: run\n")
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    written = (tmp_path / "summary.json").read_text()
+    assert json.loads(written) == summary
+    assert '\n  "steps": 2,' in written  # for people, too
     names = {"curves.png", "samples.md", "answers.jsonl", "config.yaml", "summary.json", METRICS}
     assert {path.name for path in tmp_path.iterdir()} == names
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in names}

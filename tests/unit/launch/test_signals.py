@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
 from opcd_nemo.errors import StoppedBySignal
+from opcd_nemo.launch import signals as module
 from opcd_nemo.launch.signals import ToRanks
 from tests.tree import PYTHONPATH
 
@@ -57,6 +59,46 @@ def test_a_launcher_without_ranks_and_a_lone_rank_stop_with_a_line(
 def test_a_rank_whose_launcher_speaks_for_it_ends_at_once(environment: dict[str, str]) -> None:
     done = signalled("SIGTERM", **environment)
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
+class Ended(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_stopped_process_ends_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        module._end(signal.SIGUSR1, None)
+    assert ended.value.args == (75,)
+    assert capsys.readouterr().err.startswith("stopped by SIGUSR1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "1"}, True),
+        ({"WORLD_SIZE": "2"}, False),
+        ({"WORLD_SIZE": "1", LAUNCHER_PID_ENV: "1"}, False),
+        ({"WORLD_SIZE": "2", LAUNCHER_PID_ENV: "1"}, False),
+    ],
+)
+def test_who_has_no_launcher_speaks_for_itself(
+    environment: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", LAUNCHER_PID_ENV):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    module.stop_on_signals()
+    assert taken == ([signal.SIGTERM, signal.SIGUSR1] if speaks else [])
 
 
 def test_a_signal_that_not_every_rank_gets_ends_the_launch() -> None:

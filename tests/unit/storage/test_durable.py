@@ -153,6 +153,19 @@ def test_cleaning_removes_what_a_crash_left_and_no_published_folder(folder: Path
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
+def test_what_cannot_be_cleaned_stops_no_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable.partial(folder).mkdir()
+
+    def rmdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "a node that was given up writes there")
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    durable.clean(folder.parent)
+    assert damage_of(folder) is None
+
+
 def test_what_is_set_aside_takes_the_first_free_name(folder: Path) -> None:
     for _ in range(2):
         durable.set_aside(folder, ".damaged")
