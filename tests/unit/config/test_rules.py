@@ -92,3 +92,28 @@ def test_a_plugs_argument_without_a_value_is_told_as_its_words() -> None:
     assert (error.key, error.allowed) == ("loss.temperature", "a number >= 0.001 and <= 100")
     assert error.problem is not None
     assert error.problem.startswith("no value is given: divides both models' logits")
+
+
+def test_a_value_that_names_no_key_says_so() -> None:
+    raw = compose("train", [])
+    raw.seed = "${foo.bar}"
+    error = refused(lambda: load_config(raw))
+    assert (error.key, error.allowed) == ("seed", "a key that exists")
+    assert error.problem is not None
+    assert error.problem.startswith("Interpolation key 'foo.bar' not found")
+
+
+def test_the_least_rate_may_be_the_rate() -> None:
+    raw = compose("train", [])
+    raw.optim.min_lr = raw.optim.lr
+    assert load_config(raw).optim.min_lr == raw.optim.lr
+    raw.optim.min_lr = 2 * raw.optim.lr
+    assert refused(lambda: load_config(raw)).key == "optim.min_lr"
+
+
+def test_the_loss_of_a_warmup_is_checked_where_there_is_one() -> None:
+    raw = compose("train", [])
+    raw.warmup.loss = {**raw.loss, "kind": "kl"}
+    assert load_config(raw).warmup.steps == 0
+    raw.warmup.steps = 1
+    assert refused(lambda: load_config(raw)).key == "warmup.loss.kind"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from opcd_nemo.config import limits
 from opcd_nemo.config.renamed import present_name
 from opcd_nemo.config.stored import STORED_CLASSES, check_stored, escaped, parse_stored
 from opcd_nemo.errors import UserError
@@ -119,3 +120,13 @@ def test_a_run_of_this_project_is_read() -> None:
 def test_lists_beside_each_other_are_no_levels() -> None:
     text = "".join(f"k{number}: [[1], {{a: 1}}]\n" for number in range(40))
     assert parse_stored(text.encode(), "a package")["k39"] == [[1], {"a": 1}]
+
+
+def test_a_configuration_has_so_many_levels_and_no_more() -> None:
+    def nested(levels: int) -> bytes:
+        return b"{a: " * levels + b"1" + b"}" * levels
+
+    parse_stored(nested(limits.CONFIGURATION_DEPTH), "a package")
+    with pytest.raises(UserError) as caught:
+        parse_stored(nested(limits.CONFIGURATION_DEPTH + 1), "a package")
+    assert caught.value.problem == "more than 32 levels"

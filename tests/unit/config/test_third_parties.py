@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from opcd_nemo.config.doc import check_value, doc_of
+from opcd_nemo.config.third_parties import CheckpointKeys, TensorBoardKeys, TrainerKeys
 from opcd_nemo.config.train import load_config
 from opcd_nemo.errors import UserError
 from tests.quick_compose import compose
@@ -99,3 +101,24 @@ def test_a_run_is_not_changed_behind_its_back(overrides: list[str], key: str) ->
 def test_what_a_run_follows_is_taken(override: str) -> None:
     config: Any = load_config(compose("train", [override]))
     assert config.exp_manager["checkpoint_callback_params"]["save_top_k"] != 0
+
+
+LEAST_AND_MOST = {
+    (TrainerKeys, "max_steps"): (1, 10**9),
+    (TrainerKeys, "log_every_n_steps"): (1, 10**9),
+    (CheckpointKeys, "every_n_train_steps"): (1, 10**9),
+    (CheckpointKeys, "save_top_k"): (-1, 10**9),
+    (TensorBoardKeys, "flush_secs"): (1, 86_400),
+    (TensorBoardKeys, "max_queue"): (1, 10**6),
+}
+
+
+@pytest.mark.parametrize(("schema", "name"), LEAST_AND_MOST)
+def test_a_number_of_others_has_a_range(schema: type, name: str) -> None:
+    least, most = LEAST_AND_MOST[schema, name]
+    kind, described = get_type_hints(schema)[name], doc_of(schema, name)
+    for number in (least, most):
+        check_value(name, number, kind, described)
+    for number in (least - 1, most + 1):
+        with pytest.raises(UserError):
+            check_value(name, number, kind, described)

@@ -138,8 +138,13 @@ def test_retention_is_asked_of_its_own_task_with_its_own_length() -> None:
         seed=0,
     )
     parallel: Any = SimpleNamespace(share=range, gather_over_dp=list)
-    evaluator = Evaluator(TASK, capitals(), conversation(), plan, parallel, ())
+    given: list[tuple[Any, ...]] = []
+    task: Any = SimpleNamespace(
+        episodes=lambda *words: given.append(words) or capitals().episodes(*words)
+    )
+    evaluator = Evaluator(TASK, task, conversation(), plan, parallel, ())
     found = evaluator.retention(engine, with_context=True)
+    assert given == [("test", 0, 3)]  # the same questions at every step
     wanted = [episode.uid for episode in capitals().episodes("test", 0, 3)]
     assert [answer.uid for answer in found.answers] == wanted
     assert {sampling.max_new_tokens for _, sampling, _ in engine.asked} == {2}

@@ -349,3 +349,4 @@ def test_folders_are_passed_over_and_a_read_beyond_a_file_names_it(tmp_path: Pat
     with pytest.raises(UserError) as caught:
         files.read("hf/a.json", 1, 2)
     assert (caught.value.key, caught.value.where) == ("hf/a.json", str(path))
+    assert caught.value.problem == "ends before 3 bytes"
