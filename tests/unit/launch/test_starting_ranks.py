@@ -63,6 +63,9 @@ def test_ranks_of_one_machine_are_started_once(
     assert code == 0
     assert (settings.min_nodes, settings.max_nodes, settings.nproc_per_node) == (1, 1, 2)
     assert settings.max_restarts == 0
+    assert settings.monitor_interval <= 1  # a second later the others hear of a failure
+    elastic = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    assert not elastic.isEnabledFor(logging.ERROR)  # the launcher says it in one line
     assert settings.signals_to_handle == "SIGINT,SIGHUP,SIGQUIT"  # `ToRanks` has the others
     assert words == ("-u", "-P", "-m", "opcd_nemo.cli", "train", "seed=1")
     assert os.environ[LAUNCHER_PID_ENV] == str(os.getpid())
