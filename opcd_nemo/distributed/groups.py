@@ -313,6 +313,7 @@ def _create_groups(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=settings.context_parallel_size,
+        distributed_timeout_minutes=settings.timeout_s / 60,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -337,11 +338,13 @@ def _create_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
-        return_group=_second_group(parallel_state.get_pipeline_model_parallel_group()),
+        return_group=_second_group(
+            parallel_state.get_pipeline_model_parallel_group(), settings.timeout_s
+        ),
     )
 
 
-def _second_group(group: Any) -> Any:
+def _second_group(group: Any, timeout_s: float) -> Any:
     """Another group of the same ranks, with a communicator of its own. Collective over the world.
 
     Groups of a single rank exchange nothing: they are left as they are.
@@ -350,5 +353,7 @@ def _second_group(group: Any) -> Any:
         return group
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, tuple(dist.get_process_group_ranks(group)))
-    created, _ = dist.new_subgroups_by_enumeration([list(each) for each in sorted({*ranks})])
+    created, _ = dist.new_subgroups_by_enumeration(
+        [list(each) for each in sorted({*ranks})], datetime.timedelta(seconds=timeout_s)
+    )
     return created
