@@ -34,7 +34,7 @@ def newest(folder: Path, parallel: Parallel, *, from_scratch: bool) -> Path | No
 
     Raises:
         UserError: every checkpoint is damaged, or has a name that says no step.
-        ReadError: a disk does not give what it holds.
+        ReadError: a disk does not give what it holds, or refuses to set a damaged one aside.
     """
     names = _names(folder, parallel)
     whole, damaged = None, dict[Path, str]()
@@ -55,12 +55,22 @@ def newest(folder: Path, parallel: Parallel, *, from_scratch: bool) -> Path | No
             "at step 0 where none is left",
             problem=f"holds no whole checkpoint: {found}",
         )
-    for path, damage in damaged.items():
-        logger.info("checkpoint set aside: %s", damage)
-        if parallel.rank == 0:
-            durable.set_aside(path, _DAMAGED)
-    parallel.barrier()
+    _set_aside(damaged, parallel)
     return whole
+
+
+def _set_aside(damaged: Mapping[Path, str], parallel: Parallel) -> None:
+    refusal = None
+    for damage in damaged.values():
+        logger.info("checkpoint set aside: %s", damage)
+    if parallel.rank == 0:
+        try:
+            for path in damaged:
+                durable.set_aside(path, _DAMAGED)
+        except OSError as error:
+            refusal = durable.describe(error)
+    if (refusal := parallel.gather_objects(refusal)[0]) is not None:
+        raise ReadError(f"a damaged checkpoint cannot be set aside: {refusal}")
 
 
 def _names(folder: Path, parallel: Parallel) -> list[str]:
@@ -123,8 +133,15 @@ def read_common(path: Path) -> dict[str, Any]:
         raise ReadError(
             f"checkpoint {path.name} cannot be read: {durable.describe(error)}"
         ) from error
-    common = plain.get("common") if isinstance(plain, dict) else None
+    common: Any = plain.get("common") if isinstance(plain, dict) else None
     missing = _missing(common)
+    if missing == "callbacks" and "optimizer_states" not in common:
+        raise UserError(
+            path,
+            allowed="a checkpoint of a run with save_weights_only=false; or student.path with this "
+            "one, and another name, to begin another run from its weights",
+            problem="holds weights only",
+        )
     if missing is not None:
         raise UserError(
             path,

@@ -15,6 +15,7 @@ from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.context.sources import ContextSource
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.hub import addresses, at_commit
 from opcd_nemo.training.digests import input_digests
@@ -69,11 +70,23 @@ def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
 
 
 def with_digests(prepared: PreparedRun, parallel: Parallel) -> PreparedRun:
-    """The run with the content of what it reads; rank 0 reads. Collective over the world."""
-    digests = None
+    """The run with the content of what it reads; rank 0 reads. Collective over the world.
+
+    Raises:
+        UserError, OSError: on every rank, when a file cannot be read any more.
+    """
+    digests: Digests | None = None
+    refusal: Exception | None = None
     if parallel.rank == 0:
-        digests = input_digests(prepared.config, prepared.inputs.tokenizer)
-    return replace(prepared, digests=parallel.gather_objects(digests)[0])
+        try:
+            digests = input_digests(prepared.config, prepared.inputs.tokenizer)
+        except (UserError, OSError) as error:
+            refusal = error
+    digests, refusal = parallel.gather_objects((digests, refusal))[0]
+    if refusal is not None:
+        raise refusal
+    assert digests is not None
+    return replace(prepared, digests=digests)
 
 
 def _commits(raw: DictConfig, config: TrainConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from opcd_nemo.checkpoint.newest import find_damage, newest, read_common, step_of
+from opcd_nemo.checkpoint.newest import _set_aside, find_damage, newest, read_common, step_of
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import ReadError, UserError
 from opcd_nemo.storage import durable
@@ -143,6 +143,21 @@ def test_every_rank_ends_when_one_cannot_read(folder: Path) -> None:
         find_damage(folder / "step=4.ckpt", other)
 
 
+def test_every_rank_ends_when_a_damaged_one_cannot_be_set_aside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, ending: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(durable, "set_aside", refuse)
+    (folder / "step=10.ckpt" / "a").write_bytes(b"y" * 10)
+    with pytest.raises(ReadError, match=r"set aside: .*step=10\.ckpt: Read-only file system"):
+        newest(folder, ALONE, from_scratch=False)
+    other = parallel(rank=1, world_size=2, others=lambda mine: ["x: gone (errno 5)", mine])
+    with pytest.raises(ReadError, match=r"set aside: x: gone \(errno 5\)"):
+        _set_aside({folder / "step=10.ckpt": "a: is missing"}, other)
+
+
 def test_ranks_share_the_files_and_the_finding(folder: Path) -> None:
     path = folder / "step=4.ckpt"
     (path / "b").write_bytes(b"zzzz")
@@ -181,7 +196,15 @@ def test_the_plain_part_is_read(tmp_path: Path) -> None:
         (COMMON | {"opcd": {"config": []}}, "config"),
         (COMMON | {"opcd": {"config": {}}}, "optim"),
         (COMMON | {"opcd": {"config": {"optim": {}}}}, "optim.schedule"),
-        *(({k: v for k, v in COMMON.items() if k != name}, name) for name in COMMON),
+        (
+            {k: v for k, v in COMMON.items() if k != "callbacks"} | {"optimizer_states": []},
+            "callbacks",
+        ),
+        *(
+            ({k: v for k, v in COMMON.items() if k != name}, name)
+            for name in COMMON
+            if name != "callbacks"
+        ),
     ],
 )
 def test_a_checkpoint_of_another_version_is_named_as_that(
@@ -193,6 +216,13 @@ def test_a_checkpoint_of_another_version_is_named_as_that(
     assert caught.value.key == str(tmp_path)
     assert caught.value.problem == f"its common.pt has no {missing}"
     assert "this version or an earlier one" in caught.value.allowed
+
+
+def test_weights_alone_are_not_continued(tmp_path: Path) -> None:
+    """Lightning leaves out callbacks and optimizer together."""
+    write_common(tmp_path, {name: COMMON[name] for name in COMMON if name != "callbacks"})
+    with pytest.raises(UserError, match=r"holds weights only; allowed: .*save_weights_only=false"):
+        read_common(tmp_path)
 
 
 def test_a_plain_part_that_is_no_mapping_is_refused(tmp_path: Path) -> None:

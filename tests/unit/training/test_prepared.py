@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from omegaconf import OmegaConf
@@ -77,3 +78,23 @@ def test_a_wrong_key_is_refused_before_anything_is_opened(model: Path, tmp_path:
     with pytest.raises(UserError) as caught:
         prepare_run(raw(model, tmp_path, "student.path=nowhere"), 2)
     assert (caught.value.key, caught.value.value) == ("student.path", "nowhere")
+
+
+def test_every_rank_ends_when_the_first_cannot_read_a_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare_run(raw(model, tmp_path), 2)
+    gone = UserError("student.path", model, "a file that can be read")
+
+    def refuse(*_: object) -> NoReturn:
+        raise gone
+
+    monkeypatch.setattr(prepared, "input_digests", refuse)
+    first: Any = SimpleNamespace(rank=0, gather_objects=lambda mine: [mine, (None, None)])
+    second: Any = SimpleNamespace(rank=1, gather_objects=lambda mine: [(None, gone), mine])
+    for rank in (first, second):
+        with pytest.raises(UserError) as caught:
+            prepared.with_digests(run, rank)
+        assert caught.value is gone
+    monkeypatch.setattr(prepared, "input_digests", lambda *_: {"a": {}})
+    assert prepared.with_digests(run, first).digests == {"a": {}}
