@@ -200,7 +200,12 @@ def _checked(
     child = fork.Process(target=_check, args=(overrides, check, config_name, writer))
     child.start()
     child.join()
-    return (child.exitcode, None) if child.exitcode else (0, reader.recv())
+    code = child.exitcode or 0
+    if code < 0:  # as when memory is short: the child could not say it
+        name = signal.Signals(-code).name
+        sys.stderr.write(f"error: the process that checks the inputs was ended by {name}\n")
+        return EXIT_FAILURE, None
+    return (code, None) if code else (0, reader.recv())
 
 
 def _check(

@@ -52,8 +52,11 @@ def for_another_program(error: Exception, program: str) -> Exception:
     in_context = isinstance(error, UserError) and error.key.startswith("context.")
     if not in_context or not HydraConfig.initialized():
         return error
-    recipe = HydraConfig.get().runtime.choices["recipe"]
-    piped = is_for_pipeline(CONF / "recipe" / f"{recipe}.yaml")
+    recipe = HydraConfig.get().runtime.choices.get("recipe")
+    file = CONF / "recipe" / f"{recipe}.yaml"
+    if not file.is_file():  # of a chat, or of a run without a recipe
+        return error
+    piped = is_for_pipeline(file)
     if piped == (program == PIPELINE):
         return error
     if piped:

@@ -35,3 +35,12 @@ def test_the_right_command_is_named(program: str, recipe: str, key: str, told: s
 def test_a_bug_stays_a_bug() -> None:
     bug = ValueError("context.path")
     assert for_another_program(bug, "train") is bug
+
+
+@pytest.mark.parametrize(
+    ("program", "words"), [("chat", ["from=a"]), ("train", ["~recipe", "name=a"])]
+)
+def test_a_program_without_a_recipe_has_its_own_error(program: str, words: list[str]) -> None:
+    compose(program, words)
+    given = UserError("context.system", "", "a text")
+    assert for_another_program(given, program) is given

@@ -102,6 +102,16 @@ def test_a_child_checks_and_hands_the_layout_over(layout: ParallelConfig) -> Non
     assert ranks._checked([], refuse, "train") == (2, None)
 
 
+def test_a_child_that_is_killed_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    def die(_: object) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    assert ranks._checked([], die, "train") == (1, None)
+    told = "error: the process that checks the inputs was ended by SIGKILL\n"
+    assert capfd.readouterr().err == told
+
+
 @pytest.mark.parametrize("checked", [(2, False), (0, False), (0, True)])
 def test_ranks_are_started_when_the_check_gives_a_layout(
     checked: tuple[int, bool], layout: ParallelConfig, monkeypatch: pytest.MonkeyPatch
