@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, overload
@@ -97,6 +98,8 @@ class ParquetRows:
 
         names = table.schema_arrow.names
         asked = [name for name in names if self._is_asked(name)]
+        if repeated := [name for name, count in Counter(asked).items() if count > 1]:
+            self._refuse(f"more than one column {repeated[0]!r}", "every column once")
         for group in range(table.metadata.num_row_groups):
             rows = self._rows_at_a_time(table.metadata, group, asked, dictionaries)
             for batch in table.iter_batches(rows, row_groups=[group], columns=asked):

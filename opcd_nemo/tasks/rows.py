@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -246,6 +247,7 @@ def _parsed(text: str) -> Any:
 
 def _csv(key: str, path: str, file: Path) -> Iterator[Row]:
     """Read a table with a header; the delimiter is the one that splits the header most often."""
+    csv.field_size_limit(ROW_BYTES)  # 128 KiB by default, for every table of the process
     with file.open(encoding="utf-8-sig", newline="") as opened:
         number = of_row = 0
 
@@ -269,6 +271,10 @@ def _csv(key: str, path: str, file: Path) -> Iterator[Row]:
             reader = csv.reader(bounded(chain((first,), lines)), delimiter=delimiter, strict=True)
             header = next(reader, [])
             number = reader.line_num
+            repeated = [name for name, count in Counter(header).items() if name and count > 1]
+            if repeated:
+                problem = f"more than one column {repeated[0]!r}"
+                raise refusal(key, path, "line 1", problem, "every column once")
             for cells in reader:
                 begun, number, of_row = number + 1, reader.line_num, 0
                 if not cells:

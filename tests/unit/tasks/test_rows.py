@@ -75,6 +75,7 @@ def test_a_row_knows_its_line(tmp_path: Path) -> None:
         ("a.csv", b"a,b\n1,2\n3\n", r": line 3: 1 cells under a header of 2; allowed: as many"),
         ("a.csv", b'a,b\n1,2\n"3"x,4\n', r": line 3: .*; allowed: a table with a header"),
         ("a.csv", b"a,b\n1,\xff\n", r": line \d: .*; allowed: a table with a header, in UTF-8"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r": line 1: more than one column 'a'; allowed: every column"),
         ("a.parquet", b"PAR1 no table", r": row 1: .*; allowed: a whole parquet file"),
         ("a.parquet", b"", r": row 1: .*; allowed: a whole parquet file"),
         ("a.txt", b"a", r"; allowed: a file that ends in \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
@@ -96,6 +97,28 @@ def test_a_broken_file_is_refused_in_one_line(
         list(read_rows("task.train", str(path)))
     assert str(refused.value).startswith(f"task.train={path}")
     assert "\n" not in str(refused.value)
+
+
+def test_columns_without_a_name_may_repeat(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,,\n1,2,3\n")
+    (row,) = read_rows("k", str(tmp_path / "a.csv"))
+    assert row.text("k", "a") == "1"
+
+
+def test_a_table_may_have_texts_as_long_as_any_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"a,b\n1,{'x' * (1 << 20)}\n")
+    (row,) = read_rows("k", str(tmp_path / "a.csv"))
+    assert len(row.text("k", "b")) == 1 << 20
+
+
+def test_a_column_that_is_asked_for_is_there_once(tmp_path: Path) -> None:
+    table = pyarrow.table([["x"], ["y"], ["z"]], names=["a", "b", "a"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    (row,) = read_rows("k", path, ["b"])
+    assert row.text("k", "b") == "y"
+    with pytest.raises(UserError, match=r"more than one column 'a'; allowed: every column once"):
+        list(read_rows("k", path, ["a"]))
 
 
 def test_a_name_that_no_file_has_is_refused() -> None:
