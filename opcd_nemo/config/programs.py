@@ -1,4 +1,4 @@
-"""The typed keys of the programs beside training: `conf/{chat,doctor,export,plan}.yaml`."""
+"""The typed keys of the programs beside training: their files are in `conf/`, as `chat.yaml`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opcd_nemo.config.doc import doc
-from opcd_nemo.config.limits import MOST_SEED, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS
+from opcd_nemo.config.limits import (
+    LAYERS,
+    MOST_RANKS,
+    MOST_SEED,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    MOST_TOKENS,
+)
 from opcd_nemo.config.plugs import check_plug
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.config.schema import read_schema
@@ -151,15 +158,22 @@ class PlanConfig:
 class RehearseConfig:
     """A rehearsal of a run on GPUs that do not exist."""
 
-    layers: int | None = doc("layers of each model; null: all of them", minimum=1)
+    layers: int | None = doc("layers of each model; null: all of them", minimum=1, maximum=LAYERS)
     ranks: list[int] | None = doc(
         "ranks of the world that are played; null: the first and last along tp, pp, dp and cp",
         minimum=0,
+        maximum=MOST_RANKS,
     )
-    tokens: int = doc("tokens that are sampled of every answer", minimum=1)
-    prompt_tokens: int = doc("tokens of a prompt, with the chat template", minimum=1)
-    context_tokens: int = doc("tokens that the context adds to the teacher's prompt", minimum=1)
-    response_tokens: int | None = doc("tokens of an answer; null: the longest allowed", minimum=1)
+    tokens: int = doc("tokens that are sampled of every answer", minimum=1, maximum=MOST_TOKENS)
+    prompt_tokens: int = doc(
+        "tokens of a prompt, with the chat template", minimum=1, maximum=MOST_TOKENS
+    )
+    context_tokens: int = doc(
+        "tokens that the context adds to the teacher's prompt", minimum=1, maximum=MOST_TOKENS
+    )
+    response_tokens: int | None = doc(
+        "tokens of an answer; null: the longest allowed", minimum=1, maximum=MOST_TOKENS
+    )
     megatron_core: str | None = doc(
         "a version of megatron-core, or the folder of its unpacked wheel; null: the installed one"
     )

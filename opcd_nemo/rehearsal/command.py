@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,17 +15,19 @@ from typing import Any
 
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import RehearseConfig
-from opcd_nemo.config.train import ParallelConfig
+from opcd_nemo.config.train import ParallelConfig, TrainConfig
 from opcd_nemo.errors import UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.exits import EXIT_FAILURE
 from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.outline import layout_of
 from opcd_nemo.rehearsal.compare import mismatches
 from opcd_nemo.rehearsal.devices import compiled_guard
 from opcd_nemo.rehearsal.rank import Task
 from opcd_nemo.rehearsal.report import rehearsal_report
 from opcd_nemo.rehearsal.shapes import rehearsed_run, shapes_of
 from opcd_nemo.rehearsal.wheels import unpacked
+from opcd_nemo.training.inputs import check_stages
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +42,8 @@ def rehearse(words: Sequence[str]) -> int:
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     with_te = settings.transformer_engine is not None
     config = rehearsed_run(words, with_te=with_te)
-    shapes_of(config, settings.layers)  # each rank finds them again
+    _check_run(config, settings)
     ranks = _ranks(settings, config.parallel)
-    pp = config.parallel.pipeline_model_parallel_size
-    if settings.layers is not None and settings.layers % pp:
-        allowed = f"a multiple of parallel.pipeline_model_parallel_size={pp}"
-        raise UserError("rehearse.layers", settings.layers, allowed)
     path = _path(settings)
     compiled_guard()
     response = settings.response_tokens or config.rollout.sampling.max_new_tokens
@@ -64,12 +63,29 @@ def rehearse(words: Sequence[str]) -> int:
         )
         result = _play(task, path)
         if result is None:
-            logger.info("rank %s failed; its traceback is above", rank)
             return EXIT_FAILURE
         results.append(result)
     found = mismatches(results)
     logger.info("%s", rehearsal_report(results, accelerator.memory_gib, found))
     return EXIT_FAILURE if found else 0
+
+
+def _check_run(config: TrainConfig, settings: RehearseConfig) -> None:
+    """Refuse what a run would refuse before its models load, and what has no stand-in.
+
+    Raises:
+        UserError: the key that is wrong.
+    """
+    layout_of(config)
+    student, teacher = shapes_of(config, settings.layers)  # each rank finds them again
+    pp = config.parallel.pipeline_model_parallel_size
+    if settings.layers is not None and settings.layers % pp:
+        allowed = f"a multiple of parallel.pipeline_model_parallel_size={pp}"
+        raise UserError("rehearse.layers", settings.layers, allowed)
+    check_stages(config, {"student": student, "teacher": teacher})
+    if config.parallel.fp8 is not None:
+        allowed = "null: the kernels of FP8 are C++, and have no stand-in"
+        raise UserError("parallel.fp8", config.parallel.fp8, allowed)
 
 
 def _ranks(settings: RehearseConfig, parallel: ParallelConfig) -> list[int]:
@@ -108,14 +124,14 @@ def _path(settings: RehearseConfig) -> list[str]:
 
 
 def _play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
-    """The result of a rank's process; None where it failed."""
+    """The result of a rank's process; None where it failed, which is said."""
     inherited = os.environ.get("PYTHONPATH", "")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (*path, inherited))),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "opcd_nemo.rehearsal.rank"],
+        [sys.executable, "-P", "-m", "opcd_nemo.rehearsal.rank"],
         input=json.dumps(asdict(task)) + "\n",
         stdout=subprocess.PIPE,
         env=environment,
@@ -123,6 +139,10 @@ def _play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
         check=False,
     )
     if done.returncode:
+        ended = "failed; its traceback is above"
+        if done.returncode < 0:
+            ended = f"was ended by {signal.Signals(-done.returncode).name}"
+        logger.warning("rank %s %s", task.rank, ended)
         return None
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -1,8 +1,9 @@
 """Would the ranks wait for each other for ever? Their collectives, compared in order.
 
-The n-th collective of a group must be the same on all of its ranks. Sends and receives of two ranks
-must meet without a buffer: NCCL runs what two ranks exchange in a group in one order, and promises
-no buffer.
+The n-th collective of a group must be the same on all of its ranks, and ranks that share several
+groups must come to them in one order. Sends and receives of two ranks must meet without a buffer:
+NCCL runs what two ranks exchange in a group in one order, and promises no buffer. Each pair of
+ranks is compared by itself: that three wait in a circle is not seen.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def mismatches(results: Sequence[dict[str, Any]]) -> list[str]:
     """
     found = []
     for one, other in combinations(sorted(results, key=lambda result: result["rank"]), 2):
-        found += list(_of_groups(one, other))
-        found += list(_of_pair(one, other))
+        lines = [*_of_groups(one, other), *_of_pair(one, other)]
+        found += lines or list(_of_order(one, other))
     return found
 
 
@@ -43,13 +44,32 @@ def _of_groups(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
                 break
 
 
+def _of_order(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """The first place where two ranks, alike in every group, are in different ones."""
+    for mine, its in zip(_shared(one, other["rank"]), _shared(other, one["rank"]), strict=True):
+        if mine["group"] != its["group"]:
+            yield (
+                f"ranks {one['rank']} and {other['rank']} come to their groups in another order: "
+                f"{_shown(mine)} of group {mine['group']} against {_shown(its)} of group "
+                f"{its['group']}"
+            )
+            return
+
+
 def _by_group(result: dict[str, Any], peer: int) -> dict[str, list[Event]]:
-    """The collectives of the groups that the other rank is in, too."""
     found: dict[str, list[Event]] = {}
-    for event in result["collectives"]:
-        if event["peer"] is None and peer in event["ranks"] and event["name"] not in (BEGIN, END):
-            found.setdefault(event["group"], []).append(event)
+    for event in _shared(result, peer):
+        found.setdefault(event["group"], []).append(event)
     return found
+
+
+def _shared(result: dict[str, Any], peer: int) -> list[Event]:
+    """The collectives of the groups that the other rank is in, too."""
+    return [
+        event
+        for event in result["collectives"]
+        if event["peer"] is None and peer in event["ranks"] and event["name"] not in (BEGIN, END)
+    ]
 
 
 def _what(event: Event) -> tuple[str, str]:

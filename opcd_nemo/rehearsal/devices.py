@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.storage.durable import check_writable
 
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 _GIB = 2**30
@@ -34,7 +35,7 @@ def compiled_guard() -> Path:
     """`fake_cuda` as a module of this Python and this torch, compiled where it is not yet.
 
     Raises:
-        UserError: g++ is not installed, or does not compile it.
+        UserError: g++ is not installed, or does not compile it, or there is no place for it.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None
@@ -48,6 +49,7 @@ def compiled_guard() -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         raise UserError("opcd rehearse", ABSENT, "a machine with g++", problem="g++ is not there")
+    check_writable("XDG_CACHE_HOME", module.parent)
     module.parent.mkdir(parents=True, exist_ok=True)
     partial = module.with_suffix(f".{os.getpid()}")
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-Wl,--no-as-needed"]

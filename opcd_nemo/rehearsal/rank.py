@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def main() -> None:
     """Play the rank, and write what it did to stdout as JSON."""
     task = Task(**json.loads(sys.stdin.readline()))
     warnings.filterwarnings("ignore")
+    sys.path.append(str(Path.cwd()))  # a task or loss of the user's own
     shown, sys.stdout = sys.stdout, sys.stderr  # libraries print
     devices.load_guard()
     result = _rehearse(task)
@@ -126,8 +128,8 @@ def _sample(task: Task, run: Run, config: TrainConfig, answers: Answers) -> None
 
     rows = min(config.engine["max_batch_size"], max(1, run.prompts_per_step // run.parallel.dp))
     prompts = [
-        Prompt(token_ids=tuple(range(_PROMPT, _PROMPT + task.lengths[0] - row % 7)), index=row)
-        for row in range(rows)
+        Prompt(token_ids=tuple(range(_PROMPT, _PROMPT + max(1, length))), index=row)
+        for row, length in enumerate(task.lengths[0] - row % 7 for row in range(rows))
     ]
     engine: Any = run.engines["student"]
     engine.load_weights(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.rehearsal.devices import cache_folder
+from opcd_nemo.storage.durable import check_writable
 
 _IMAGES_PYTHON = "3.12"  # of NVIDIA's images, for which new wheels are built
 _FOLDERS = {"megatron-core": "megatron/core", "transformer_engine": "transformer_engine"}
@@ -40,6 +41,7 @@ def unpacked(key: str, project: str, word: str) -> Path:
 
 
 def _download(key: str, requirement: str, kept: Path) -> None:
+    check_writable("XDG_CACHE_HOME", kept.parent)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         command = [
@@ -50,7 +52,8 @@ def _download(key: str, requirement: str, kept: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            said = done.stderr.splitlines()  # without "ERROR" where there is no pip
+            lines = [line for line in said if line.startswith("ERROR")] or said
             problem = f"pip: {lines[-1].removeprefix('ERROR: ')}" if lines else "pip finds no wheel"
             allowed = "a version that pip can download, or the folder of an unpacked wheel"
             raise UserError(key, requirement.partition("==")[2], allowed, problem=problem)

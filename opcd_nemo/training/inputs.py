@@ -77,7 +77,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     # rows past the student's are padding of the teacher's vocabulary: no token has them
     teacher_config = replace(teacher.config, vocab_size=student_config.vocab_size)
     _check_losses(config, student_config.vocab_size)
-    _check_stages(config, {"student": student_config, "teacher": teacher_config})
+    check_stages(config, {"student": student_config, "teacher": teacher_config})
     source: ContextSource = build_plug(config.context)
     conversation = Conversation(
         tokenizer=tokenizer,
@@ -196,7 +196,12 @@ def _shared_tokenizer(
     return tokenizer
 
 
-def _check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
+def check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
+    """Refuse stages that cannot have equally many layers of each model.
+
+    Raises:
+        UserError: naming the model.
+    """
     stages = config.parallel.pipeline_model_parallel_size
     for side, model in models.items():
         if model.num_layers % stages:

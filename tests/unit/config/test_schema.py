@@ -13,7 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.config.doc import Doc, doc, doc_of
 from opcd_nemo.config.groups import split_settings
-from opcd_nemo.config.programs import ChatConfig, DoctorConfig, ExportConfig, PlanConfig
+from opcd_nemo.config.programs import (
+    ChatConfig,
+    DoctorConfig,
+    ExportConfig,
+    PlanConfig,
+    RehearseConfig,
+)
 from opcd_nemo.config.schema import described, read_schema
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.errors import ABSENT, UserError
@@ -25,6 +31,7 @@ SCHEMAS = (
     PipelineKeys,
     DoctorConfig,
     PlanConfig,
+    RehearseConfig,
     ChatConfig,
     ExportConfig,
     Accelerator,

@@ -51,6 +51,14 @@ def test_collectives_swapped_left_out_or_of_another_shape(
     assert ".py:7" in line
 
 
+def test_ranks_that_come_to_two_groups_in_another_order() -> None:
+    events = [event("allreduce_"), event("broadcast_", group="4")]
+    assert mismatches(ranks(events, events)) == []
+    (line,) = mismatches(ranks(events, events[::-1]))
+    assert "allreduce_" in line
+    assert "of group 3 against broadcast_" in line
+
+
 @pytest.mark.parametrize(
     ("first", "second", "meet"),
     [

@@ -1,0 +1,91 @@
+"""What `opcd rehearse` refuses before a rank is played, and how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd_nemo.errors import UserError
+from opcd_nemo.rehearsal import command, devices, wheels
+
+RECIPE = "recipe=math_qwen3_8b_to_4b_2n8g"
+PP, TP = "parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "compiled_guard", lambda: None)
+    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("a rank is played"))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["parallel.num_ranks=15"], TP),
+        ([f"{TP}=32"], TP),
+        (["batching.global_batch_size=10", "batching.micro_batch_size=1"], "batching"),
+        ([f"{PP}=4", f"{TP}=2", "rehearse.layers=6"], "rehearse.layers"),
+        ([f"{PP}=8", f"{TP}=2", "rehearse.layers=null"], PP),
+        (["parallel.layer_spec=te", "parallel.fp8=hybrid"], "parallel.fp8"),
+        (["rehearse.ranks=[16]"], "rehearse.ranks"),
+        (["rehearse.ranks=[]"], "rehearse.ranks"),
+        (["rehearse.megatron_core=nowhere"], "rehearse.megatron_core"),
+        (["rehearse.prompt_tokens=1000000000000000000"], "rehearse.prompt_tokens"),
+        (["rehearse.layers=1000000"], "rehearse.layers"),
+    ],
+)
+def test_a_mistake_is_named_before_a_rank_is_played(words: list[str], key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        command.rehearse([RECIPE, *words])
+    assert refused.value.key.startswith(key)
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [devices.compiled_guard, lambda: wheels.unpacked("a.key", "megatron-core", "0.0.0")],
+)
+def test_a_cache_that_is_no_folder_is_named(
+    fill: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    told = r"^XDG_CACHE_HOME=.*: Not a directory; allowed: a writable"
+    with pytest.raises(UserError, match=told):
+        fill()
+
+
+def test_a_rank_that_fails_ends_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[Any] = []
+    monkeypatch.setattr(command, "_play", lambda task, _: played.append(task))
+    assert command.rehearse([RECIPE]) == 1
+    (task,) = played
+    assert (task.rank, task.layers, task.with_te) == (0, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (1, "rank 3 failed; its traceback is above"),
+        (-signal.SIGKILL, "rank 3 was ended by SIGKILL"),
+    ],
+)
+def test_how_a_rank_has_failed_is_said(
+    code: int, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    ended = subprocess.CompletedProcess([], code, stdout="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    task = command.Task(
+        rank=3, world_size=4, words=[], layers=2, lengths=(1, 1, 1), tokens=1, gpu="a",
+        memory_gib=80.0, per_node=8, with_te=False,
+    )  # fmt: skip
+    assert command._play(task, []) is None
+    assert caplog.messages == [words]
