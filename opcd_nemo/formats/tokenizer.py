@@ -81,7 +81,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_path(cls, path: str) -> ChatTokenizer:
-        """Open the tokenizer of what `model_files.model_kind` knows, or of the bundled model.
+        """Open the tokenizer of what `locate.model_kind` knows, or of the bundled model.
 
         Raises:
             UserError: No tokenizer or no chat template there, or of a kind not supported.

@@ -5,7 +5,7 @@
 | vocabulary | tokenizer.json, else tokenizer.model | tokenizer.ggml.* |
 | added tokens | added_tokens_decoder of tokenizer_config.json; without it added_tokens.json; and every special token that is named | token_type |
 | special tokens | tokenizer_config.json; special_tokens_map.json wins over one without added_tokens_decoder | *_token_id |
-| chat template | chat_template.jinja, else chat_template.json, else tokenizer_config.json | tokenizer.chat_template |
+| chat template | chat_template.jinja, else tokenizer_config.json, else chat_template.json | tokenizer.chat_template |
 | ends | eos_token, and generation_config.json; config.json where that has none | eos, eot and eom |
 | rows | vocab_size of config.json | rows of token_embd.weight |
 

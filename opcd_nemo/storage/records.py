@@ -25,9 +25,8 @@ def read_lines(
         UserError: a line is no such record, and `remedy` says what to do about that; or as of
             `read_text`.
     """
-    *whole, _ = read_text(file, remedy, max_bytes).split(
-        "\n"
-    )  # a model's words may hold other line ends
+    # no `splitlines`: a model's words may hold other line ends
+    *whole, _ = read_text(file, remedy, max_bytes).split("\n")
     return [
         _record(line, fields, file, remedy, f"line {number}: ")
         for number, line in enumerate(whole, start=1)

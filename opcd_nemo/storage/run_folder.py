@@ -96,7 +96,7 @@ class RunFolder:
             self._appended.add(name)
 
     def publish(self, temporary: Path, final: Path, entries: Mapping[str, durable.Entry]) -> None:
-        """Give a finished folder its manifest and, at once, its name: see `durable.publish`.
+        """Give a finished folder its manifest and, at once, its name.
 
         A checkpoint of so many steps must find the lines of these steps after a power cut: what was
         appended is forced to the disk before.
