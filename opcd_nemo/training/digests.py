@@ -79,7 +79,12 @@ def _files(key: str, node: Any) -> Iterator[tuple[str, Path]]:
 
 
 def _named(text: str) -> Path | None:
-    """The file that a text names; most texts name none."""
+    """The file that a text names; most texts name none.
+
+    A word without a folder and an ending, as `answer` of a column, is none, whatever lies here.
+    """
+    if "/" not in text and not Path(text).suffix:
+        return None
     try:
         file = local_file(text)
         return file if file.is_file() else None

@@ -64,6 +64,16 @@ def test_files_of_a_task_are_known_wherever_its_arguments_name_them(tmp_path: Pa
         check_unchanged(origin(), origin(), [], (found, digests(model, *words)))
 
 
+def test_a_column_is_no_file_whatever_lies_here(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.jsonl", "answer", "question"):
+        Path(name).write_text("{}\n")
+    words = ("task=gsm8k", "task.train=train.jsonl", "task.test=test.jsonl")
+    assert digests(model, *words).keys() == {"student.path", "task.train", "task.test"}
+
+
 def test_a_file_of_the_same_content_may_have_another_path(model: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(model, tmp_path / "elsewhere"))
     moved = (origin(path="a"), origin(path="b"))
