@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +14,7 @@ from typing import Any
 from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats import template_process
+from opcd_nemo.storage.answering_process import AnsweringProcess
 from opcd_nemo.types import Message
 
 _CHATS = "a task and a context whose messages the model's chat template takes"
@@ -27,7 +24,7 @@ _BOUNDED = (
 )
 
 
-class ChatTemplate:
+class ChatTemplate(AnsweringProcess):
     """Renders chats to text; the process that does starts with the first chat."""
 
     def __init__(self, source: str, where: str) -> None:
@@ -49,9 +46,7 @@ class ChatTemplate:
             raise UserError(
                 where, allowed="Jinja", problem=f"chat template does not compile ({error!s:.300})"
             ) from error
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        super().__init__()
         self._beyond_limits: UserError | None = None
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
@@ -91,28 +86,14 @@ class ChatTemplate:
         self._beyond_limits = UserError(self._where, allowed=_BOUNDED, problem=problem)
         raise self._beyond_limits
 
-    def _running(self) -> subprocess.Popen[bytes] | None:
-        """The rendering process if this process started it; a fork has not."""
-        return self._process if self._owner == os.getpid() else None
-
     def _start(self) -> subprocess.Popen[bytes]:
         script = str(Path(template_process.__file__))
         limit = str(limits.TEMPLATE_CPU_S), str(limits.TEMPLATE_MEMORY_BYTES)
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                script,
-                ":".join(map(_folder_of, ("jinja2", "markupsafe"))),
-                *limit,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        folders = ":".join(map(_folder_of, ("jinja2", "markupsafe")))
+        process = self._launch(
+            [sys.executable, "-I", "-S", script, folders, *limit],
             stderr=subprocess.DEVNULL,  # a template's words are no output of this program
         )
-        self._process, self._owner = process, os.getpid()
-        self._end = weakref.finalize(self, _stop, process, self._owner)
         _write(process, self.source)
         return process
 
@@ -148,14 +129,3 @@ def _of_its_death(code: int) -> str:
     if -code == signal.SIGPROF:
         return f"it takes more than {limits.TEMPLATE_CPU_S:g} CPU-seconds"
     return f"the process that renders died (exit code {code})"
-
-
-def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
-    if owner != os.getpid():
-        return
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):  # what the dead process did not read
-                stream.close()

@@ -5,7 +5,6 @@ The limit holds in every thread and takes no signal of this process.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import math
@@ -15,11 +14,11 @@ import signal
 import subprocess
 import sys
 import threading
-import weakref
 from pathlib import Path
 from typing import Any, Literal
 
 from opcd_nemo.errors import UserError
+from opcd_nemo.storage.answering_process import AnsweringProcess
 from opcd_nemo.tasks import verify_process
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ _PACKAGES: dict[Kind, tuple[str, str, str]] = {
 }
 
 
-class TimedVerifier:
+class TimedVerifier(AnsweringProcess):
     """One verifying process, started at the first question and anew after each that it died of."""
 
     def __init__(self, kind: Kind, *, limit_s: float) -> None:
@@ -43,10 +42,8 @@ class TimedVerifier:
             raise UserError(
                 "task", allowed=f"after pip install '{install}'", problem=f"needs {package}"
             )
+        super().__init__()
         self._kind, self._limit_s = kind, limit_s
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
 
     def __call__(self, *request: object) -> Any:
         """Return the verifier's result, or None where it raised, died or took too long."""
@@ -68,28 +65,14 @@ class TimedVerifier:
         )
         return None
 
-    def _running(self) -> subprocess.Popen[bytes] | None:
-        """Return the verifying process if this process started it; a fork has not."""
-        process = self._process
-        if process is None or self._owner != os.getpid():
-            return None
-        if process.poll() is not None:
-            self._end()
-            return None
-        return process
-
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", str(Path(verify_process.__file__)), self._kind]
         # the kernel watches the thread that starts a process: another than the main one may end
         is_main = threading.current_thread() is threading.main_thread()
-        process = subprocess.Popen(
+        process = self._launch(
             [*command, str(self._limit_s), *(() if is_main else ("orphan",))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )
-        self._process, self._owner = process, os.getpid()
-        self._end = weakref.finalize(self, _stop, process, self._owner)
         assert process.stdout is not None
         try:
             ready = pickle.load(process.stdout)
@@ -105,14 +88,3 @@ def _exchange(process: subprocess.Popen[bytes], request: object) -> Any:
     process.stdin.write(pickle.dumps(request))
     process.stdin.flush()
     return pickle.load(process.stdout)
-
-
-def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
-    if owner != os.getpid():
-        return
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):  # what the dead one did not read
-                stream.close()

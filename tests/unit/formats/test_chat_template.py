@@ -119,3 +119,12 @@ def test_a_fork_has_a_process_of_its_own() -> None:
         os._exit(template.render((USER,), {}) != "hi")
     assert os.waitpid(child, 0)[1] == 0
     assert template.render((USER,), {}) == "hi"
+
+
+def test_a_process_that_ended_between_two_chats_is_started_anew() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", "model")
+    assert template.render((USER,), {}) == "hi"
+    assert template._process is not None
+    template._process.kill()
+    template._process.wait()
+    assert template.render((USER,), {}) == "hi"
