@@ -42,7 +42,8 @@ def compiled_guard() -> Path:
     assert spec.submodule_search_locations is not None
     torch = Path(spec.submodule_search_locations[0])
     version = (torch / "version.py").read_bytes()
-    digest = hashlib.sha256(_SOURCE.read_bytes() + version + sys.version.encode()).hexdigest()
+    built_for = f"{sys.version} {torch}"  # the module finds torch's libraries in this folder alone
+    digest = hashlib.sha256(_SOURCE.read_bytes() + version + built_for.encode()).hexdigest()
     module = cache_folder() / f"fake_cuda-{digest[:16]}.so"
     if module.exists():
         return module
