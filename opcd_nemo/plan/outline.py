@@ -16,6 +16,7 @@ from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.formats.shape import ModelConfig, keep_layers, parse_config
+from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.plan.work import Layout, Tokens, Work
 from opcd_nemo.rollout.conversation import shared_start
 from opcd_nemo.training.inputs import Inputs, open_inputs
@@ -45,7 +46,7 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
 def model_shapes(
     config: TrainConfig, student_config: str | None, teacher_config: str | None
 ) -> tuple[tuple[ModelConfig, ModelConfig], str]:
-    """Shapes of student and teacher without their files, and where they are from.
+    """Shapes of student and teacher, and where they are from: their files, where both have some.
 
     Args:
         config: whose paths name the models.
@@ -55,14 +56,19 @@ def model_shapes(
     Raises:
         UserError: a shape is not to be found.
     """
-    student, where = _shape("student", config.student.path, student_config)
+    exist = models_exist(config) and student_config is teacher_config is None
+
+    def shape(side: str, path: str, given: str | None) -> tuple[ModelConfig, str]:
+        return (open_model(path).config, path) if exist else _shape(side, path, given)
+
+    teacher, where = shape("student", config.student.path, student_config)
+    student = teacher
     if config.student.keep_layers is not None:
         student = keep_layers(student, config.student.keep_layers)
-    if config.teacher.path is None:
-        return (student, student), where
-    teacher, teacher_where = _shape("teacher", config.teacher.path, teacher_config)
-    teacher = replace(teacher, vocab_size=student.vocab_size)
-    return (student, teacher), f"{where} and {teacher_where}"
+    if config.teacher.path is not None:
+        teacher, teacher_where = shape("teacher", config.teacher.path, teacher_config)
+        where = f"{where} and {teacher_where}"
+    return (student, replace(teacher, vocab_size=student.vocab_size)), where
 
 
 def models_exist(config: TrainConfig) -> bool:

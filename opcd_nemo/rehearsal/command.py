@@ -13,19 +13,16 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import RehearseConfig
 from opcd_nemo.config.train import ParallelConfig, TrainConfig
 from opcd_nemo.errors import UserError
-from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.exits import EXIT_FAILURE
-from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import layout_of
 from opcd_nemo.rehearsal.compare import mismatches
 from opcd_nemo.rehearsal.devices import compiled_guard
 from opcd_nemo.rehearsal.rank import Task
 from opcd_nemo.rehearsal.report import rehearsal_report
-from opcd_nemo.rehearsal.shapes import rehearsed_run, shapes_of
+from opcd_nemo.rehearsal.shapes import read_rehearsal, shapes_of
 from opcd_nemo.rehearsal.wheels import unpacked
 from opcd_nemo.training.inputs import check_stages
 
@@ -38,10 +35,7 @@ def rehearse(words: Sequence[str]) -> int:
     Raises:
         UserError: a key is wrong, or g++ or a package is missing.
     """
-    raw, settings = split_settings(compose("rehearse", words), "rehearse", RehearseConfig)
-    raw, accelerator = split_settings(raw, "accelerator", Accelerator)
-    with_te = settings.transformer_engine is not None
-    config = rehearsed_run(words, with_te=with_te)
+    config, settings, accelerator = read_rehearsal(words)
     _check_run(config, settings)
     ranks = _ranks(settings, config.parallel)
     path = _path(settings)
@@ -59,7 +53,7 @@ def rehearse(words: Sequence[str]) -> int:
             gpu=accelerator.name,
             memory_gib=accelerator.memory_gib,
             per_node=accelerator.ranks_per_node,
-            with_te=with_te,
+            with_te=settings.transformer_engine is not None,
         )
         result = _play(task, path)
         if result is None:

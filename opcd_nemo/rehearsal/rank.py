@@ -74,9 +74,9 @@ def _rehearse(task: Task) -> dict[str, Any]:
     triton.install(recorder)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from opcd_nemo.rehearsal.shapes import rehearsed_run
+    from opcd_nemo.rehearsal.shapes import read_rehearsal
 
-    config = rehearsed_run(task.words, with_te=task.with_te)
+    config, _, _ = read_rehearsal(task.words)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         facts = _play(task, config, recorder, answers)
     return {**facts, **recorder.result(), "seconds": round(time.perf_counter() - started, 1)}

@@ -11,11 +11,11 @@ import torch
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import RehearseConfig
 from opcd_nemo.config.train import TrainConfig, load_config
-from opcd_nemo.formats.shape import ModelConfig, keep_layers, tensor_shapes
-from opcd_nemo.formats.stored_model import StoredModel, open_model
+from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
+from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan.accelerator import Accelerator
-from opcd_nemo.plan.outline import model_shapes, models_exist
+from opcd_nemo.plan.outline import model_shapes
 from opcd_nemo.plan.planning import fill_missing
 
 
@@ -38,23 +38,21 @@ class _Unwritten:
         return torch.empty(self._shapes[name], dtype=torch.bfloat16)
 
 
-def rehearsed_run(words: Sequence[str], *, with_te: bool) -> TrainConfig:
-    """The configuration of the run: of `opcd rehearse` without the rehearsal's own keys.
+def read_rehearsal(words: Sequence[str]) -> tuple[TrainConfig, RehearseConfig, Accelerator]:
+    """The run that the words of `opcd rehearse` name, the rehearsal's own keys, and the GPU.
 
-    Args:
-        words: of the command.
-        with_te: whether Transformer Engine is played; else the layers are `local` ones.
+    Without Transformer Engine the run's layers are `local` ones.
 
     Raises:
         UserError: a key is wrong.
     """
-    raw, _ = split_settings(compose("rehearse", words), "rehearse", RehearseConfig)
-    raw, _ = split_settings(raw, "accelerator", Accelerator)
+    raw, settings = split_settings(compose("rehearse", words), "rehearse", RehearseConfig)
+    raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     fill_missing(raw)
     config = load_config(raw)
-    if not with_te:
+    if settings.transformer_engine is None:
         config.parallel.layer_spec = "local"
-    return config
+    return config, settings, accelerator
 
 
 def shapes_of(config: TrainConfig, layers: int | None) -> tuple[ModelConfig, ModelConfig]:
@@ -63,15 +61,7 @@ def shapes_of(config: TrainConfig, layers: int | None) -> tuple[ModelConfig, Mod
     Raises:
         UserError: a shape is not to be found.
     """
-    if models_exist(config):
-        student = teacher = open_model(config.student.path).config
-        if config.student.keep_layers is not None:
-            student = keep_layers(student, config.student.keep_layers)
-        if config.teacher.path is not None:
-            teacher = open_model(config.teacher.path).config
-        teacher = replace(teacher, vocab_size=student.vocab_size)
-    else:
-        (student, teacher), _ = model_shapes(config, None, None)
+    (student, teacher), _ = model_shapes(config, None, None)
     config.student.keep_layers = None  # `student` has the layers that are kept
     if layers is None:
         return student, teacher
