@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from opcd_nemo.config.groups import split_settings
+from opcd_nemo.config.programs import PlanConfig
+from opcd_nemo.config.train import load_config
 from opcd_nemo.plan import duration, memory
 from opcd_nemo.plan.accelerator import Accelerator
-from opcd_nemo.plan.outline import known_shapes
+from opcd_nemo.plan.outline import known_shapes, model_shapes
 from opcd_nemo.plan.planning import plan
 from opcd_nemo.plan.report import layouts, plan_report, sweep_report
 from opcd_nemo.plan.work import Stream, backward_flops, forward_flops, head_flops, key_value_width
@@ -362,3 +364,11 @@ def test_a_plan_of_no_machine_is_refused(override: str) -> None:
 def test_a_shape_that_nothing_asks_for_is_refused() -> None:
     line = refused(*MATHS, "teacher.path=null", "plan.teacher_config=x")
     assert line.endswith("allowed: null without teacher.path")
+
+
+def test_a_student_of_fewer_layers_learns_from_a_teacher_with_all() -> None:
+    words = ["student.path=Qwen/Qwen3-8B", "student.keep_layers=[0,1]", "parallel=single"]
+    raw, _ = split_settings(compose("plan", words), "plan", PlanConfig)
+    raw, _ = split_settings(raw, "accelerator", Accelerator)
+    (student, teacher), _ = model_shapes(load_config(raw), None, None)
+    assert (student.num_layers, teacher.num_layers) == (2, QWEN.num_layers)
