@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,13 +31,15 @@ def show_choices(words: Sequence[str]) -> int:
         return 0
     group = group_of(words[0])
     files = [CONF / group / f"{name}.yaml" for name in choices(group)]
-    _print_table([(file.stem, f"{_program(group, file)}{about(file)}") for file in files])
+    _print_table([(file.stem, first_words(group, file)) for file in files])
     return 0
 
 
-def _program(group: str, file: Path) -> str:
+def first_words(group: str, file: Path) -> str:
+    """The first sentence of what a choice says of itself, and whether a pipeline runs a recipe."""
+    sentence = re.split(r"(?<=[.!?])\s+(?=\S)", about(file), maxsplit=1)[0]
     is_piped = group == "recipe" and is_for_pipeline(file)
-    return "[opcd experience] " if is_piped else ""
+    return f"[experience] {sentence}" if is_piped else sentence
 
 
 def group_words() -> dict[str, str]:
@@ -86,7 +87,5 @@ def about(file: Path) -> str:
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    columns = shutil.get_terminal_size((120, 24)).columns
     for name, words in rows:
-        short = textwrap.shorten(words, max(columns - width - 2, 20), placeholder=" ...")
-        print(f"{name:{width}}  {short}".rstrip())  # noqa: T201
+        print(f"{name:{width}}  {words}".rstrip())  # noqa: T201

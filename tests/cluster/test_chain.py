@@ -141,5 +141,5 @@ def test_a_chain_that_must_fail_is_not_queued(site: Site) -> None:
     assert refused.returncode == 2
     assert refused.stdout == ""
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("error: task.train: no value is given; allowed: ")
+    assert line.startswith("error: task.train: no value is given: ")
     assert site.cluster.run(["squeue", "-h", "-o", "%i"]).stdout == before

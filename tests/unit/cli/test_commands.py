@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from opcd_nemo.cli import main
+from opcd_nemo.cli.choices import groups
 from opcd_nemo.cli.commands import COMMANDS
 from opcd_nemo.cli.composed import value_sources
 from opcd_nemo.config.schema import described
@@ -59,6 +60,13 @@ def test_choices_stand_in_a_line_each(word: str, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list((ROOT / "conf/recipe").glob("*.yaml")))
     assert any(line.startswith("demo_games ") and "notes of a game" in line for line in lines)
+
+
+def test_every_choice_is_a_whole_sentence_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for group in groups():
+        assert main(["list", group]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 120 or line[-1] not in ".?:"] == []
 
 
 def test_every_group_has_words(capsys: pytest.CaptureFixture[str]) -> None:
