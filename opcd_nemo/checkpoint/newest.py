@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from opcd_nemo.errors import ReadError, UserError
 from opcd_nemo.formats.torch_dist import read_plain
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import FolderFiles
+from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -60,41 +61,67 @@ def newest(folder: Path, parallel: Parallel, *, from_scratch: bool) -> Path | No
 
 
 def _set_aside(damaged: Mapping[Path, str], parallel: Parallel) -> None:
-    refusal = None
     for damage in damaged.values():
         logger.info("checkpoint set aside: %s", damage)
-    if parallel.rank == 0:
-        try:
-            for path in damaged:
-                durable.set_aside(path, _DAMAGED)
-        except OSError as error:
-            refusal = durable.describe(error)
-    if (refusal := parallel.gather_objects(refusal)[0]) is not None:
-        raise ReadError(f"a damaged checkpoint cannot be set aside: {refusal}")
+
+    def rename() -> None:
+        for path in damaged:
+            durable.set_aside(path, _DAMAGED)
+
+    try:
+        on_rank_0(parallel, rename)
+    except OSError as error:
+        refusal = durable.describe(error)
+        raise ReadError(f"a damaged checkpoint cannot be set aside: {refusal}") from error
 
 
 def _names(folder: Path, parallel: Parallel) -> list[str]:
     """What rank 0 sees of checkpoints, whole or damaged; a shared disk may show others less."""
-    names: list[str] = []
-    unread = None
-    if parallel.rank == 0:
+
+    def listed() -> list[str]:
         try:
             found = [path.name for path in folder.iterdir()]
-            names = sorted(name for name in found if _ENDING in name and name[0] != ".")
         except durable.MISSING:
-            names = []  # the run has saved nothing yet
-        except OSError as error:
-            unread = durable.describe(error)
-    names, unread = parallel.gather_objects((names, unread))[0]
-    if unread is not None:
-        raise ReadError(f"checkpoints cannot be read: {unread}")
-    return names
+            return []  # the run has saved nothing yet
+        return sorted(name for name in found if _ENDING in name and name[0] != ".")
+
+    try:
+        return on_rank_0(parallel, listed)
+    except OSError as error:
+        unread = durable.describe(error)
+        raise ReadError(f"checkpoints cannot be read: {unread}") from error
 
 
 def step_of(path: Path) -> int:
     """How many steps a checkpoint's name says; -1 when it says nothing."""
     match = re.search(r"step=(\d+)", path.name)
     return int(match[1]) if match else -1
+
+
+def checkpoint_name(filename: str, step: int) -> str:
+    """What Lightning calls the checkpoint of a step, with the key `filename` of its callback."""
+    return f"{filename.replace('{step}', f'step={step}')}{_ENDING}"
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, whatever it is called; `step=N.ckpt` where there is none."""
+    found = sorted(path for path in folder.glob(f"*{_ENDING}") if step_of(path) == step)
+    return found[0] if found else folder / checkpoint_name("{step}", step)
+
+
+def surplus(folder: Path, num_kept: int, kept_steps: Collection[int]) -> list[Path]:
+    """The checkpoints that are not among the last ones.
+
+    Args:
+        folder: of the checkpoints of all jobs of a run, whoever has saved them.
+        num_kept: how many of the last ones stay; -1: all.
+        kept_steps: whose checkpoints stay besides.
+    """
+    if num_kept < 0:
+        return []
+    named = [path for path in folder.glob(f"*{_ENDING}") if path.name[0] != "."]
+    found = sorted((path for path in named if step_of(path) >= 0), key=step_of)
+    return [path for path in found[:-num_kept] if step_of(path) not in kept_steps]
 
 
 def find_damage(path: Path, parallel: Parallel) -> str | None:
@@ -104,24 +131,30 @@ def find_damage(path: Path, parallel: Parallel) -> str | None:
         ReadError: on every rank, when one cannot read a file: that is no damage, for the disk may
             give the file at the next start.
     """
-    damage = unread = None
+
+    def damage_of_share() -> str | None:
+        try:
+            entries = durable.read_manifest(path)
+            names = sorted(entries)[parallel.rank :: parallel.world_size]
+            return durable.find_damage(path, entries, names)
+        except UserError as error:
+            return str(error)
+
     try:
-        entries = durable.read_manifest(path)
-        names = sorted(entries)[parallel.rank :: parallel.world_size]
-        damage = durable.find_damage(path, entries, names)
-    except UserError as error:
-        damage = str(error)
+        found = on_every_rank(parallel, damage_of_share)
     except OSError as error:
         unread = durable.describe(error)
-    found = parallel.gather_objects((damage, unread))
-    for _, unread in found:
-        if unread is not None:
-            raise ReadError(f"checkpoint {path.name} cannot be read: {unread}")
-    return next((damage for damage, _ in found if damage is not None), None)
+        raise ReadError(f"checkpoint {path.name} cannot be read: {unread}") from error
+    return next((damage for damage in found if damage is not None), None)
 
 
-def read_common(path: Path) -> dict[str, Any]:
+def read_common(path: Path, loops: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Lightning's part of a checkpoint, and what the model put beside it as `opcd`.
+
+    Args:
+        path: the checkpoint.
+        loops: what Lightning's loop of steps must find of itself, as its state of any run; None:
+            no run is continued.
 
     Raises:
         UserError: the checkpoint is of another program, or of another version of this one.
@@ -135,6 +168,8 @@ def read_common(path: Path) -> dict[str, Any]:
         ) from error
     common: Any = plain.get("common") if isinstance(plain, dict) else None
     missing = _missing(common)
+    if missing is None and loops is not None:
+        missing = _unlike(common["loops"], {"fit_loop": loops}, "loops")
     if missing == "callbacks" and "optimizer_states" not in common:
         raise UserError(
             path,
@@ -168,3 +203,15 @@ def _missing(common: Any) -> str | None:
             return name
         origin = origin[name]
     return None if "schedule" in origin else "optim.schedule"
+
+
+def _unlike(saved: Any, wanted: Mapping[str, Any], name: str) -> str | None:
+    """The first of another program's values that a checkpoint lacks, or has as another kind."""
+    for key, value in wanted.items():
+        inside = f"{name}.{key}"
+        kind = Mapping if isinstance(value, Mapping) else type(value)
+        if not isinstance(saved, Mapping) or not isinstance(saved.get(key), kind):
+            return inside
+        if isinstance(value, Mapping) and (missing := _unlike(saved[key], value, inside)):
+            return missing
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from opcd_nemo.checkpoint.shard_writer import Index, ShardWriter, Written, plan, write_index
+from opcd_nemo.checkpoint.shard_writer import (
+    CheckpointException,
+    Index,
+    ShardWriter,
+    Written,
+    plan,
+    write_index,
+)
 from opcd_nemo.checkpoint.sharded_state import (
     load_optimizer,
     optimizer_to_load,
@@ -26,14 +34,18 @@ from opcd_nemo.checkpoint.sharded_state import (
 )
 from opcd_nemo.config.renamed import present_update
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import ABSENT, SaveError, UserError
+from opcd_nemo.errors import ABSENT, ReadError, SaveError, UserError
 from opcd_nemo.formats.torch_dist import DistributedTensors, read_plain
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import FolderFiles
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
+
+# what torch's reader says of bytes that are not those it has written
+_UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +103,7 @@ def start_save(
         SaveError: on every rank, when the folder cannot be made.
     """
     temporary = durable.partial(path)
-    error = None
-    if parallel.rank == 0:
-        error = _try(lambda: _make_empty(temporary))
-    _raise_from_rank_0(error, path, parallel)
+    _on_rank_0(lambda: _make_empty(temporary), path, parallel)
     state = {"student": sharded_weights(student)}
     if "optimizer_states" in common:
         state |= optimizer_to_save(state["student"], optimizer, parallel)
@@ -137,24 +146,21 @@ def _complete(
 ) -> None:
     """Wait for every rank's files, then let rank 0 add what is about all. Collective."""
     parts = parallel.gather_objects(shards.finish())
-    error = next((part.error for part in parts if part.error), None)
-    if error is None and parallel.rank == 0:
-        error = _try(lambda: complete(parts))
-    _raise_from_rank_0(error, path, parallel)
+    for part in parts:
+        if part.error:
+            raise _not_saved(path, part.error)
+    _on_rank_0(lambda: complete(parts), path, parallel)
 
 
-def _try(write: Callable[[], None]) -> str | None:
-    """The error of a disk, in a line."""
+def _on_rank_0(write: Callable[[], None], path: Path, parallel: Parallel) -> None:
     try:
-        write()
+        on_rank_0(parallel, write)
     except OSError as error:
-        return durable.describe(error)
-    return None
+        raise _not_saved(path, durable.describe(error)) from error
 
 
-def _raise_from_rank_0(error: str | None, path: Path, parallel: Parallel) -> None:
-    if error := parallel.gather_objects(error)[0]:
-        raise SaveError(f"checkpoint {path.name} is not saved: {error}")
+def _not_saved(path: Path, reason: str) -> SaveError:
+    return SaveError(f"checkpoint {path.name} is not saved: {reason}")
 
 
 def _make_empty(folder: Path) -> None:
@@ -190,6 +196,26 @@ def _spread(weights: dict[str, Any], parallel: Parallel) -> None:
             part.replica_id = (*others, (dp_rank + number) % parallel.dp)
 
 
+def _loaded(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What Megatron reads of a checkpoint that was verified. Collective over the world."""
+    try:
+        found: dict[str, Any] = dist_checkpointing.load(state, str(path))
+    except CheckpointException as error:
+        cause = next(one for one, _ in error.failures.values())
+        if isinstance(cause, _UNREADABLE):
+            raise _unread(path, cause) from error
+        # torch's is no `Exception`: it would end a rank without a word
+        raise RuntimeError(f"checkpoint {path.name} is not loaded") from error
+    except OSError as error:
+        raise _unread(path, error) from error
+    return found
+
+
+def _unread(path: Path, error: Exception) -> ReadError:
+    words = durable.describe(error) if isinstance(error, OSError) else str(error) or repr(error)
+    return ReadError(f"checkpoint {path.name} cannot be read: {words.splitlines()[0]}")
+
+
 def save_weights(folder: Path, student: LanguageModel) -> None:
     """Write the student alone into an empty folder. Collective over the world.
 
@@ -220,6 +246,7 @@ def load(
     Raises:
         UserError: the checkpoint is of a model with another shape, or holds no optimizer, or not
             the weights of a teacher with this `teacher.update`; or its index is none.
+        ReadError: on every rank, when a file has changed since it was verified, or a disk fails.
     """
     # torch's reader unpickles the index: only what the project's reader of indices lets through
     DistributedTensors(FolderFiles(path))
@@ -247,7 +274,7 @@ def load(
             allowed=f"the checkpoint's teacher.update={saved_update}",
             problem=f"holds no weights of a teacher with teacher.update={teacher.update}",
         )
-    loaded = dist_checkpointing.load({**state, "common": {}}, str(path))
+    loaded = _loaded({**state, "common": {}}, path)
     student.module.load_state_dict(loaded["student"], strict=True)
     load_optimizer(optimizer.optimizer, loaded["optimizer"])
     optimizer.scheduler.load_state_dict(loaded["scheduler"])

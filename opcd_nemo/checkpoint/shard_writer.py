@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
@@ -30,6 +31,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.storage.durable import Entry, describe
+
+__all__ = [
+    "CheckpointException",
+    "Index",
+    "Piece",
+    "ShardWriter",
+    "Written",
+    "plan",
+    "write_index",
+]
 
 _LOWEST_PRIORITY = 19
 _SHARE = 0.1  # of a core, for the thread: it uses the caches and the memory that training needs

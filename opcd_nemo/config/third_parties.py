@@ -155,7 +155,8 @@ class CheckpointKeys:
         maximum=MOST_STEPS,
     )
     save_top_k: int = doc(
-        "how many of the last checkpoints are kept; -1: all",
+        "how many of the last checkpoints are kept, whoever saved them: this job, one before it, a "
+        "signal or a validation; the best on validation is kept besides; -1: all",
         minimum=-1,
         maximum=MOST_STEPS,
         takes="a whole number >= 1, or -1",

@@ -21,6 +21,7 @@ from opcd_nemo.formats.locate import parse_json
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage.durable import check_writable, write_whole
 from opcd_nemo.storage.plain_file import is_there, read_bounded
+from opcd_nemo.storage.ranks import on_every_rank
 from opcd_nemo.types import Prompt, Sample
 
 _MADE_OF = "samples_of.json"
@@ -90,10 +91,14 @@ class RecordedEngine:
         """
         self._engine, self._folder, self._vocab_size = engine, folder, vocab_size
         self._writes = parallel.tp_rank == parallel.pp_rank == 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files = sorted(folder.glob("step=*.jsonl"))
-        if self._writes and not (folder / _MADE_OF).exists():
-            write_whole(folder / _MADE_OF, json.dumps(made_of, indent=1))
+        self._files: list[Path] = []
+        on_every_rank(parallel, lambda: self._open(made_of))
+
+    def _open(self, made_of: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files = sorted(self._folder.glob("step=*.jsonl"))
+        if self._writes and not (self._folder / _MADE_OF).exists():
+            write_whole(self._folder / _MADE_OF, json.dumps(made_of, indent=1))
 
     @property
     def weights_version(self) -> int:

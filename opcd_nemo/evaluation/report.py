@@ -16,6 +16,7 @@ from opcd_nemo.errors import visible
 from opcd_nemo.evaluation.evaluator import Answer, Evaluation
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import read_metrics
+from opcd_nemo.storage.durable import naming
 
 _VERSIONS = ("opcd-nemo", "torch", "megatron-core", "nemo-toolkit", "lightning", "numpy")
 _KIB_PER_GIB = 2**20
@@ -84,7 +85,8 @@ def write_samples(path: Path, columns: Mapping[str, Evaluation], count: int = 12
                 text = _quoted(answer.text.strip()).replace("\n", "\n  > ")
                 lines += [f"- **{name}** ({_about(answer)})", f"  > {text}"]
         lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8")
+    with naming(path):
+        path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _heading(uid: str, question: str) -> list[str]:
@@ -114,7 +116,7 @@ def write_answers(path: Path, evaluations: Mapping[str, tuple[Evaluation, Evalua
         path: of the file.
         evaluations: of task and retention, by name.
     """
-    with path.open("w", encoding="utf-8") as file:
+    with naming(path), path.open("w", encoding="utf-8") as file:
         for name, pair in evaluations.items():
             for part, evaluation in zip(("task", "retention"), pair, strict=True):
                 for answer in evaluation.answers:
@@ -146,5 +148,6 @@ def write_curves(path: Path, metrics: Path) -> None:
         axis.set_xlabel("step")
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with naming(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)

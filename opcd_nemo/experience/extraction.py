@@ -23,6 +23,7 @@ from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.storage.records import read_lines
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.tasks import Episode, Task
@@ -92,15 +93,15 @@ class Extraction:
             OSError: the disk refuses, or another attempt holds the folder.
             UserError: no extraction has written an item.
         """
-        if self._parallel.rank == 0:
-            (self._run_folder.path / self._subfolder).mkdir(parents=True, exist_ok=True)
+        folder = self._run_folder.path / self._subfolder
+        on_rank_0(self._parallel, lambda: folder.mkdir(parents=True, exist_ok=True))
         records: list[dict[str, Any]] = []
         for wave in range(self._settings.num_steps):
             found = self._written(wave)
             if found is None:
                 found = self._wave(wave, records)
                 text = "".join(f"{json.dumps(record)}\n" for record in found)
-                self._run_folder.write(self._file(wave), text)
+                self._write(wave, text)
                 heartbeat.touch()
                 logger.info("extraction: wave %s: %s", wave, _summary(found))
             records += found
@@ -112,22 +113,28 @@ class Extraction:
             )
         return records
 
+    def _write(self, wave: int, text: str) -> None:
+        on_rank_0(self._parallel, lambda: self._run_folder.write(self._file(wave), text))
+
     def _file(self, wave: int) -> str:
         return f"{self._subfolder}/wave={wave:04d}.jsonl"
 
     def _written(self, wave: int) -> list[dict[str, Any]] | None:
         """The records of a wave that an earlier run has done. Collective over the world."""
-        file, found = self._run_folder.path / self._file(wave), None
-        if self._parallel.rank == 0 and file.exists():
-            found = read_lines(file, _RECORD, _REMEDY)
-            if [record["chain"] for record in found] != list(range(self._settings.num_chains)):
-                chains = f"holds {len(found)} records, not one of each chain"
-                raise UserError(file, allowed=_REMEDY, problem=chains)
-            if [record["uid"] for record in found] != self._uids(wave):
-                other = "its problems are not those that this version draws"
-                raise UserError(file, allowed="another name for the pipeline", problem=other)
-        records: list[dict[str, Any]] | None = self._parallel.gather_objects(found)[0]
-        return records
+        return on_rank_0(self._parallel, lambda: self._read(wave))
+
+    def _read(self, wave: int) -> list[dict[str, Any]] | None:
+        file = self._run_folder.path / self._file(wave)
+        if not file.exists():
+            return None
+        found = read_lines(file, _RECORD, _REMEDY)
+        if [record["chain"] for record in found] != list(range(self._settings.num_chains)):
+            chains = f"holds {len(found)} records, not one of each chain"
+            raise UserError(file, allowed=_REMEDY, problem=chains)
+        if [record["uid"] for record in found] != self._uids(wave):
+            other = "its problems are not those that this version draws"
+            raise UserError(file, allowed="another name for the pipeline", problem=other)
+        return found
 
     def _wave(self, wave: int, before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         share = self._parallel.share(self._settings.num_chains)

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from opcd_nemo.checkpoint.newest import of_step, step_of
 from opcd_nemo.config.changes import RESULT_KEYS, differences
 from opcd_nemo.config.renamed import former_method, present_method, present_pipeline
 from opcd_nemo.config.secrets import recorded, without_secrets
@@ -195,12 +196,12 @@ class PipelineFolder:
         file = self.of_run(RUN_SUMMARY, run)
         summary = read_object(file, {"steps": int}, _REMEDY)
         step = summary.get("best_step", summary["steps"])
-        return file.parent / "checkpoints" / f"step={step}.ckpt"
+        return of_step(file.parent / "checkpoints", step)
 
     def is_last(self, run: str) -> bool:
         """Whether the run's own scores, of its last checkpoint, are its student's."""
-        steps = read_object(self.of_run(RUN_SUMMARY, run), {"steps": int}, _REMEDY)["steps"]
-        return self.student(run).name == f"step={steps}.ckpt"
+        summary = read_object(self.of_run(RUN_SUMMARY, run), {"steps": int}, _REMEDY)
+        return step_of(self.student(run)) == int(summary["steps"])
 
     def plug(self, name: str) -> dict[str, Any]:
         """The pipeline's task or retention."""

@@ -17,6 +17,7 @@ from opcd_nemo.formats.tokenizer import write_tokenizer
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.archive import write_tar
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 
 
@@ -77,14 +78,11 @@ def write_package(
 
 def _on_rank_0(parallel: Parallel, path: Path, write: Callable[[], None]) -> None:
     """Let rank 0 write; when it cannot, every rank raises. Collective over the world."""
-    error = None
-    if parallel.rank == 0:
-        try:
-            write()
-        except (OSError, ValueError) as failure:
-            error = durable.describe(failure) if isinstance(failure, OSError) else str(failure)
-    if error := parallel.gather_objects(error)[0]:
-        raise SaveError(f"{path} is not written: {error}")
+    try:
+        on_rank_0(parallel, write)
+    except (OSError, ValueError) as failure:
+        words = durable.describe(failure) if isinstance(failure, OSError) else str(failure)
+        raise SaveError(f"{path} is not written: {words}") from failure
 
 
 def _small_first(names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from opcd_nemo.errors import (
     StoppedBySignal,
     UserError,
 )
+from opcd_nemo.storage.durable import describe
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -27,6 +29,16 @@ STOPS: dict[type[Exception], int] = {
     StoppedBySignal: EXIT_STOPPED,
     StoppedByFile: EXIT_DO_NOT_RESTART,
 }
+_REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EUCLEAN"),  # of a disk
+        *("ESTALE", "ENODEV", "ENXIO", "EREMOTEIO", "ETIMEDOUT", "EHOSTDOWN", "ENOTCONN"),
+        *("EACCES", "EPERM", "EBUSY", "ENOLCK"),
+        *("ENOMEM", "EAGAIN", "EMFILE", "ENFILE"),  # of a system that has nothing left to give
+    )
+)
+"""What a disk or the system may say to any program that is right; the other errnos are bugs."""
 
 
 def report_error(error: Exception | KeyboardInterrupt) -> int:
@@ -38,13 +50,20 @@ def report_error(error: Exception | KeyboardInterrupt) -> int:
         if os.environ.get("RANK", "0") == "0" and not _launcher_prints():
             sys.stderr.write(f"{error}\n")
         return STOPS[type(error)]
-    mistake = isinstance(error, UserError)
-    if not mistake and not isinstance(error, CheckFailed | NonFiniteError | ReadError | SaveError):
+    mistake, refused = isinstance(error, UserError), _is_refusal(error)
+    told = mistake or refused
+    if not told and not isinstance(error, CheckFailed | NonFiniteError | ReadError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
     if os.environ.get("RANK", "0") == "0" and not _launcher_prints():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        words = describe(error) if isinstance(error, OSError) and refused else str(error)
+        sys.stderr.write(f"error: {' '.join(words.split())}\n")
     return EXIT_BAD_INPUT if mistake else EXIT_FAILURE
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a disk or the system refuses what a program that is right has asked for."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS
 
 
 def _launcher_prints() -> bool:

@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 
 from opcd_nemo.config import limits
 from opcd_nemo.errors import UserError
+from opcd_nemo.storage.durable import naming
 from opcd_nemo.storage.plain_file import open_plain
 
 _TAR = "a whole uncompressed tar"
@@ -158,7 +159,7 @@ def _plain_name(name: str) -> str | None:
 
 
 def _read(path: Path, start: int, count: int, where: str) -> bytes:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         file.seek(start)
         data = file.read(count)
     if len(data) != count:
@@ -185,7 +186,7 @@ def write_tar(path: Path, folder: Path, names: Collection[str]) -> None:
     Raises:
         OSError: the disk refuses; a part of the tar may be left behind.
     """
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for name in names:
                 tar.add(folder / name, arcname=name, recursive=False, filter=_anonymous)

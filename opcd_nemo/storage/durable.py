@@ -8,8 +8,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Entry:
 def measure(file: Path, *, sync: bool = False) -> Entry:
     """Read a file once; `sync` forces it to the disk before."""
     digest, num_bytes = hashlib.sha256(), 0
-    with file.open("rb") as opened:
+    with naming(file), file.open("rb") as opened:
         if sync:
             os.fsync(opened.fileno())
         while block := opened.read(_READ_BYTES):
@@ -62,7 +62,7 @@ def _raise(error: OSError) -> None:
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Say what the folder must hold."""
     lines = {name: [entries[name].num_bytes, entries[name].sha256] for name in sorted(entries)}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    with naming(folder / MANIFEST), (folder / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(lines, file, indent=0)
         file.flush()
         os.fsync(file.fileno())
@@ -108,7 +108,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file that is whole or not there."""
     temporary = partial(file)
-    with temporary.open("wb") as opened:
+    with naming(file), temporary.open("wb") as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
         opened.flush()
         os.fsync(opened.fileno())
@@ -134,9 +134,24 @@ def clean(folder: Path) -> None:
             path.rename(final)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a disk's error say which file: one that comes while bytes are written names none.
+
+    Raises:
+        OSError: with the name.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def describe(error: OSError) -> str:
     """What could not be written or read, in a line."""
-    return f"{error.filename}: {error.strerror} (errno {error.errno})"
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror} (errno {error.errno})"
 
 
 def set_aside(path: Path, ending: str = "") -> None:
@@ -208,6 +223,7 @@ def sync(path: Path) -> None:
     """Force to the disk what was added to a file, or renamed in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

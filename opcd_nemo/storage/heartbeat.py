@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+from opcd_nemo.storage.durable import describe
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_ENV = "OPCD_HEARTBEAT"
 
@@ -13,7 +18,11 @@ def touch() -> None:
 
     Whatever may take long calls it: a step, a block of generated tokens, a wave of extraction. A
     script that sees no touch for `OPCD_HEARTBEAT_TIMEOUT_S` takes the run for hung and kills it.
+    A disk that refuses ends nothing by itself: rank 0 would leave the others in an exchange.
     """
     path = os.environ.get(HEARTBEAT_ENV)
     if path and os.environ.get("RANK", "0") == "0":
-        Path(path).touch()
+        try:
+            Path(path).touch()
+        except OSError as error:
+            logger.warning("no sign of life for the cluster's script: %s", describe(error))

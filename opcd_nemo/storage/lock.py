@@ -15,6 +15,7 @@ from typing import IO
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.attempt import Attempt, this_attempt
+from opcd_nemo.storage.durable import naming
 
 
 class FolderLock:
@@ -32,7 +33,11 @@ class FolderLock:
         Raises:
             OSError: the lock file names another holder, or cannot be read.
         """
-        holder = self._path.read_text(encoding="utf-8", errors="replace")
+        try:
+            holder = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError as error:
+            gone = "the lock of the folder was removed"
+            raise OSError(errno.ESTALE, gone, self._path) from error
         if holder != self._line:
             raise OSError(errno.ESTALE, f"the folder is now held by {holder.strip()}", self._path)
 
@@ -85,10 +90,11 @@ def lock_folder(folder: Path) -> FolderLock:
         file.close()
         raise _refusal(folder, holder)
     line = _line(attempt)
-    file.truncate(0)
-    file.write(line)
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(path):
+        file.truncate(0)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
     return FolderLock(path, file, line)
 
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.lock import FolderLock, lock_folder
-
-
-class Ranks(Protocol):
-    """What the processes of a run need to agree on who holds the folder: a `Parallel`."""
-
-    @property
-    def rank(self) -> int:
-        """The number of this process; 0 holds the folder."""
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The value of every rank."""
+from opcd_nemo.storage.ranks import Ranks, on_rank_0
 
 
 class RunFolder:
@@ -29,6 +18,8 @@ class RunFolder:
     A node that the cluster has given up may still run and still reach the shared disk, while a
     later attempt of the same job continues the run. Therefore every write first asks the lock file
     whether this attempt still holds the folder.
+
+    What fails, fails on rank 0 alone: `storage.ranks` lets the others hear of it.
     """
 
     def __init__(self, path: Path, *, lock: FolderLock | None = None, writes: bool = True) -> None:
@@ -49,20 +40,23 @@ class RunFolder:
 
         Raises:
             UserError: on every rank, when another job works on the folder.
+            OSError: on every rank, when the disk refuses the lock.
         """
-        lock, refusal = None, None
-        if ranks is None or ranks.rank == 0:
-            try:
-                lock = lock_folder(path)
-            except UserError as error:
-                refusal = error
-        if ranks is not None:
-            refusal = ranks.gather_objects(refusal)[0]
-        if refusal is not None:
+        taken: list[FolderLock] = []
+
+        def take() -> None:
+            taken.append(lock_folder(path))
+
+        try:
+            if ranks is None:
+                take()
+            else:
+                on_rank_0(ranks, take)
+        except UserError as refusal:
             raise UserError(
                 refusal.key, refusal.value, refusal.allowed, problem=refusal.problem, where="name"
-            )
-        return cls(path, lock=lock, writes=lock is not None)
+            ) from refusal
+        return cls(path, lock=taken[0] if taken else None, writes=bool(taken))
 
     def check_held(self) -> None:
         """Refuse to write when a later attempt of the job has taken the folder.
@@ -91,8 +85,9 @@ class RunFolder:
         """
         if self.writes:
             self.check_held()
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(text)
+            file = self.path / name
+            with durable.naming(file), file.open("a", encoding="utf-8") as opened:
+                opened.write(text)
             self._appended.add(name)
 
     def publish(self, temporary: Path, final: Path, entries: Mapping[str, durable.Entry]) -> None:

@@ -30,9 +30,8 @@ class StepBoundary(pl.Callback):
 
     def __init__(self, strategy: MegatronStrategy) -> None:
         """Save to the checkpoints of the run's folder, under the name of the step."""
-        folder = strategy.run_folder.path
-        self._strategy, self._checkpoints = strategy, folder / "checkpoints"
-        self._stop_file = folder / STOP_FILE
+        self._strategy = strategy
+        self._stop_file = strategy.run_folder.path / STOP_FILE
         self._outside = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self._received = 0
 
@@ -59,7 +58,8 @@ class StepBoundary(pl.Callback):
         if launcher_has_ended():  # nobody would read how this rank ends, nor start it again
             os.kill(os.getpid(), signal.SIGKILL)
         # rank 0 alone looks: a shared disk may show the file to one node a step before another
-        is_told = strategy.parallel.rank == 0 and self._stop_file.exists()
+        # a disk that does not say is no file, and must not end this rank alone
+        is_told = strategy.parallel.rank == 0 and os.path.exists(self._stop_file)  # noqa: PTH110
         state = torch.tensor(
             [strategy.is_writing, self._received, is_told], device=strategy.parallel.device
         )
@@ -67,7 +67,7 @@ class StepBoundary(pl.Callback):
         if not is_writing:  # on no rank, so that nobody waits for a slow disk here
             strategy.finish_save()
         if number or told:
-            path = self._checkpoints / f"step={trainer.global_step}.ckpt"
+            path = strategy.checkpoint_path(trainer.global_step)
             trainer.save_checkpoint(path, weights_only=False)
             strategy.finish_save()
             self._stop(trainer.global_step, path, None if told else signal.Signals(number))

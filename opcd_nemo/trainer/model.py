@@ -22,6 +22,7 @@ from opcd_nemo.evaluation.validations import Validation, ValidationHistory
 from opcd_nemo.export.provenance import describe_context
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import METRICS, Stats, metric_line
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.trainer.connector import OPCDConnector, run_config
 from opcd_nemo.trainer.strategy import LightningStepAdapter, MegatronStrategy
 from opcd_nemo.training.build import build_evaluator, build_run
@@ -78,6 +79,12 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """What is known of these weights' scores, on rank 0; None when they were not evaluated."""
         return self._summary
 
+    @property
+    def _strategy(self) -> MegatronStrategy:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        return strategy
+
     def describe_weights(self, summary: dict[str, Any]) -> None:
         """Keep the summary of an evaluation until a step changes the weights."""
         self._summary = summary
@@ -101,8 +108,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         """
         started, cpu = time.perf_counter(), time.process_time()
         self._summary = None
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, MegatronStrategy)
+        strategy = self._strategy
         step = self.trainer.global_step  # the loader counts from 0 in a continued run
         watch = self.run.watch
         before = (dict(watch.wall_s), dict(watch.cpu_s))
@@ -119,7 +125,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self._show(values)
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
-        self.run_folder.append(METRICS, metric_line(step, values))
+        line = metric_line(step, values)
+        on_rank_0(self.run.parallel, lambda: self.run_folder.append(METRICS, line))
         if (step + 1) % self.trainer.log_every_n_steps == 0:
             for logger in self.loggers:  # TensorBoard, wandb: on rank 0
                 logger.log_metrics(values, step)
@@ -182,12 +189,12 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         assert callback.dirpath is not None
         folder, held = Path(callback.dirpath), {Path(path) for path in callback.best_k_models}
         if best.step not in map(step_of, held):
-            path = folder / f"step={best.step}.ckpt"
+            path = self._strategy.checkpoint_path(best.step)
             self.trainer.save_checkpoint(path, callback.save_weights_only)
         self._best_on_disk = best
         for path in set(folder.glob("*.ckpt")) - held:
             if before is not None and step_of(path) == before.step:
-                self.trainer.strategy.remove_checkpoint(path)
+                self._strategy.remove_checkpoint(path)
 
     def _cpu_seconds(self, before: dict[str, float], total: float) -> dict[str, float]:
         """CPU seconds of the step over all ranks, in all and by phase."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from opcd_nemo.checkpoint.newest import newest, read_common
 from opcd_nemo.config.changes import check_unchanged
@@ -15,6 +17,7 @@ from opcd_nemo.errors import ReadError, UserError
 from opcd_nemo.metrics import METRICS
 from opcd_nemo.storage.durable import clean, describe, set_aside
 from opcd_nemo.storage.metrics_file import cut_metrics
+from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import STOP_FILE
 from opcd_nemo.training.prepared import PreparedRun
@@ -33,20 +36,33 @@ def make_way(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> 
         UserError: the folder has a file that stops the run.
     """
     folder = run_folder.path
-    parallel.barrier()
-    if not config.exp_manager["resume_if_exists"]:
-        run_folder.set_aside()
-    parallel.barrier()
-    folder.mkdir(parents=True, exist_ok=True)
-    stop = folder / STOP_FILE
-    if stop.exists():
-        raise UserError(
-            "name", config.name, "a folder without that file", problem=f"{stop} stops this run"
-        )
+
+    def prepare() -> None:
+        if not config.exp_manager["resume_if_exists"]:
+            run_folder.set_aside()
+        stop = folder / STOP_FILE
+        if stop.exists():
+            raise UserError(
+                "name", config.name, "a folder without that file", problem=f"{stop} stops this run"
+            )
+
+    on_rank_0(parallel, prepare)
+    on_every_rank(parallel, lambda: folder.mkdir(parents=True, exist_ok=True))
 
 
-def continue_from(run_folder: RunFolder, prepared: PreparedRun, parallel: Parallel) -> Path | None:
+def continue_from(
+    run_folder: RunFolder,
+    prepared: PreparedRun,
+    parallel: Parallel,
+    loops: Mapping[str, Any],
+) -> Path | None:
     """The checkpoint to continue from, when that is asked for. Collective over the world.
+
+    Args:
+        run_folder: of the run.
+        prepared: the run as it is configured now.
+        parallel: its ranks.
+        loops: what this version of Lightning stores of its loop of steps.
 
     Raises:
         UserError: a key that matters has changed since; no checkpoint is whole; metrics are lost.
@@ -55,14 +71,12 @@ def continue_from(run_folder: RunFolder, prepared: PreparedRun, parallel: Parall
     config, folder = prepared.config, run_folder.path
     if not config.exp_manager["resume_if_exists"]:
         return None
-    if parallel.rank == 0:
-        clean(folder / _CHECKPOINTS)
-        for marker in (folder / _CHECKPOINTS).glob("*-unfinished"):  # NeMo's, of a killed run
-            marker.unlink()
+    on_rank_0(parallel, lambda: _tidy(folder / _CHECKPOINTS))
     path = newest(folder / _CHECKPOINTS, parallel, from_scratch=config.resume.from_scratch)
     num_steps = 0
     if path is not None:
-        common = read_common(path)
+        common = dict[str, Any]()
+        on_every_rank(parallel, lambda: common.update(read_common(path, loops)))
         saved = without_secrets(present_config(common["opcd"]["config"]))
         known = common["opcd"].get("digests")
         check_unchanged(
@@ -87,19 +101,24 @@ def continue_from(run_folder: RunFolder, prepared: PreparedRun, parallel: Parall
     return path
 
 
+def _tidy(folder: Path) -> None:
+    """Remove what a killed run has begun to write."""
+    clean(folder)
+    for marker in folder.glob("*-unfinished"):  # NeMo's
+        marker.unlink(missing_ok=True)
+
+
 def _cut(folder: Path, num_steps: int, parallel: Parallel) -> None:
     """Let the record of the run's steps end where the run goes on. Collective over the world."""
-    error: UserError | ReadError | None = None
-    if parallel.rank == 0:
-        metrics = folder / METRICS
-        try:
-            if num_steps == 0 and metrics.exists() and any((folder / _CHECKPOINTS).glob("*.ckpt*")):
-                set_aside(metrics)  # of the steps whose checkpoints are lost
-            cut_metrics(metrics, num_steps)
-            (folder / DONE).unlink(missing_ok=True)  # last: a refused start changes nothing
-        except UserError as mistake:
-            error = mistake
-        except OSError as failure:
-            error = ReadError(f"{METRICS} is not continued: {describe(failure)}")
-    if (error := parallel.gather_objects(error)[0]) is not None:
-        raise error
+    metrics = folder / METRICS
+
+    def cut() -> None:
+        if num_steps == 0 and metrics.exists() and any((folder / _CHECKPOINTS).glob("*.ckpt*")):
+            set_aside(metrics)  # of the steps whose checkpoints are lost
+        cut_metrics(metrics, num_steps)
+        (folder / DONE).unlink(missing_ok=True)  # last: a refused start changes nothing
+
+    try:
+        on_rank_0(parallel, cut)
+    except OSError as failure:
+        raise ReadError(f"{METRICS} is not continued: {describe(failure)}") from failure

@@ -19,6 +19,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from opcd_nemo.checkpoint import save_load as checkpoint
+from opcd_nemo.checkpoint.newest import of_step
 from opcd_nemo.config.secrets import recorded, words_without_secrets
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
@@ -29,7 +30,8 @@ from opcd_nemo.errors import NonFiniteError, ReadError
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
-from opcd_nemo.storage.durable import describe
+from opcd_nemo.storage.durable import describe, naming
+from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import StepBoundary
 from opcd_nemo.trainer.model import OPCDModel
@@ -73,17 +75,25 @@ def _train(
     prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, started: float
 ) -> None:
     checkpoints = prepared.config.exp_manager["checkpoint_callback_params"]
-    strategy = MegatronStrategy(parallel, run_folder, async_save=checkpoints["async_save"])
+    strategy = MegatronStrategy(
+        parallel,
+        run_folder,
+        async_save=checkpoints["async_save"],
+        filename=checkpoints["filename"],
+        num_kept=checkpoints["save_top_k"],
+    )
     trainer = _trainer(prepared.config, strategy, StepBoundary(strategy))
     try:
         make_way(run_folder, prepared.config, parallel)
         prepared = with_digests(prepared, parallel)
-        continued = continue_from(run_folder, prepared, parallel)
+        loops = trainer.fit_loop.state_dict()
+        continued = continue_from(run_folder, prepared, parallel, loops)
     except OSError as error:
         raise ReadError(f"{run_folder.path} cannot be used: {describe(error)}") from error
     if prepared.commits:
-        run_folder.write(COMMITS, json.dumps(prepared.commits, indent=1))
-    _start_exp_manager(trainer, prepared.raw, run_folder.path)
+        commits = json.dumps(prepared.commits, indent=1)
+        on_rank_0(parallel, lambda: run_folder.write(COMMITS, commits))
+    on_every_rank(parallel, lambda: _start_exp_manager(trainer, prepared.raw, run_folder.path))
     strategy.setup_environment()
     model = OPCDModel(prepared.raw, trainer, prepared)
     scores = model.scores_before_training()
@@ -100,10 +110,9 @@ def _train(
         package = run_folder.path / f"{run_folder.path.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         logger.info("written: %s", package)
-    parallel.barrier()
-    if model.summary is not None:  # on rank 0
-        # a cluster's script takes this file, no exit code, for success
-        run_folder.write(DONE, f"{model.summary['weights_sha256']}\n")
+    digest = "" if model.summary is None else model.summary["weights_sha256"]  # on rank 0
+    # a cluster's script takes this file, no exit code, for success
+    on_rank_0(parallel, lambda: run_folder.write(DONE, f"{digest}\n"))
 
 
 def _fit(
@@ -128,8 +137,9 @@ def _close_loggers(trainer: pl.Trainer) -> None:
 
 def _save_final(trainer: pl.Trainer, strategy: MegatronStrategy, weights_only: bool) -> None:
     """Save the last step where the interval of checkpoints has not. Collective over the world."""
-    path = strategy.run_folder.path / "checkpoints" / f"step={trainer.global_step}.ckpt"
-    if strategy.parallel.gather_objects(path.exists())[0]:
+    path = strategy.checkpoint_path(trainer.global_step)
+    # a run of an earlier version may have given it another name
+    if on_rank_0(strategy.parallel, of_step(path.parent, trainer.global_step).exists):
         return
     trainer.save_checkpoint(path, weights_only)
     strategy.finish_save()
@@ -153,7 +163,7 @@ def _start_exp_manager(trainer: pl.Trainer, raw: DictConfig, folder: Path) -> No
     # NeMo writes the command's words into a file, and wandb sends them
     sys.argv[1:] = words_without_secrets(sys.argv[1:], raw)
     # on several nodes it complains that Slurm did not start every rank; nothing depends on that
-    with nemo_logging.temp_verbosity(nemo_logging.CRITICAL):
+    with nemo_logging.temp_verbosity(nemo_logging.CRITICAL), naming(folder / "nemo"):
         exp_manager(trainer, _exp_manager_config(raw, folder))
 
 
@@ -186,27 +196,27 @@ def _report(
     parallel = model.run.parallel
     peaks = parallel.gather_objects(peak_rss_kib())
     weights_sha256 = checkpoint.weights_digest(model.run.student)
-    if parallel.rank != 0:
-        return
-    launcher = os.environ.get(LAUNCHER_PID_ENV)
-    if launcher is not None:
-        peaks.append(peak_rss_of(int(launcher)))
-    outcome = Outcome(
-        scores=scores,
-        validations=model.validations,
-        parallel=parallel,
-        facts={
+
+    def write() -> dict[str, Any]:
+        launcher = os.environ.get(LAUNCHER_PID_ENV)
+        if launcher is not None:
+            peaks.append(peak_rss_of(int(launcher)))
+        facts = {
             "seconds_total": round(time.perf_counter() - started, 1),
             "peak_rss_gib": gib(peaks),
             "seed": prepared.config.seed,
             "context_hash": prepared.inputs.context_hash,
             "context_lineage": model.context["lineage"],
             "weights_sha256": weights_sha256,
-        },
-    )
-    record = OmegaConf.create(escaped(recorded(prepared.raw)))
-    config_yaml = OmegaConf.to_yaml(record, resolve=True)
-    summary = write_report(model.run_folder, outcome, config_yaml)
+        }
+        validations = model.validations
+        outcome = Outcome(scores=scores, validations=validations, parallel=parallel, facts=facts)
+        record = OmegaConf.create(escaped(recorded(prepared.raw)))
+        return write_report(model.run_folder, outcome, OmegaConf.to_yaml(record, resolve=True))
+
+    summary = on_rank_0(parallel, write)
+    if parallel.rank != 0:
+        return
     model.describe_weights(summary)
     for line in summary_lines(summary, model.validations):
         logger.info("%s", line)

@@ -17,10 +17,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils.app_state import AppState
 
 from opcd_nemo.checkpoint import save_load as checkpoint
-from opcd_nemo.checkpoint.newest import step_of
+from opcd_nemo.checkpoint.newest import checkpoint_name, step_of, surplus
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.evaluation.validations import ValidationHistory
 from opcd_nemo.metrics import Stopwatch
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.step import Run
@@ -63,7 +64,13 @@ class MegatronStrategy(DDPStrategy):
     """Runs on the process groups of a `Parallel`; checkpoints are Megatron's torch_dist folders."""
 
     def __init__(
-        self, parallel: Parallel, run_folder: RunFolder | None = None, *, async_save: bool
+        self,
+        parallel: Parallel,
+        run_folder: RunFolder | None = None,
+        *,
+        async_save: bool,
+        filename: str = "{step}",
+        num_kept: int = -1,
     ) -> None:
         """Take the groups; Lightning must neither start nor wrap anything.
 
@@ -72,6 +79,8 @@ class MegatronStrategy(DDPStrategy):
             run_folder: who must hold it for checkpoints to be published. None: a program that saves
                 what it wants where it wants, and keeps no record of steps.
             async_save: write checkpoints while training goes on.
+            filename: of checkpoints, with `{step}` in it.
+            num_kept: how many of the last checkpoints stay, besides the best; -1: all.
         """
         super().__init__(
             accelerator=None,
@@ -79,10 +88,11 @@ class MegatronStrategy(DDPStrategy):
         )
         self.parallel = parallel
         self.run_folder = run_folder or RunFolder(Path(), writes=False)
-        self._async_save = async_save
+        self._async_save, self._filename, self._num_kept = async_save, filename, num_kept
         self._watch = Stopwatch()
         self._save: checkpoint.Save | None = None
         self._to_remove: list[Path] = []
+        self._best_at_save: set[int] = set()
 
     def connect(self, model: pl.LightningModule) -> None:
         """Take the model, whose run is what checkpoints are made of."""
@@ -126,6 +136,7 @@ class MegatronStrategy(DDPStrategy):
         if self.is_writing and self.parallel.rank == 0:
             _log.warning("a save waits for the one before; save less often, or to a faster disk")
         self.finish_save()
+        self._best_at_save = self._best_steps()
         with self._watch.phase("save"):
             self._save = checkpoint.start_save(
                 Path(filepath),
@@ -138,6 +149,10 @@ class MegatronStrategy(DDPStrategy):
             )
         if not self._async_save:
             self.finish_save()
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is in the run's folder, whoever saves it."""
+        return self.run_folder.path / "checkpoints" / checkpoint_name(self._filename, step)
 
     @property
     def is_writing(self) -> bool:
@@ -157,6 +172,22 @@ class MegatronStrategy(DDPStrategy):
             for path in self._to_remove:
                 self._remove(path)
             self._to_remove.clear()
+            on_rank_0(self.parallel, lambda: self._remove_surplus(save.path.parent))
+
+    def _remove_surplus(self, folder: Path) -> None:
+        """Let the last checkpoints stay, and the best; others are removed.
+
+        The callback knows neither those of a signal or a validation, nor, in a run that is
+        continued, those that an earlier job saved after its own last one. What a start would take
+        for the best is that of the checkpoint which has just been published; training may have met
+        a better one, which is not published yet.
+        """
+        for path in surplus(folder, self._num_kept, self._best_at_save | self._best_steps()):
+            self._remove(path)
+
+    def _best_steps(self) -> set[int]:
+        best = self._trained.validations.best
+        return set() if best is None else {best.step}
 
     def save_times(self, step_started_s: float) -> dict[str, float]:
         """What saves cost the step that began at this `time.monotonic()`.

@@ -15,9 +15,9 @@ from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.train import TrainConfig, load_config
 from opcd_nemo.context.sources import ContextSource
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.storage.hub import addresses, at_commit
+from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.training.digests import input_digests
 from opcd_nemo.training.inputs import Inputs, open_inputs
 
@@ -75,17 +75,8 @@ def with_digests(prepared: PreparedRun, parallel: Parallel) -> PreparedRun:
     Raises:
         UserError, OSError: on every rank, when a file cannot be read any more.
     """
-    digests: Digests | None = None
-    refusal: Exception | None = None
-    if parallel.rank == 0:
-        try:
-            digests = input_digests(prepared.config, prepared.inputs.tokenizer)
-        except (UserError, OSError) as error:
-            refusal = error
-    digests, refusal = parallel.gather_objects((digests, refusal))[0]
-    if refusal is not None:
-        raise refusal
-    assert digests is not None
+    config, tokenizer = prepared.config, prepared.inputs.tokenizer
+    digests = on_rank_0(parallel, lambda: input_digests(config, tokenizer))
     return replace(prepared, digests=digests)
 
 

@@ -61,8 +61,7 @@ def test_a_step_that_is_validated_has_its_scores(folders: dict[str, Path]) -> No
 def test_the_best_is_kept_beyond_the_last_and_after_a_resume(folders: dict[str, Path]) -> None:
     # no callback saves step 3; the best before it, steps 1 and 2, are removed
     assert (folders["first"] / "kept").read_text() == "step=3.ckpt step=4.ckpt"
-    # Lightning never removes what was continued from, here step 4
-    assert _kept(folders["validated"]) == ["step=3.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert _kept(folders["validated"]) == ["step=3.ckpt", "step=6.ckpt"]
     for run in ("first", "validated"):
         summary = json.loads((folders[run] / "summary.json").read_text())
         assert (summary["best_step"], summary["best_validation"]) == (3, 1.0)

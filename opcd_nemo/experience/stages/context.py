@@ -16,6 +16,7 @@ from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.run_configs import experience_context
 from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.build import build_engine, build_evaluator
 from opcd_nemo.training.inputs import Inputs, open_inputs, shared_prefix
@@ -53,8 +54,7 @@ class Models:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the round's folder. Collective over the world."""
-        self.run_folder.write(name, text)
-        self.parallel.barrier()
+        on_rank_0(self.parallel, lambda: self.run_folder.write(name, text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +76,11 @@ class StageContext:
         _, world_size = environment_world()
         inputs = open_inputs(config, world_size)
         check(inputs)
-        # last: a folder that wrong input has made would refuse the input that is mended
-        self.folder.open()
         parallel = init_parallel(config.parallel, config.seed)
+        # last: a folder that wrong input has made would refuse the input that is mended
+        on_every_rank(parallel, self.folder.open)
         run_folder = RunFolder.hold(self.folder.path, parallel)
-        if parallel.rank == 0:
-            keep_contents(self.folder)
+        on_rank_0(parallel, lambda: keep_contents(self.folder))
         return Models(
             folder=self.folder,
             config=config,

@@ -24,6 +24,7 @@ from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.experience.table import summarise, table_text
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.storage import heartbeat
+from opcd_nemo.storage.ranks import on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,7 @@ class Evaluate:
         """Do the evaluations that are not done, then show the table. Collective over the world."""
         models = context.open_models(stage_config(context.folder))
         _evaluate(models, context)
-        if models.parallel.rank == 0:
-            _write_table(models, context)
-        models.parallel.barrier()
+        on_rank_0(models.parallel, lambda: _write_table(models, context))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +57,7 @@ class EvaluationJob:
 
 
 def _evaluate(models: Models, context: StageContext) -> None:
-    rows: dict[str, Any] = models.parallel.gather_objects(
-        context.folder.controls() if models.parallel.rank == 0 else None
-    )[0]
+    rows: dict[str, Any] = on_rank_0(models.parallel, context.folder.controls)
     engine, held = None, None
     for job in _jobs(context.folder, models.config):
         if str(job.seed) in rows.get(job.row, ()):

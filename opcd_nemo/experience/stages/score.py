@@ -12,6 +12,7 @@ from opcd_nemo.experience.scoring import ScoreBook, halve
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
+from opcd_nemo.storage.ranks import on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,18 @@ class _Scores:
     """Scores on validation questions, out of the book as far as it has them."""
 
     def __init__(self, models: Models) -> None:
-        is_first = models.parallel.rank == 0
         self._models = models
-        self._book = ScoreBook(models.run_folder, SCORES) if is_first else None
+        self._book: ScoreBook | None = None  # of rank 0
+        on_rank_0(models.parallel, self._open_book)
         self._engine: RolloutEngine = models.teacher()
+
+    def _open_book(self) -> None:
+        self._book = ScoreBook(self._models.run_folder, SCORES)
+
+    @property
+    def _of_rank_0(self) -> ScoreBook:
+        assert self._book is not None
+        return self._book
 
     def of_candidate(self, candidate: Candidate, count: int) -> list[float]:
         """A candidate's scores on the first questions. Collective over the world."""
@@ -59,12 +68,11 @@ class _Scores:
 
     def of(self, key: str, items: tuple[str, ...], count: int) -> list[float]:
         """The scores of items, which the book has under `key`. Collective over the world."""
-        written = None if self._book is None else self._book.known(key)
-        known: list[float] = self._models.parallel.gather_objects(written)[0]
+        parallel = self._models.parallel
+        known = on_rank_0(parallel, lambda: self._of_rank_0.known(key))
         if len(known) < count:
             new = self._ask(items, range(len(known), count))
-            if self._book is not None:
-                self._book.add(key, new)
+            on_rank_0(parallel, lambda: self._of_rank_0.add(key, new))
             known = known + new
             heartbeat.touch()
         return known[:count]

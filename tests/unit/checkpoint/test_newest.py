@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from opcd_nemo.checkpoint.newest import _set_aside, find_damage, newest, read_common, step_of
+from opcd_nemo.checkpoint.newest import (
+    _set_aside,
+    checkpoint_name,
+    find_damage,
+    newest,
+    of_step,
+    read_common,
+    step_of,
+    surplus,
+)
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import ReadError, UserError
 from opcd_nemo.storage import durable
@@ -37,6 +47,7 @@ def parallel(**fields: Any) -> Parallel:
 
 
 ALONE = parallel()
+GONE = OSError(errno.EIO, "gone", "x")
 
 
 def save(folder: Path, step: int) -> Path:
@@ -105,6 +116,45 @@ def test_a_checkpoint_whose_name_says_no_step_is_not_passed_over(tmp_path: Path)
     assert newest(tmp_path, ALONE, from_scratch=False) == tmp_path / "step=1.ckpt"
 
 
+def test_over_three_jobs_no_more_checkpoints_stay_than_are_kept(tmp_path: Path) -> None:
+    """Each job saves at its interval, for a validation and at the signal that ends it."""
+    best = 3
+    for saved in ((10, 20, 23), (30, 33), (40, 44)):
+        for step in (best, *saved):
+            if not (tmp_path / f"step={step}.ckpt").exists():
+                save(tmp_path, step)
+            for path in surplus(tmp_path, 3, {best}):
+                shutil.rmtree(path)
+            left = sorted(step_of(path) for path in tmp_path.iterdir())
+            assert len(left) <= 4
+            assert best in left
+            assert max(left) == step or step == best
+    assert left == [3, 33, 40, 44]
+    assert surplus(tmp_path, -1, ()) == []
+    assert [path.name for path in surplus(tmp_path, 1, (40,))] == ["step=3.ckpt", "step=33.ckpt"]
+
+
+def test_only_checkpoints_that_have_their_name_are_removed(folder: Path) -> None:
+    for name in (
+        ".step=1.ckpt.partial",
+        "step=1.ckpt.damaged",
+        "last.ckpt",
+        "notes",
+        ".step=1.ckpt",
+    ):
+        (folder / name).mkdir()
+    assert [path.name for path in surplus(folder, 1, ())] == ["step=2.ckpt", "step=4.ckpt"]
+
+
+def test_a_checkpoint_has_the_name_of_the_key(tmp_path: Path) -> None:
+    assert checkpoint_name("{step}", 7) == "step=7.ckpt"
+    assert checkpoint_name("run-{step}-b", 7) == "run-step=7-b.ckpt"
+    assert of_step(tmp_path, 7) == tmp_path / "step=7.ckpt"
+    save(tmp_path, 7).rename(tmp_path / "run-step=7-b.ckpt")
+    assert of_step(tmp_path, 7).name == "run-step=7-b.ckpt"
+    assert of_step(tmp_path, 70).name == "step=70.ckpt"
+
+
 def test_a_run_that_has_saved_nothing_begins(tmp_path: Path) -> None:
     assert newest(tmp_path / "none", ALONE, from_scratch=False) is None
     (tmp_path / ".step=1.ckpt.partial").mkdir()
@@ -138,7 +188,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(
 
 
 def test_every_rank_ends_when_one_cannot_read(folder: Path) -> None:
-    other = parallel(rank=1, world_size=2, others=lambda mine: [(None, "x: gone (errno 5)"), mine])
+    other = parallel(rank=1, world_size=2, others=lambda mine: [(None, GONE), mine])
     with pytest.raises(ReadError, match=r"step=4\.ckpt cannot be read: x: gone \(errno 5\)"):
         find_damage(folder / "step=4.ckpt", other)
 
@@ -153,7 +203,7 @@ def test_every_rank_ends_when_a_damaged_one_cannot_be_set_aside(
     (folder / "step=10.ckpt" / "a").write_bytes(b"y" * 10)
     with pytest.raises(ReadError, match=r"set aside: .*step=10\.ckpt: Read-only file system"):
         newest(folder, ALONE, from_scratch=False)
-    other = parallel(rank=1, world_size=2, others=lambda mine: ["x: gone (errno 5)", mine])
+    other = parallel(rank=1, world_size=2, others=lambda mine: [(None, GONE), mine])
     with pytest.raises(ReadError, match=r"set aside: x: gone \(errno 5\)"):
         _set_aside({folder / "step=10.ckpt": "a: is missing"}, other)
 
@@ -216,6 +266,39 @@ def test_a_checkpoint_of_another_version_is_named_as_that(
     assert caught.value.key == str(tmp_path)
     assert caught.value.problem == f"its common.pt has no {missing}"
     assert "this version or an earlier one" in caught.value.allowed
+
+
+LOOPS = {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}, "current": {"ready": 0}}}
+
+
+@pytest.mark.parametrize(
+    ("fit_loop", "missing"),
+    [
+        (None, "loops.fit_loop"),
+        ({}, "loops.fit_loop.state_dict"),
+        ({"state_dict": {}}, "loops.fit_loop.epoch_progress"),
+        (
+            LOOPS | {"epoch_progress": {"total": {"ready": 1}}},
+            "loops.fit_loop.epoch_progress.current",
+        ),
+        (
+            LOOPS | {"epoch_progress": {"total": {"ready": 1}, "current": {"ready": "0"}}},
+            "loops.fit_loop.epoch_progress.current.ready",
+        ),
+        (LOOPS, None),
+        (LOOPS | {"more": 1}, None),
+    ],
+)
+def test_a_checkpoint_of_another_lightning_is_named_as_that(
+    tmp_path: Path, fit_loop: Any, missing: str | None
+) -> None:
+    write_common(tmp_path, COMMON | {"loops": {"fit_loop": fit_loop}})
+    if missing is None:
+        assert read_common(tmp_path, LOOPS)["loops"]["fit_loop"] == fit_loop
+        return
+    with pytest.raises(UserError) as caught:
+        read_common(tmp_path, LOOPS)
+    assert caught.value.problem == f"its common.pt has no {missing}"
 
 
 def test_weights_alone_are_not_continued(tmp_path: Path) -> None:

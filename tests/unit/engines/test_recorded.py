@@ -15,7 +15,7 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.types import Prompt, Sample
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=3)
-ALONE: Any = SimpleNamespace(tp_rank=0, pp_rank=0)
+ALONE: Any = SimpleNamespace(rank=0, tp_rank=0, pp_rank=0, gather_objects=lambda value: [value])
 
 
 class Counting:
@@ -75,7 +75,7 @@ def test_what_differs_is_drawn_anew(tmp_path: Path, other: str) -> None:
 
 
 def test_only_one_rank_of_a_replica_writes(tmp_path: Path) -> None:
-    other: Any = SimpleNamespace(tp_rank=1, pp_rank=0)
+    other: Any = SimpleNamespace(rank=0, tp_rank=1, pp_rank=0, gather_objects=lambda value: [value])
     recorded(Counting(), tmp_path, other).generate(prompts(0), SAMPLING, seed=1, step=0)
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from opcd_nemo.evaluation import report
 from opcd_nemo.evaluation.evaluator import Answer, Evaluation
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.metrics import metric_line
+
+PLOTTED = ("rollout/response_tokens", "optim/grad_norm", "perf/tokens_per_s")
 
 
 def evaluation(*answers: tuple[str, float]) -> Evaluation:
@@ -31,6 +34,23 @@ def evaluation(*answers: tuple[str, float]) -> Evaluation:
             for index, (text, score) in enumerate(answers)
         )
     )
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    found, metrics = evaluation(("a", 1.0)), tmp_path / "metrics.jsonl"
+    line = dict.fromkeys(("loss/reverse_kl", *PLOTTED), 1.0)
+    metrics.write_text(metric_line(0, line))
+    writers: list[Callable[[Path], None]] = [
+        lambda path: report.write_samples(path, {"base": found}),
+        lambda path: report.write_answers(path, {"base": (found, found)}),
+        lambda path: report.write_curves(path, metrics),
+    ]
+    for number, write in enumerate(writers):
+        path = tmp_path / f"{number}.png"
+        path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as caught:
+            write(path)
+        assert caught.value.filename == str(path)
 
 
 def test_table_has_a_row_for_every_name() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 
 import pytest
 
@@ -55,7 +57,30 @@ def test_rank_of_our_launcher_leaves_the_line_to_it(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("gone")])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM]
+)
+def test_what_a_disk_or_the_system_refuses_is_a_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert report_error(OSError(number, os.strerror(number), "/run/metrics.jsonl")) == 1
+    shown = f"error: /run/metrics.jsonl: {os.strerror(number)} (errno {number})\n"
+    assert capsys.readouterr().err == shown
+    assert report_error(OSError(number, os.strerror(number))) == 1
+    assert capsys.readouterr().err == f"error: {os.strerror(number)} (errno {number})\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("shapes differ"),
+        RuntimeError("gone"),
+        OSError("no number"),
+        FileNotFoundError(errno.ENOENT, "not there", "a"),
+        OSError(errno.EBADF, "closed"),
+    ],
+)
 def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_error(error) == 1
     assert capsys.readouterr().err.startswith(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.errors import UserError
-from opcd_nemo.storage import durable
+from opcd_nemo.storage import durable, run_folder
 from opcd_nemo.storage.attempt import ATTEMPT_ENV
 from opcd_nemo.storage.run_folder import RunFolder
 
@@ -21,11 +22,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def of_rank(rank: int, said_by_rank_0: object = None) -> Any:
+def of_rank(rank: int, said_by_rank_0: Exception | None = None) -> Any:
     """A run of two ranks, of which this is one."""
-    return SimpleNamespace(
-        rank=rank, gather_objects=lambda value: [said_by_rank_0 if rank else value, value]
-    )
+    said = (None, said_by_rank_0)
+    return SimpleNamespace(rank=rank, gather_objects=lambda value: [said if rank else value, value])
 
 
 def write(folder: RunFolder) -> None:
@@ -100,6 +100,41 @@ def test_every_rank_is_refused_what_rank_0_is_refused(path: Path) -> None:
     assert str(caught.value) == str(refusal)
 
 
+def test_a_disk_that_refuses_the_lock_refuses_every_rank(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def refuse(_: Path) -> None:
+        raise refusal
+
+    monkeypatch.setattr(run_folder, "lock_folder", refuse)
+    for rank in (of_rank(0), of_rank(1, said_by_rank_0=refusal)):
+        with pytest.raises(OSError, match="Read-only file system"):
+            RunFolder.hold(path, rank)
+
+
+def test_a_full_disk_is_told_with_the_file(path: Path) -> None:
+    path.mkdir()
+    folder = RunFolder(path)
+    (path / "a.jsonl").symlink_to("/dev/full")
+    durable.partial(path / "a.json").symlink_to("/dev/full")
+    for change, name in ((append, "a.jsonl"), (write, "a.json")):
+        with pytest.raises(OSError, match="No space left") as caught:
+            change(folder)
+        assert durable.describe(caught.value) == (
+            f"{path / name}: No space left on device (errno 28)"
+        )
+
+
+def test_a_folder_that_was_removed_is_no_bug(path: Path) -> None:
+    with RunFolder.hold(path) as folder:
+        path.with_name(".run.lock").unlink()
+        with pytest.raises(OSError, match="was removed") as caught:
+            write(folder)
+    assert caught.value.errno == errno.ESTALE
+
+
 def test_an_appended_line_is_read_back(path: Path) -> None:
     path.mkdir()
     folder = RunFolder(path)
@@ -120,11 +155,11 @@ def test_lines_are_on_the_disk_before_a_checkpoint_has_its_name(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", remember)
-    run_folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     for number in range(2):
-        run_folder.append("metrics.jsonl", "{}\n")
+        folder.append("metrics.jsonl", "{}\n")
         (tmp_path / "new").mkdir()
-        run_folder.publish(tmp_path / "new", tmp_path / f"step={number}.ckpt", {})
+        folder.publish(tmp_path / "new", tmp_path / f"step={number}.ckpt", {})
         assert done.index("metrics.jsonl") < done.index("new")
         done.clear()
 

@@ -96,5 +96,6 @@ def test_every_rank_ends_when_the_first_cannot_read_a_file(
         with pytest.raises(UserError) as caught:
             prepared.with_digests(run, rank)
         assert caught.value is gone
+    second.gather_objects = first.gather_objects = lambda mine: [mine, (None, None)]
     monkeypatch.setattr(prepared, "input_digests", lambda *_: {"a": {}})
     assert prepared.with_digests(run, first).digests == {"a": {}}
