@@ -2,7 +2,7 @@
 
 import sys
 
-from opcd_nemo.cli.commands import main
+from opcd_nemo.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

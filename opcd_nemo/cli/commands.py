@@ -134,14 +134,13 @@ COMMANDS: dict[str, Command] = {
 _OPTIONS = ("--help", "-h", "--version")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Do what the words say; returns the exit code, where the command does not end the process."""
-    given = list(sys.argv[1:] if words is None else words)
     if os.getcwd() not in sys.path:  # noqa: PTH109
         sys.path.append(os.getcwd())  # noqa: PTH109  # a task or loss of the user's own
     keep_output_open()
     try:
-        code = _run(given)
+        code = _run(words)
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
     sys.stdout.flush()

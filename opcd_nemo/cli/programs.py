@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opcd_nemo.config.spelling import unknown_name
-from opcd_nemo.launch.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,6 @@ CONFIGS = ("train", "experience", "doctor", "plan", "rehearse", "export", "chat"
 
 def train(words: Sequence[str]) -> int:
     """Distil a context into a model."""
-    stop_on_signals()
     from opcd_nemo.launch.ranks import run_in_ranks
 
     def load() -> Main:
@@ -37,7 +35,6 @@ def train(words: Sequence[str]) -> int:
 
 def doctor(words: Sequence[str]) -> int:
     """Examine a run before it costs anything."""
-    stop_on_signals()
     from opcd_nemo.launch.ranks import run_in_ranks
 
     def load() -> Main:
@@ -142,7 +139,6 @@ def maps(words: Sequence[str]) -> int:
 
 def experience(words: Sequence[str]) -> int:
     """Go through the experience pipeline, or through one stage of it."""
-    stop_on_signals()
     from opcd_nemo.experience.command import run_experience
 
     run_experience(words)

@@ -9,12 +9,14 @@ import sys
 import pytest
 import yaml
 
+from opcd_nemo import cli
 from opcd_nemo.cli import main
 from opcd_nemo.cli.choices import groups
 from opcd_nemo.cli.commands import COMMANDS
 from opcd_nemo.cli.composed import value_sources
 from opcd_nemo.config.schema import described
 from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.launch import signals
 from opcd_nemo.launch.compose import compose
 from tests.tree import ROOT
 
@@ -37,6 +39,30 @@ def test_help_is_cheap(words: str) -> None:
     assert (code, heavy) == (0, [])
     assert done.stdout
     assert seconds < CPU_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("word", "settled"), [("train", True), ("doctor", True), ("experience", True), ("list", False)]
+)
+def test_what_a_signal_does_is_settled_before_anything_is_imported(
+    word: str, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    monkeypatch.setattr(signals, "stop_on_signals", lambda: done.append(word))
+    monkeypatch.delattr(cli, "commands")
+    monkeypatch.setitem(sys.modules, "opcd_nemo.cli.commands", None)
+    with pytest.raises(ImportError):
+        main([word])
+    assert done == ([word] if settled else [])
+
+
+def test_what_settles_signals_is_light() -> None:
+    loaded = "import sys, opcd_nemo.cli, opcd_nemo.launch.signals; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    others = {"yaml", "omegaconf", "hydra", "numpy", "torch", "psutil", "opcd_nemo.config"}
+    assert not others & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
