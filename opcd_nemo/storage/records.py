@@ -68,6 +68,24 @@ def read_text(file: Path, remedy: str, max_bytes: int = RECORD_BYTES) -> str:
         raise UserError(file, allowed=remedy, problem=f"is no text ({error})") from error
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object has two values of one name."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The values of a JSON object by name, as `object_pairs_hook`; Python would take the last.
+
+    Raises:
+        RepeatedKeyError: a name stands twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"key {repeated!r:.60} stands twice")
+    return values
+
+
 def check_record(value: Any, fields: Fields, file: Path, remedy: str, where: str = "") -> None:
     """Refuse a value of JSON that is no such record.
 
@@ -88,9 +106,10 @@ def _record(text: str, fields: Fields, file: Path, remedy: str, where: str = "")
 
 def _value(text: str, file: Path, remedy: str, where: str = "") -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unrepeated)
     except (ValueError, RecursionError) as error:
-        raise UserError(file, allowed=remedy, problem=f"{where}no JSON ({error})") from error
+        words = str(error) if isinstance(error, RepeatedKeyError) else f"no JSON ({error})"
+        raise UserError(file, allowed=remedy, problem=f"{where}{words}") from error
 
 
 def _problem(value: Any, fields: Fields) -> str | None:

@@ -17,9 +17,10 @@ from typing import IO, Any, AnyStr, NamedTuple
 from opcd_nemo.config.limits import MIB, ROW_BYTES, TABLE_COLUMNS
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import local_file
+from opcd_nemo.storage.records import RepeatedKeyError, unrepeated
 from opcd_nemo.tasks.parquet import ParquetRows
 
-_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_SCAN = json.JSONDecoder(object_pairs_hook=unrepeated).scan_once  # type: ignore[attr-defined]
 _CSV_DELIMITERS = (",", ";", "\t")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -219,7 +220,7 @@ def _lines(key: str, path: str, opened: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def _jsonl(key: str, path: str, file: Path) -> Iterator[Row]:
-    allowed = "one JSON object a line, in UTF-8"
+    allowed = "one JSON object a line, in UTF-8, every key once"
     with file.open("rb") as opened:
         for number, line in enumerate(_lines(key, path, opened), start=1):
             if line.isspace():
@@ -227,7 +228,8 @@ def _jsonl(key: str, path: str, file: Path) -> Iterator[Row]:
             try:
                 values = _parsed(line.decode())
             except (ValueError, RecursionError) as error:
-                problem = f"not JSON ({error})"
+                is_json = isinstance(error, RepeatedKeyError)
+                problem = str(error) if is_json else f"not JSON ({error})"
                 raise refusal(key, path, f"line {number}", problem, allowed) from error
             if type(values) is not dict:
                 raise refusal(key, path, f"line {number}", short(values), allowed)
@@ -242,7 +244,7 @@ def _parsed(text: str) -> Any:
             return value
     except StopIteration:
         pass
-    return json.loads(text.removeprefix("\ufeff"))
+    return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unrepeated)
 
 
 def _csv(key: str, path: str, file: Path) -> Iterator[Row]:

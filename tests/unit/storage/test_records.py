@@ -87,6 +87,7 @@ def test_a_value_of_another_kind_is_named(file: Path, changes: Any, problem: str
         ("\x00\n", "line 1: no JSON"),
         ("[" * 100_000 + "\n", "line 1: no JSON"),
         ("9" * 5000 + "\n", "line 1: no JSON"),
+        ('{"name": "a", "name": "b"}\n', "line 1: key 'name' stands twice"),
     ],
 )
 def test_what_is_no_record_is_named(file: Path, text: str, problem: str) -> None:

@@ -67,6 +67,13 @@ def test_a_row_knows_its_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r": line 2: not JSON \(.*allowed: one JSON object a li"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r": line 2: not JSON \(.*UTF-8"),
         ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r": line 2: \[1, 2\]; allowed: one JSON object a line"),
+        ("a.jsonl", b'{"a": 1}\n{"b": 1, "a": 2, "b": 1}\n', r": line 2: key 'b' stands twice"),
+        (
+            "a.jsonl",
+            b'{"a": [{"c": 1, "c": 2}]}\n',
+            r": line 1: key 'c' stands twice; allowed: one",
+        ),
+        ("a.jsonl", b'\xef\xbb\xbf{"a": 1, "a": 1}\n', r": line 1: key 'a' stands twice"),
         ("a.jsonl", b"[" * 100_000, r": line 1: not JSON"),
         ("a.jsonl", b"", r": no row in the file; allowed: one row or more"),
         ("a.jsonl", b"\n \n", r": no row in the file"),
