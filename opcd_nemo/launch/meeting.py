@@ -7,6 +7,7 @@ is given a socket.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from typing import Any
@@ -51,29 +52,62 @@ class Meeting(StaticTCPRendezvous):
         alone = self.world_size == 1
         try:
             return listen(self.master_addr, self.master_port, alone=alone)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name may be none that can be looked up
             key, value = RENDEZVOUS_ENV, f"{self.master_addr}:{self.master_port}"
+            allowed = "a free port of the first node"
             if alone:
                 key, value = "parallel.port", str(self.master_port)
-            allowed = "a free port of the first node"
-            raise UserError(key, value, allowed, problem=error.strerror) from error
+            elif _is_of_host(error):
+                allowed = "an address of the first node, which is this machine, or its name"
+            problem = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(key, value, allowed, problem=problem) from error
+
+
+def _is_of_host(error: Exception) -> bool:
+    """Whether the host of a place to meet is wrong, not its port."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return error.errno == errno.EADDRNOTAVAIL
+    return True
 
 
 def listen(host: str, port: int, *, alone: bool) -> socket.socket:
-    """A socket on the address of `host`, which is this machine; port 0: any free one.
+    """A socket on the address that `host` is, or leads to; port 0: any free one.
 
-    A name that leads this machine to itself (Debian's 127.0.1.1) leads the other nodes here: for
-    them the socket is on every address, as torch's would be.
+    A name that leads this machine to nothing but itself (Debian's 127.0.1.1) leads the other nodes
+    here: for them the socket is on every address, as torch's would be. Of several addresses the
+    socket is on the first that this machine has.
+
+    Raises:
+        OSError: the port is in use, no address of `host` is this machine's, or `host` is no name.
+        UnicodeError: it can be no name.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    ip = str(address[0])
-    if not alone and host not in ("localhost", ip) and ipaddress.ip_address(ip).is_loopback:
-        ip = "::" if family == socket.AF_INET6 else "0.0.0.0"
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    places = [(family, str(address[0])) for family, _, _, _, address in found]
+    if not alone and host not in ("localhost", places[0][1]):
+        outward = [place for place in places if not ipaddress.ip_address(place[1]).is_loopback]
+        everywhere = "::" if places[0][0] == socket.AF_INET6 else "0.0.0.0"
+        places = outward or [(places[0][0], everywhere)]
+    elif not alone and ipaddress.ip_address(places[0][1]).is_unspecified:
+        raise OSError(errno.EADDRNOTAVAIL, "no address that the other nodes reach")
+    for family, ip in places:
+        try:
+            return _bound(family, ip, port)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    raise OSError(errno.EADDRNOTAVAIL, "this machine has no such address")
+
+
+def _bound(family: int, ip: str, port: int) -> socket.socket:
     opened = socket.socket(family, socket.SOCK_STREAM)
     # ranks that have just ended on this port leave it in use for a minute by TCP's rules alone
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    opened.bind((ip, port))
-    opened.listen(socket.SOMAXCONN)
+    try:
+        opened.bind((ip, port))
+        opened.listen(socket.SOMAXCONN)
+    except OSError:
+        opened.close()
+        raise
     return opened
 
 

@@ -12,6 +12,7 @@ ATTEMPT_ENV = "OPCD_ATTEMPT"  # <job>.<how often it was restarted>
 RENDEZVOUS_ENV = "OPCD_RENDEZVOUS"  # <host of the first node>:<port>
 NUM_NODES_ENV = "OPCD_NUM_NODES"
 NODE_RANK_ENV = "OPCD_NODE_RANK"
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +76,10 @@ def this_node() -> Nodes | None:
     rendezvous = os.environ.get(RENDEZVOUS_ENV)
     if rendezvous is None:
         return None
-    if re.fullmatch(r"[^:]+:\d+", rendezvous) is None:
-        raise UserError(RENDEZVOUS_ENV, rendezvous, "<host>:<port>")
+    place = re.fullmatch(r"[^:\s]+:([0-9]{1,5})", rendezvous)
+    if place is None or not 0 < int(place[1]) < _LAST_PORT:  # launches take turns with the next one
+        allowed = f"<host>:<port>, a port of 1 to {_LAST_PORT - 1}"
+        raise UserError(RENDEZVOUS_ENV, rendezvous, allowed)
     count, rank = _number(NUM_NODES_ENV), _number(NODE_RANK_ENV)
     if not 0 <= rank < count:
         raise UserError(NODE_RANK_ENV, rank, f"below {NUM_NODES_ENV}={count}")

@@ -68,19 +68,43 @@ def test_a_port_that_is_taken_is_the_users_to_change(host: str, count: int, key:
     assert caught.value.key == key
 
 
+ELSEWHERE = "192.0.2.1"  # for documentation: no machine's
+
+
 @pytest.mark.parametrize(
     ("host", "resolved", "alone", "expected"),
     [
-        ("127.0.0.1", "127.0.0.1", True, "127.0.0.1"),
-        ("localhost", "127.0.0.1", False, "127.0.0.1"),
-        ("node1", "127.0.0.7", False, "0.0.0.0"),
-        ("node1", "127.0.0.7", True, "127.0.0.7"),
+        ("127.0.0.1", ["127.0.0.1"], True, "127.0.0.1"),
+        ("127.0.0.3", ["127.0.0.3"], False, "127.0.0.3"),
+        ("localhost", ["127.0.0.1"], False, "127.0.0.1"),
+        ("node1", ["127.0.0.7"], False, "0.0.0.0"),
+        ("node1", ["127.0.0.7"], True, "127.0.0.7"),
+        ("node1", [ELSEWHERE, "0.0.0.0"], False, "0.0.0.0"),  # the second is this machine's
     ],
 )
 def test_nodes_meet_on_the_address_of_the_first(
-    host: str, resolved: str, alone: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    host: str, resolved: list[str], alone: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolved, 0))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [info])
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in resolved]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
     with listen(host, 0, alone=alone) as opened:
         assert opened.getsockname()[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        (f"{ELSEWHERE}:29500", "this machine has no such address"),
+        ("0.0.0.0:29500", "no address that the other nodes reach"),
+        ("no.such.host.invalid:29500", ""),
+        ("a..b:29500", ""),
+    ],
+)
+def test_a_first_node_that_is_another_machine_is_refused(place: str, problem: str) -> None:
+    offer_meeting()
+    parameters = RendezvousParameters(BACKEND, place, "a-run", 2, 2, rank=0, timeout=30)
+    with pytest.raises(UserError) as caught:
+        rendezvous_handler_registry.create_handler(parameters).next_rendezvous()
+    assert (caught.value.key, caught.value.value) == ("OPCD_RENDEZVOUS", place)
+    assert caught.value.allowed.startswith("an address of the first node, which is this machine")
+    assert problem in str(caught.value.problem)

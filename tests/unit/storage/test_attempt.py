@@ -57,7 +57,8 @@ def test_a_node_knows_its_place_and_its_share(environment: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        (cluster.RENDEZVOUS_ENV, "node1"),
+        *((cluster.RENDEZVOUS_ENV, wrong) for wrong in ("node1", "node1:0", "node1:65535")),
+        *((cluster.RENDEZVOUS_ENV, wrong) for wrong in ("node1:99999", "no de:1", "::1:29500")),
         (cluster.NUM_NODES_ENV, ""),
         (cluster.NODE_RANK_ENV, "2"),
         (cluster.NODE_RANK_ENV, "-1"),
@@ -82,3 +83,11 @@ def test_rank_0_alone_touches_the_heartbeat(
     environment.setenv("RANK", "0")
     heartbeat.touch()
     assert (tmp_path / "beat").exists()
+
+
+def test_a_heartbeat_that_no_disk_takes_is_a_warning(
+    tmp_path: Path, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setenv(heartbeat.HEARTBEAT_ENV, str(tmp_path / "gone" / "beat"))
+    heartbeat.touch()
+    assert "No such file or directory (errno 2)" in caplog.text
