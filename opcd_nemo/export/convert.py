@@ -112,8 +112,9 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
     kind = model_kind(found)
     if kind == "nemo":
         text = read_whole(open_package(found), NEMO_CONFIG, limits.CONFIGURATION_BYTES)
-        parse_stored(text, f"{found}: {NEMO_CONFIG}")
-        return text.decode()
+        values = parse_stored(text, f"{found}: {NEMO_CONFIG}")
+        kept = without_secrets(values)  # files of earlier versions hold them
+        return text.decode() if kept == values else OmegaConf.to_yaml(OmegaConf.create(kept))
     if kind == "checkpoint":
         config = present_config(read_checkpoint(found).config)
         check_stored({key: value for key, value in config.items() if key not in _PLUGS}, str(found))
