@@ -34,7 +34,7 @@ from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
-from opcd_nemo.launch.signals import ToRanks, stopped
+from opcd_nemo.launch.signals import ToRanks, in_words, stopped
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
 from opcd_nemo.training.prepared import prepare_run
@@ -202,8 +202,8 @@ def _checked(
     child.join()
     code = child.exitcode or 0
     if code < 0:  # as when memory is short: the child could not say it
-        name = signal.Signals(-code).name
-        sys.stderr.write(f"error: the process that checks the inputs was ended by {name}\n")
+        words = f"the process that checks the inputs was ended by {in_words(-code)}"
+        sys.stderr.write(f"error: {words}\n")
         return EXIT_FAILURE, None
     return (code, None) if code else (0, reader.recv())
 
@@ -377,6 +377,8 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
 
 def _first_line(failure: ProcessFailure) -> str:
     if not isinstance(failure.message, dict):
+        if failure.exitcode < 0:
+            return f"it was ended by {in_words(-failure.exitcode)}"
         return f"it ended without an exception, exit code {failure.exitcode}"
     lines = [line.strip() for line in str(failure.message["message"]).splitlines()]
     return next((line for line in lines if line), f"exit code {failure.exitcode}")

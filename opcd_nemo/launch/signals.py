@@ -18,6 +18,11 @@ from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, STOP_SIGNALS
 from opcd_nemo.errors import StoppedBySignal
 from opcd_nemo.launch.exits import report_error
 
+_SENDERS = {
+    "SIGKILL": ", as by the kernel when memory is short",
+    "SIGBUS": ", as when a file that it reads becomes shorter, or its disk fails",
+}
+
 
 def stop_on_signals() -> None:
     """End a launcher that has no ranks yet, or a lone rank, with one line and `EXIT_STOPPED`.
@@ -44,6 +49,15 @@ def stopped(number: int) -> StoppedBySignal:
     return StoppedBySignal(
         f"stopped by {name} outside of the steps of training; the same command goes on from here"
     )
+
+
+def in_words(number: int) -> str:
+    """A signal that has ended a process, and what may have sent it where that is not plain."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return f"{name}{_SENDERS.get(name, '')}"
 
 
 class ToRanks:

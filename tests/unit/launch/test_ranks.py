@@ -75,7 +75,7 @@ def test_a_signal_that_met_ranks_too_early_is_no_failure(
     assert launch._report_failure(ended, signal.SIGTERM, None) == 75
     assert capsys.readouterr().err.startswith("stopped by SIGTERM")
     assert launch._report_failure(ended, 0, None) == 1
-    assert capsys.readouterr().err.startswith("error: rank 0 failed first: it ended without")
+    assert capsys.readouterr().err.startswith("error: rank 0 failed first: it was ended by SIGTERM")
 
 
 def test_the_launcher_prints_what_stopped_the_ranks(

@@ -101,6 +101,13 @@ def test_who_has_no_launcher_speaks_for_itself(
     assert taken == ([signal.SIGTERM, signal.SIGUSR1] if speaks else [])
 
 
+def test_a_signal_is_told_with_what_may_have_sent_it() -> None:
+    assert module.in_words(signal.SIGTERM) == "SIGTERM"
+    assert module.in_words(signal.SIGKILL) == "SIGKILL, as by the kernel when memory is short"
+    assert module.in_words(signal.SIGBUS).startswith("SIGBUS, as when a file")
+    assert module.in_words(63) == "signal 63"
+
+
 def test_a_signal_that_not_every_rank_gets_ends_the_launch() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedBySignal), ToRanks(2) as signals:
