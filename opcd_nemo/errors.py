@@ -120,5 +120,22 @@ class ReadError(RuntimeError):
     """A disk does not give what it holds; nothing was changed, and a later start may succeed."""
 
 
+class RunFailed(RuntimeError):
+    """Processes that a function of `opcd_nemo.api` has started ended with an error.
+
+    Attributes:
+        code: their exit code.
+        line: what they said last.
+    """
+
+    def __init__(self, code: int, line: str) -> None:
+        self.code, self.line = code, line
+        super().__init__(code, line)
+
+    def __str__(self) -> str:
+        """The line, with the exit code."""
+        return f"{self.line} (exit code {self.code})"
+
+
 class CheckFailed(RuntimeError):
     """The doctor found what would go wrong in a run, and has said what mends it."""

@@ -44,6 +44,15 @@ class _Side:
         return line if self.turns else self.context.wrapped(line)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer of a side; `is_whole` is false where `max_new_tokens` cut it."""
+
+    side: str
+    text: str
+    is_whole: bool
+
+
 class Chat:
     """Two chats with one model that differ by the context alone."""
 
@@ -72,28 +81,45 @@ class Chat:
 
     def ask(self, line: str) -> list[str]:
         """Put a question to every side; one line an answer."""
+        try:
+            replies = self.replies(line, range(len(self._sides)))
+        except UserError:
+            return [f"the chat has outgrown {self._max_positions} tokens: /reset starts anew"]
+        return [
+            f"[{reply.side}] {reply.text}{'' if reply.is_whole else ' [cut at max_new_tokens]'}"
+            for reply in replies
+        ]
+
+    def replies(self, line: str, sides: Iterable[int]) -> list[Reply]:
+        """Put a question to some sides: 0 is without the context, 1 with it.
+
+        Raises:
+            UserError: it does not fit the model beside what was said before.
+        """
+        asked = [self._sides[index] for index in sides]
         questions: list[Message] = [
-            {"role": "user", "content": side.wrapped(line)} for side in self._sides
+            {"role": "user", "content": side.wrapped(line)} for side in asked
         ]
         prompts = [
             Prompt(
                 token_ids=self._tokenizer.render([*side.opening, *side.turns, question]),
                 index=index,
             )
-            for index, (side, question) in enumerate(zip(self._sides, questions, strict=True))
+            for index, (side, question) in enumerate(zip(asked, questions, strict=True))
         ]
         longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
         if longest > self._max_positions:
-            return [f"the chat has outgrown {self._max_positions} tokens: /reset starts anew"]
+            allowed = f"a chat of at most {self._max_positions} tokens, the answer among them"
+            raise UserError("question", line, allowed, problem=f"would make {longest} tokens")
         samples = self._engine.generate(prompts, self._sampling, seed=self._seed, step=self._count)
         self._count += 1
-        shown = []
-        for side, question, sample in zip(self._sides, questions, samples, strict=True):
+        replies = []
+        for side, question, sample in zip(asked, questions, samples, strict=True):
             answer = self._tokenizer.decode(sample.response_ids).strip()
             side.turns += [question, {"role": "assistant", "content": answer}]
-            cut = "" if sample.finish_reason == "eos" else " [cut at max_new_tokens]"
-            shown.append(f"[{side.title}] {answer}{cut}")
-        return shown
+            is_whole = sample.finish_reason == "eos"
+            replies.append(Reply(side=side.title, text=answer, is_whole=is_whole))
+        return replies
 
 
 def open_chat(settings: DictConfig) -> Chat:

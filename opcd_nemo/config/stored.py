@@ -22,6 +22,7 @@ _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 _TASKS = (
     "opcd_nemo.tasks.choices.labelled_texts",
     "opcd_nemo.tasks.choices.multiple_choice",
+    "opcd_nemo.tasks.file_questions.file_questions",
     "opcd_nemo.tasks.games.task.frozen_lake",
     "opcd_nemo.tasks.games.task.sokoban",
     "opcd_nemo.tasks.games.textarena.textarena",

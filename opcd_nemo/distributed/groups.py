@@ -268,6 +268,12 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     return _create_groups(settings, device, reason, spec, seed)
 
 
+def end_parallel() -> None:
+    """Close the process group, if there is one; gloo aborts where the interpreter does it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def keep_on_loopback() -> None:
     """Let the ranks of this machine, which has them all, listen where no other machine reaches."""
     for library in ("GLOO", "NCCL"):

@@ -75,11 +75,16 @@ def summarise(outcome: Outcome, lines: Sequence[Mapping[str, float]]) -> dict[st
     return summary
 
 
-def summary_lines(summary: Mapping[str, Any], validations: ValidationHistory) -> list[str]:
-    """What a program prints at the end of a run."""
+def table_of(summary: Mapping[str, Any]) -> str:
+    """The scores of task and retention, as a table."""
     pairs = zip(_ROWS, ("before", "in_context", "after"), strict=True)
     rows = {_ROWS[name]: (summary[name], summary[f"retention_{when}"]) for name, when in pairs}
-    lines = [report.results_table(rows)]
+    return report.results_table(rows)
+
+
+def summary_lines(summary: Mapping[str, Any], validations: ValidationHistory) -> list[str]:
+    """What a program prints at the end of a run."""
+    lines = [table_of(summary)]
     if (stopped := validations.stopped_by_retention) is not None:
         lines.append(
             f"stopped by retention after step {stopped.step}: {stopped.retention:.2f} is below "

@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Any, TextIO
 
-_LOG = "opcd_nemo"  # the parent of every module's logger
+LOG = "opcd_nemo"  # the parent of every module's logger
 
 
 class _LastingOutput(io.TextIOWrapper):
@@ -72,7 +72,7 @@ class _Screen(logging.Handler):
 
 def show_log(*, first_rank: bool) -> None:
     """Show this package's log on the screen; of the other ranks only their warnings."""
-    log = logging.getLogger(_LOG)
+    log = logging.getLogger(LOG)
     log.setLevel(logging.INFO if first_rank else logging.WARNING)
     log.handlers = [_Screen()]
     log.propagate = False  # NeMo and Hydra have handlers at the root, which print dates as well
@@ -83,3 +83,6 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore")  # megatron-core misses apex a dozen times
     # megatron-core imports it, and a CUDA build of torch misses the GPU where nvcc is installed
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    telemetry = logging.getLogger("nv_one_logger")  # NeMo's
+    telemetry.addHandler(logging.NullHandler())
+    telemetry.propagate = False

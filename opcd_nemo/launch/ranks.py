@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Main = Callable[[DictConfig], object]
 LaunchCheck = Callable[[DictConfig], ParallelConfig | None]
-_PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide no library
+PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide no library
 
 
 def check_run(raw: DictConfig) -> ParallelConfig | None:
@@ -106,10 +106,7 @@ def run_alone(
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
     """End this process with what `run` returns, or with one line or traceback of its error."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
-    # packed streams differ in length at every step, and oneDNN and torch keep compiled code for
-    # each shape: 1024 of them by default cost 15 MiB a step and save nothing (docs/log.md)
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")
+    keep_few_kernels()
     quiet_imports()
     keep_output_open()
     show_log(first_rank=os.environ.get("RANK", "0") == "0")
@@ -120,6 +117,16 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo aborts when its groups are torn down at interpreter exit
+
+
+def keep_few_kernels() -> None:
+    """Limit the compiled code that oneDNN and torch keep, one piece for each shape.
+
+    Packed streams differ in length at every step: 1024 pieces, the default, cost 15 MiB a step and
+    save nothing (docs/log.md).
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
 
 
 def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_name: str) -> int:
@@ -136,9 +143,6 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    telemetry = logging.getLogger("nv_one_logger")  # NeMo's; on screen from its import on
-    telemetry.addHandler(logging.NullHandler())
-    telemetry.propagate = False
     if LAUNCHER_PID_ENV in os.environ or os.environ.get("RANK", "0") != "0":
         # what the files hold is said once: by the launcher, which opens them first
         for name in ("tasks.splits", "formats", "training.inputs"):
@@ -281,7 +285,7 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0
         logging.getLogger(name).setLevel(logging.CRITICAL)  # some have levels of their own
     try:
         with ToRanks(settings.nproc_per_node) as signals:
-            elastic_launch(settings, sys.executable)(*_PROGRAM, *words)
+            elastic_launch(settings, sys.executable)(*PROGRAM, *words)
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error

@@ -1,0 +1,235 @@
+"""`opcd train` as a function: the same words, the same configuration, the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from opcd_nemo.api.finished import FinishedRun
+from opcd_nemo.api.process import borrowed_process
+from opcd_nemo.api.words import word
+from opcd_nemo.errors import RunFailed, StoppedByFile, StoppedBySignal, UserError
+from opcd_nemo.launch.compose import compose
+from opcd_nemo.launch.exits import EXIT_INTERRUPTED, STOPS
+from opcd_nemo.launch.ranks import PROGRAM, check_run
+from opcd_nemo.storage.durable import write_whole
+from opcd_nemo.tasks.draws import digest
+from opcd_nemo.tasks.splits import identity
+
+Score = Callable[[str], float | bool | None]
+_COLUMN = "question"  # of conf/task/questions.yaml and scored_questions.yaml
+_MOST_TEST, _MOST_VALIDATION = 50, 16
+_LONGEST_WORD = 128 * 1024 - 1  # bytes, of an argument that Linux starts a program with
+
+
+def distill(
+    student: str | Path,
+    *,
+    context: str | Sequence[tuple[str, str]],
+    questions: Sequence[str],
+    test_questions: Sequence[str] | None = None,
+    score: str | Score | None = None,
+    steps: int = 30,
+    max_new_tokens: int = 64,
+    ranks: int = 1,
+    folder: str | Path = "runs",
+    name: str | None = None,
+    settings: Sequence[str] = (),
+    quiet: bool = False,
+) -> FinishedRun:
+    """Train a student to answer as if it had read a context.
+
+    One rank runs in this process; more are started as `opcd train` starts them.
+
+    Args:
+        student: the model: a Hugging Face folder, `hf://owner/name`, a GGUF or `.nemo` file, a
+            checkpoint, or the word `smollm2-135m-instruct`.
+        context: what the teacher reads: a system prompt, or pairs of a question and its answer.
+        questions: what is asked. Without `test_questions` a fifth of them, 50 at most, is kept for
+            the test; a tenth, 16 at most, for validation.
+        test_questions: what is asked before and after training.
+        score: how answers are scored: `brevity`, `bullets`, `json`, `pirate`, or a function that
+            takes an answer and returns a number from 0 to 1, or None for no answer. None: an answer
+            that is not blank has score 1, which says nothing about the context.
+        steps: updates of the student.
+        max_new_tokens: the longest answer, in tokens.
+        ranks: processes; each trains on its part of a step's questions.
+        folder: where the run's folder lies.
+        name: of the run's folder; None: `distill-1`, or the first number that is free. An earlier
+            run of the same name is set aside.
+        settings: other keys of `opcd train`, each as on its command line: `["optim.lr=3e-5"]`.
+        quiet: show neither the log nor the progress.
+
+    Raises:
+        UserError: an argument or a key is wrong, before a model loads; its fields name the key, the
+            value and what is allowed.
+        RunFailed: one of several ranks has failed; the message is its line.
+        NonFiniteError, SaveError, StoppedBySignal, StoppedByFile: as of `opcd train`.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    folder = Path(folder)
+    name = name or _free_name(folder)
+    files = _write_questions(folder, _split(questions, test_questions))
+    words = [
+        *_score_words(score),
+        *(word(f"task.{split}", path) for split, path in files.items()),
+        *_context_words(context),
+        *_layout_words(ranks, settings),
+        word("student.path", student),
+        word("trainer.max_steps", steps),
+        word("rollout.sampling.max_new_tokens", max_new_tokens),
+        word("evaluation.num_questions", min(_MOST_TEST, _num_lines(files["test"]))),
+        word("exp_manager.exp_dir", folder),
+        word("name", name),
+        *(["trainer.enable_progress_bar=false"] if quiet else []),
+        *settings,
+    ]
+    with borrowed_process(["train", *words], quiet=quiet):
+        raw = compose("train", words)
+        if raw.parallel.num_ranks == 1:
+            return FinishedRun(_train_here(raw))
+        _check_ranks(raw, ranks, score)
+    _run_command(["train", *words], quiet=quiet)
+    return FinishedRun(folder / name)
+
+
+def _train_here(raw: DictConfig) -> Path:
+    from opcd_nemo.trainer.run import train
+
+    return train(raw)
+
+
+def _check_ranks(raw: DictConfig, ranks: int, score: str | Score | None) -> None:
+    """Raise what the command would only print."""
+    if ranks not in (1, raw.parallel.num_ranks):
+        raise UserError("ranks", ranks, f"{raw.parallel.num_ranks}, as the layout of settings has")
+    if callable(score) and score.__module__ == "__main__":
+        allowed = "a function of a module that every rank can import, or ranks=1"
+        raise UserError("score", score.__qualname__, allowed, problem="is of this program alone")
+    check_run(raw)
+
+
+def _run_command(words: Sequence[str], *, quiet: bool) -> None:
+    """Start `opcd` with these words, hand on what it prints, and raise what ended it."""
+    longest = max(words, key=len)
+    if len(longest.encode()) > _LONGEST_WORD:
+        key, allowed = longest.partition("=")[0], "a shorter text, or ranks=1"
+        raise UserError(key, allowed=allowed, problem="is longer than 128 KiB")
+    command = [sys.executable, *PROGRAM, *words]
+    last = ""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.decode(errors="replace")
+            last = text.strip() or last
+            if not quiet:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    _raise_end(process.returncode, last)
+
+
+def _raise_end(code: int, line: str) -> None:
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    kinds: dict[int, type[StoppedBySignal] | type[StoppedByFile]] = {
+        STOPS[kind]: kind for kind in (StoppedBySignal, StoppedByFile)
+    }
+    if code in kinds:
+        raise kinds[code](line)
+    if code:
+        raise RunFailed(code, line.removeprefix("error: "))
+
+
+def _free_name(folder: Path) -> str:
+    number = 1
+    while (folder / f"distill-{number}").exists():
+        number += 1
+    return f"distill-{number}"
+
+
+def _layout_words(ranks: int, settings: Sequence[str]) -> list[str]:
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise UserError("ranks", ranks, "a whole number from 1 on")
+    if any(setting.startswith("parallel=") for setting in settings):
+        return []
+    return ["parallel=single"] if ranks == 1 else ["parallel=dp2", f"parallel.num_ranks={ranks}"]
+
+
+def _context_words(context: str | Sequence[tuple[str, str]]) -> list[str]:
+    if isinstance(context, str):
+        return ["context=system", word("context.system", context)]
+    pairs = list(context)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        allowed = "a system prompt, or a list of pairs of a question and its answer"
+        raise UserError("context", pairs, allowed)
+    demonstrations = [{"question": question, "answer": answer} for question, answer in pairs]
+    return ["context=demonstrations", word("context.demonstrations", demonstrations)]
+
+
+def _score_words(score: str | Score | None) -> list[str]:
+    if score is None or isinstance(score, str):
+        return ["task=questions", word("task.verifier", score)]
+    if not inspect.isfunction(score) or "<" in score.__qualname__ or "." in score.__qualname__:
+        allowed = "the name of a style, or a function that a module defines with def"
+        raise UserError("score", score, allowed)
+    target = f"{score.__module__}.{score.__qualname__}"
+    return ["task=scored_questions", word("task.score", target)]
+
+
+def _split(
+    questions: Sequence[str], test_questions: Sequence[str] | None
+) -> Mapping[str, Sequence[str]]:
+    """Questions by split, in an order that is no one's choice."""
+    asked = sorted(_distinct("questions", questions), key=digest)
+    if test_questions is None:
+        num_test = min(_MOST_TEST, max(1, len(asked) // 5))
+        test, asked = asked[:num_test], asked[num_test:]
+    else:
+        test = _distinct("test_questions", test_questions)
+    num_validation = min(_MOST_VALIDATION, max(1, len(asked) // 10))
+    if len(asked) <= num_validation:
+        allowed = "more: a fifth of them is for the test, a tenth for validation"
+        raise UserError("questions", questions, allowed, problem="are too few")
+    return {"train": asked[num_validation:], "validation": asked[:num_validation], "test": test}
+
+
+def _distinct(key: str, questions: Sequence[str]) -> list[str]:
+    """The questions, each once.
+
+    Raises:
+        UserError: no list of texts, a blank text, or none at all.
+    """
+    if isinstance(questions, str) or not isinstance(questions, Sequence) or not questions:
+        raise UserError(key, questions, "a list of texts")
+    for index, question in enumerate(questions):
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"{key}[{index}]", repr(question), "a text that is not blank")
+    return list({identity(question): question for question in reversed(questions)}.values())
+
+
+def _write_questions(folder: Path, splits: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """A file a split, in a folder whose name tells the content: equal questions share it."""
+    texts = {
+        split: "".join(json.dumps({_COLUMN: each}) + "\n" for each in asked)
+        for split, asked in splits.items()
+    }
+    content = hashlib.sha256("\n".join(texts.values()).encode()).hexdigest()[:12]
+    below = folder / "questions" / content
+    below.mkdir(parents=True, exist_ok=True)
+    files = {split: below / f"{split}.jsonl" for split in texts}
+    for split, text in texts.items():
+        write_whole(files[split], text)
+    return files
+
+
+def _num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n")

@@ -1,0 +1,63 @@
+"""A run that has ended, as an object: its files say everything that is known of it."""
+
+from __future__ import annotations
+
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.errors import UserError
+from opcd_nemo.evaluation.summary import SUMMARY, table_of
+from opcd_nemo.formats.locate import read_json
+from opcd_nemo.metrics import METRICS, read_metrics
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """What a training run has left in `folder`; also of a run that `opcd train` has done."""
+
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The values of summary.json: scores, costs, layout, versions.
+
+        Raises:
+            UserError: the folder has no such file, as before the end of a run.
+        """
+        return read_json(self.folder / SUMMARY)
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The measurements of every training step, by name."""
+        return read_metrics(self.folder / METRICS)
+
+    @property
+    def table(self) -> str:
+        """The scores before training, with the context, and after training, as text."""
+        return table_of(self.summary)
+
+    @property
+    def student(self) -> Path:
+        """The checkpoint of the trained student, which `load_model` and `opcd` commands take."""
+        return self.folder / "checkpoints" / f"step={self.summary['steps']}.ckpt"
+
+    def report(self, *, show: bool = True) -> Path:
+        """Open the run's page in a browser, where there is a browser; returns the page.
+
+        Args:
+            show: False: return the page alone.
+
+        Raises:
+            UserError: the run has not written a page.
+        """
+        page = self.folder / PAGE
+        if not page.is_file():
+            allowed = "the folder of a run that has ended"
+            raise UserError("folder", self.folder, allowed, problem=f"has no {PAGE}")
+        if show:
+            webbrowser.open(page.resolve().as_uri())
+        return page
