@@ -19,6 +19,7 @@ from opcd_nemo.config.secrets import without_secrets
 from opcd_nemo.config.stored import check_stored, escaped, parse_stored
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import SaveError, UserError
+from opcd_nemo.export.card import CARD, model_card
 from opcd_nemo.export.package import write_package
 from opcd_nemo.export.provenance import read_provenance
 from opcd_nemo.formats.huggingface import write_hf_folder
@@ -61,10 +62,17 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
         raise UserError("to", config.to, "hf://owner/name[@revision]")
     with tempfile.TemporaryDirectory() as folder:
         local = replace(config, to=str(Path(folder) / "model"))
-        return upload_model(_export(local, _target(local), default_config), address)
+        made = _export(local, _target(local), default_config, repository=address.repository)
+        return upload_model(made, address)
 
 
-def _export(settings: ExportConfig, target: Path, default_config: Callable[[], DictConfig]) -> Path:
+def _export(
+    settings: ExportConfig,
+    target: Path,
+    default_config: Callable[[], DictConfig],
+    *,
+    repository: str | None = None,
+) -> Path:
     source = at_commit(settings.from_)
     checkpoint = open_model(source)
     dtype = choose_dtype(settings.dtype, checkpoint.dtype)
@@ -76,6 +84,7 @@ def _export(settings: ExportConfig, target: Path, default_config: Callable[[], D
             write_tokenizer(source, folder)
             for name, values in provenance.files().items():
                 write_json(folder / name, values)
+            (folder / CARD).write_text(model_card(provenance, repository), encoding="utf-8")
 
         try:
             write_hf_folder(

@@ -40,8 +40,9 @@ _MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "LICENSE*",
+    "README.md",
 )
-"""What is fetched of a model. No pickle and no program: neither is ever read."""
+"""What is fetched of a model; README.md names its licence. Pickles and programs are never read."""
 _DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _FORM = "hf://owner/name, hf://owner/name@revision, or hf://datasets/owner/name/file for data"
 _T = TypeVar("_T")
