@@ -78,10 +78,11 @@ def _check_checkpoints(config: TrainConfig) -> None:
     # Lightning writes `step=7` for {step}; a later start looks for that
     if (
         around == name
+        or name.partition("{step}")[2][:1].isdecimal()
         or any(mark in around for mark in ("{", "}", "/", "="))
         or (not _is_folder_name(name))
     ):
-        allowed = "a file name with {step} in it, as '{step}', and no other braces or ="
+        allowed = "a file name with {step} in it, as '{step}', no other brace or =, no digit behind"
         raise UserError(f"{key}.filename", name, allowed)
     if callback["save_top_k"] == 0:
         raise UserError(f"{key}.save_top_k", 0, "a whole number >= 1, or -1")

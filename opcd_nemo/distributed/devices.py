@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from opcd_nemo.distributed.launcher import environment_number
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import LayerSpec
 
@@ -22,7 +23,7 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
             ranks than it has processors.
     """
     gpus = torch.cuda.device_count()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = environment_number("LOCAL_RANK", 0)
     if device == "cpu" or (device == "auto" and gpus < ranks_per_node):
         _check_processors(ranks_per_node)
     if device == "cpu":

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed import _megatron_cpu
 from opcd_nemo.distributed.devices import choose_device, choose_layer_spec
+from opcd_nemo.distributed.launcher import environment_number, environment_world
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import Fp8Format, LayerSpec
 
@@ -189,11 +190,6 @@ def _gather_values(values: Sequence[Any], size: int, group: Any) -> list[Any]:
     return [value for part in parts for value in part]
 
 
-def environment_world() -> tuple[int, int]:
-    """Rank and world size that the launcher (torchrun, srun) put in the environment."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_layout(world_size: int, tp: int, pp: int, cp: int) -> None:
     """Refuse a world that the sizes do not divide.
 
@@ -256,7 +252,7 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
         settings.pipeline_model_parallel_size,
         settings.context_parallel_size,
     )
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    local_world = environment_number("LOCAL_WORLD_SIZE", world_size, least=1)
     device, reason = choose_device(settings.device, local_world)
     spec = choose_layer_spec(settings.layer_spec, device)
     torch.set_num_threads(settings.threads_per_rank)
@@ -293,6 +289,7 @@ def _start_process_group(
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    environment_number("MASTER_PORT", 29500, least=1)
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import DoctorConfig
 from opcd_nemo.config.train import ParallelConfig, TrainConfig, load_config
-from opcd_nemo.distributed.groups import environment_world, init_parallel
+from opcd_nemo.distributed.groups import init_parallel
+from opcd_nemo.distributed.launcher import environment_world
 from opcd_nemo.doctor import text
 from opcd_nemo.doctor.checks import Check, attempt, failed, refusal, stop_if_failed, table
 from opcd_nemo.doctor.environment import environment_checks, imports, installed_versions, packages

@@ -36,6 +36,8 @@ def resolve_model_path(path: str) -> Path:
         UserError: Nothing of that kind is there.
     """
     path = present_model(path)
+    if not path.strip():  # would be the folder of the command
+        raise UserError(path, problem="names no model", allowed="a path; . is the present folder")
     if path == GAME_MODEL:
         return Path(opcd_nemo.__file__).with_name("game_model")
     if path == BUNDLED_MODEL:

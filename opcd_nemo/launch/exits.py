@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
+from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, environment_world
 from opcd_nemo.errors import (
     CheckFailed,
     NonFiniteError,
@@ -47,7 +47,7 @@ def report_error(error: Exception | KeyboardInterrupt) -> int:
         sys.stderr.write("stopped by Ctrl-C\n")
         return EXIT_INTERRUPTED
     if type(error) in STOPS:
-        if os.environ.get("RANK", "0") == "0" and not _launcher_prints():
+        if _prints():
             sys.stderr.write(f"{error}\n")
         return STOPS[type(error)]
     mistake, refused = isinstance(error, UserError), _is_refusal(error)
@@ -55,7 +55,7 @@ def report_error(error: Exception | KeyboardInterrupt) -> int:
     if not told and not isinstance(error, CheckFailed | NonFiniteError | ReadError | SaveError):
         traceback.print_exception(error)
         return EXIT_FAILURE
-    if os.environ.get("RANK", "0") == "0" and not _launcher_prints():
+    if _prints():
         words = describe(error) if isinstance(error, OSError) and refused else str(error)
         sys.stderr.write(f"error: {' '.join(words.split())}\n")
     return EXIT_BAD_INPUT if mistake else EXIT_FAILURE
@@ -66,6 +66,14 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _REFUSALS
 
 
-def _launcher_prints() -> bool:
-    """Whether this is a rank, whose launcher prints the line of the rank that failed first."""
-    return "RANK" in os.environ and LAUNCHER_PID_ENV in os.environ
+def _prints() -> bool:
+    """Whether this process says why it ends: no rank whose launcher says it, no other than rank 0.
+
+    A rank that is none has nobody to speak for it.
+    """
+    if "RANK" in os.environ and LAUNCHER_PID_ENV in os.environ:
+        return False
+    try:
+        return environment_world()[0] == 0
+    except UserError:
+        return True

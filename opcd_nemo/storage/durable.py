@@ -90,6 +90,18 @@ def check_writable(key: str, folder: Path) -> None:
         raise UserError(key, folder, "a writable folder", problem=error.strerror) from error
 
 
+def check_folders(key: str, value: object, folders: Sequence[Path]) -> None:
+    """Refuse something else where folders are, or will be.
+
+    Raises:
+        UserError: of this key and its value.
+    """
+    for folder in folders:
+        if os.path.lexists(folder) and not folder.is_dir():
+            allowed = "one under which nothing else is"
+            raise UserError(key, value, allowed, problem=f"{folder} is no folder")
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Give a sealed folder its name; a folder that had the name is removed.
 

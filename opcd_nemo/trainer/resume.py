@@ -15,7 +15,7 @@ from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.errors import ReadError, UserError
 from opcd_nemo.metrics import METRICS
-from opcd_nemo.storage.durable import clean, describe, set_aside
+from opcd_nemo.storage.durable import check_folders, clean, describe, set_aside
 from opcd_nemo.storage.metrics_file import cut_metrics
 from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
@@ -40,6 +40,7 @@ def make_way(run_folder: RunFolder, config: TrainConfig, parallel: Parallel) -> 
     def prepare() -> None:
         if not config.exp_manager["resume_if_exists"]:
             run_folder.set_aside()
+        check_folders("name", config.name, (folder, folder / _CHECKPOINTS))
         stop = folder / STOP_FILE
         if stop.exists():
             raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -24,8 +23,12 @@ from opcd_nemo.config.secrets import recorded, words_without_secrets
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
 from opcd_nemo.config.train import TrainConfig
-from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
-from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
+from opcd_nemo.distributed.groups import Parallel, init_parallel
+from opcd_nemo.distributed.launcher import (
+    LAUNCHER_PID_ENV,
+    environment_number,
+    environment_world,
+)
 from opcd_nemo.errors import NonFiniteError, ReadError
 from opcd_nemo.evaluation.evaluator import Evaluation
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
@@ -198,9 +201,8 @@ def _report(
     weights_sha256 = checkpoint.weights_digest(model.run.student)
 
     def write() -> dict[str, Any]:
-        launcher = os.environ.get(LAUNCHER_PID_ENV)
-        if launcher is not None:
-            peaks.append(peak_rss_of(int(launcher)))
+        if (launcher := environment_number(LAUNCHER_PID_ENV, 0)) > 0:
+            peaks.append(peak_rss_of(launcher))
         facts = {
             "seconds_total": round(time.perf_counter() - started, 1),
             "peak_rss_gib": gib(peaks),

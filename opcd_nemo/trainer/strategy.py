@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from nemo.utils.app_state import AppState
 from opcd_nemo.checkpoint import save_load as checkpoint
 from opcd_nemo.checkpoint.newest import checkpoint_name, step_of, surplus
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.distributed.launcher import environment_number
 from opcd_nemo.evaluation.validations import ValidationHistory
 from opcd_nemo.metrics import Stopwatch
 from opcd_nemo.storage.ranks import on_rank_0
@@ -251,7 +251,7 @@ def _reopen_epoch(fit_loop: dict[str, Any]) -> None:
 def trainer_settings(strategy: MegatronStrategy) -> dict[str, Any]:
     """What every Lightning trainer on these groups has in common."""
     parallel = strategy.parallel
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = environment_number("LOCAL_WORLD_SIZE", 1, least=1)
     return {
         "accelerator": parallel.device.type,
         "devices": local_ranks,

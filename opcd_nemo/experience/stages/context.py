@@ -9,7 +9,8 @@ from typing import Protocol
 from omegaconf import DictConfig
 
 from opcd_nemo.config.train import TrainConfig, load_config
-from opcd_nemo.distributed.groups import Parallel, environment_world, init_parallel
+from opcd_nemo.distributed.groups import Parallel, init_parallel
+from opcd_nemo.distributed.launcher import environment_world
 from opcd_nemo.evaluation.evaluator import Evaluator
 from opcd_nemo.experience.contents import keep_contents
 from opcd_nemo.experience.folder import PipelineFolder

@@ -336,7 +336,13 @@ def test_a_program_of_another_kind_is_no_plug(target: str) -> None:
     "name",
     [
         *("'../../{step}'", "'a/{step}'", "same", "'.{step}'", "null", "3"),
-        *("'{step}-{loss}'", "'step=3-{step}'", "'{step}{step}'", f"'{{step}}{'x' * 200}'"),
+        *(
+            "'{step}-{loss}'",
+            "'step=3-{step}'",
+            "'{step}{step}'",
+            "'{step}5'",
+            f"'{{step}}{'x' * 200}'",
+        ),
     ],
 )
 def test_a_checkpoint_has_a_name_of_its_folder_that_a_later_start_finds(name: str) -> None:

@@ -10,7 +10,14 @@ import time
 import psutil
 import pytest
 
-from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
+from opcd_nemo.distributed.launcher import (
+    LAUNCHER_PID_ENV,
+    end_with_parent,
+    environment_world,
+    launcher_has_ended,
+)
+from opcd_nemo.errors import UserError
+from opcd_nemo.launch.exits import report_error
 from tests.tree import PYTHONPATH
 
 RANK = """
@@ -21,6 +28,40 @@ print("ready", flush=True)
 time.sleep(60)
 """
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.parametrize(
+    ("variables", "key"),
+    [
+        *(({"RANK": wrong}, "RANK") for wrong in ("a", "-1", "", "1.0", "²", "9" * 40, "0x1")),
+        *(({"WORLD_SIZE": wrong}, "WORLD_SIZE") for wrong in ("2.0", "0", " 2")),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1"}, "RANK"),
+    ],
+)
+def test_a_world_that_is_none_is_refused(
+    variables: dict[str, str], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", LAUNCHER_PID_ENV):
+        monkeypatch.delenv(name, raising=False)
+    assert environment_world() == (0, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        environment_world()
+    assert (caught.value.key, caught.value.where) == (key, "the environment")
+    assert str(caught.value.value) == variables[key]
+    assert report_error(caught.value) == 2
+
+
+def test_the_number_of_a_launcher_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert environment_world() == (1, 2)
+    for wrong in ("x", "-1", "0"):
+        monkeypatch.setenv(LAUNCHER_PID_ENV, wrong)
+        with pytest.raises(UserError, match=f"{LAUNCHER_PID_ENV}={wrong}; allowed: a whole number"):
+            launcher_has_ended()
 
 
 def test_a_killed_launcher_takes_its_ranks_along() -> None:

@@ -42,6 +42,7 @@ def test_rank_0_alone_prints(
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv(LAUNCHER_PID_ENV, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     assert report_error(error) == code

@@ -204,3 +204,19 @@ def test_a_file_is_forced_to_the_disk_when_it_is_measured(
     monkeypatch.setattr(os, "fsync", forced.append)
     assert durable.measure(folder / "a.bin", sync=sync).num_bytes == 1000
     assert len(forced) == sync
+
+
+def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    durable.check_folders("name", "run", (tmp_path, tmp_path / "new"))
+    for name in ("file", "dangling"):
+        with pytest.raises(UserError, match=f"name=run: .*{name} is no folder; allowed: one under"):
+            durable.check_folders("name", "run", (tmp_path, tmp_path / name))
+
+
+def test_a_read_that_fails_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "memory").symlink_to("/proc/self/mem")  # gives nothing from its start
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        durable.measure(tmp_path / "memory")
+    assert caught.value.filename == str(tmp_path / "memory")
