@@ -70,9 +70,16 @@ def makes(target: str, protocol: type) -> bool:
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments that YAML gives."""
-    parameters = inspect.signature(factory, eval_str=True).parameters
-    return {name: each for name, each in parameters.items() if name not in RUNTIME_ARGUMENTS}
+    """The arguments that YAML gives, with the meaning of their annotations.
+
+    Annotations of `RUNTIME_ARGUMENTS` may name classes that a check need not import.
+    """
+    parameters = inspect.signature(factory).parameters
+    unread = {
+        parameters[name].annotation: object for name in RUNTIME_ARGUMENTS if name in parameters
+    }
+    meant = inspect.signature(factory, eval_str=True, locals=unread).parameters
+    return {name: each for name, each in meant.items() if name not in RUNTIME_ARGUMENTS}
 
 
 def _split(annotation: Any) -> tuple[Any, Doc | None]:

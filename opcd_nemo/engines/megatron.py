@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,14 @@ from opcd_nemo.config.doc import Doc
 from opcd_nemo.config.limits import MOST_SEQUENCES
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
-from opcd_nemo.model.language_model import LanguageModel, Stream
-from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
-from opcd_nemo.model.packing import pack, starts_with
+from opcd_nemo.model.packing import Stream, pack, starts_with
 from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample
+
+if TYPE_CHECKING:  # megatron-core: what checks or plans a run imports this module, and not that
+    from opcd_nemo.model.language_model import LanguageModel
+    from opcd_nemo.model.layers import PackedWeight
 
 BatchSize = Annotated[
     int, Doc(words="sequences decoded together", minimum=1, maximum=MOST_SEQUENCES)
@@ -87,14 +89,12 @@ class MegatronEngine:
         self.weights_version = version
         self._prefixes.clear()
         if self._pack:
-            pack_weights(self._model.module)
-            if self._model.parallel.is_last_stage:
-                self._head = PackedWeight(self._model.head_weight_VH)
+            self._head = self._model.pack_weights()
 
     def release_weights(self) -> None:
         """Give back the packed copies; `load_weights` makes them anew."""
         self.weights_version = -1
-        unpack_weights(self._model.module)
+        self._model.unpack_weights()
         self._head = None
         self._prefixes.clear()
         self._model.parallel.give_back_memory()

@@ -149,7 +149,9 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
             logging.getLogger(f"opcd_nemo.{name}").setLevel(logging.ERROR)
     main = load_main()
     from nemo.core.config import hydra_runner
+    from nemo.utils import logging as nemo_logging
 
+    nemo_logging.setLevel(logging.ERROR)
     quiet_libraries()
 
     failures: list[Exception] = []  # Hydra must not see them: it prints the whole command again
@@ -184,10 +186,7 @@ def _check_world(num_ranks: int) -> None:
 
 def quiet_libraries() -> None:
     """Keep third parties' notes off the screen; their errors stay."""
-    from nemo.utils import logging as nemo_logging
-
     warnings.filterwarnings("ignore")
-    nemo_logging.setLevel(logging.ERROR)
     for name in ("lightning", "lightning.pytorch", "megatron.core", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 
 from opcd_nemo.formats.shape import ModelConfig
@@ -81,6 +80,9 @@ def causal_attention(
     rows, queries, heads, size = q_RQAD.shape
     keys, groups = k_RSGD.shape[1:3]
     if q_RQAD.device.type != "cpu":
+        # not above: this import brings torch's compiler, 2 CPU-seconds of each command
+        from torch.nn.attention.bias import causal_lower_right
+
         out: torch.Tensor = F.scaled_dot_product_attention(
             q_RQAD.transpose(1, 2),
             k_RSGD.transpose(1, 2),

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -39,7 +39,6 @@ from opcd_nemo.formats.sharding import (
 from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.attention import (
-    AttentionState,
     KeyValue,
     KVCache,
     PackedAttention,
@@ -49,8 +48,8 @@ from opcd_nemo.model.attention import (
 from opcd_nemo.model.context_parallel import Indices, SplitAttention, StreamShare
 from opcd_nemo.model.gpt import build_module, transformer_config
 from opcd_nemo.model.head import Head
-from opcd_nemo.model.layers import PackedWeight
-from opcd_nemo.model.packing import TokenBatch
+from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
+from opcd_nemo.model.packing import Stream, TokenBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
@@ -69,13 +68,6 @@ def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
     if word not in DTYPES:
         raise UserError("dtype", word, f"{', '.join(DTYPES)}, or null for what is stored")
     return DTYPES[word]
-
-
-class Stream(NamedTuple):
-    """What a forward pass needs: tokens and the state of their attention."""
-
-    token_ids_T: torch.Tensor
-    state: AttentionState
 
 
 class LanguageModel:
@@ -188,6 +180,15 @@ class LanguageModel:
         else:
             local = packed.linear(hidden_NH)
         return self.parallel.gather_vocabulary(local)[:, : self.config.vocab_size]
+
+    def pack_weights(self) -> PackedWeight | None:
+        """Reorder the weights for decoding on a CPU; returns the head's, on the last stage."""
+        pack_weights(self.module)
+        return PackedWeight(self.head_weight_VH) if self.parallel.is_last_stage else None
+
+    def unpack_weights(self) -> None:
+        """Forget the packed weights: they are stale after an optimizer step."""
+        unpack_weights(self.module)
 
     def rotary_tables(self, positions_T: torch.Tensor) -> KeyValue:
         """Rotary tables in the model's dtype."""

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from opcd_nemo.model.attention import Packing, shared_prefix_tokens
+from opcd_nemo.model.attention import AttentionState, Packing, shared_prefix_tokens
+
+
+class Stream(NamedTuple):
+    """What a forward pass needs: tokens and the state of their attention."""
+
+    token_ids_T: torch.Tensor
+    state: AttentionState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,10 @@ import torch
 names = ("current_device", "is_available", "device_count", "Stream", "synchronize")
 before = {name: getattr(torch.cuda, name) for name in names}
 threads, tensor_type = torch.get_num_threads(), torch.Tensor.type
+for module in ("plan.planning", "training.prepared", "engines.megatron", "experience.command"):
+    importlib.import_module(f"opcd_nemo.{module}")
+slow = {"megatron.core", "nemo", "lightning", "transformers", "torch._dynamo"} & set(sys.modules)
+assert not slow, f"{slow}: seconds of each plan and of each check before a launch"
 for module in sys.argv[1:]:
     importlib.import_module(module)
 after = {name: getattr(torch.cuda, name) for name in names}
