@@ -52,9 +52,9 @@ def distill(
         student: the model: a Hugging Face folder, `hf://owner/name`, a GGUF or `.nemo` file, a
             checkpoint, or the word `smollm2-135m-instruct`.
         context: what the teacher reads: a system prompt, or pairs of a question and its answer.
-        questions: what is asked. Without `test_questions` a fifth of them, 50 at most, is kept for
+        questions: texts of questions. Without `test_questions` a fifth, 50 at most, is kept for
             the test; a tenth, 16 at most, for validation.
-        test_questions: what is asked before and after training.
+        test_questions: texts of questions that are asked before and after training.
         score: how answers are scored: `brevity`, `bullets`, `json`, `pirate`, or a function that
             takes an answer and returns a number from 0 to 1, or None for no answer. None: an answer
             that is not blank has score 1, which says nothing about the context.
@@ -70,7 +70,7 @@ def distill(
     Raises:
         UserError: an argument or a key is wrong, before a model loads; its fields name the key, the
             value and what is allowed.
-        RunFailed: one of several ranks has failed; the message is its line.
+        RunFailed: a rank of several has failed; the message is the rank's line.
         NonFiniteError, SaveError, StoppedBySignal, StoppedByFile: as of `opcd train`.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -117,7 +117,7 @@ def _check_ranks(raw: DictConfig, ranks: int, score: str | Score | None) -> None
 
 
 def _run_command(words: Sequence[str], *, quiet: bool) -> None:
-    """Start `opcd` with these words, hand on what it prints, and raise what ended it."""
+    """Start `opcd` with these words, show its output, and raise the error that ended it."""
     longest = max(words, key=len)
     if len(longest.encode()) > _LONGEST_WORD:
         key, allowed = longest.partition("=")[0], "a shorter text, or ranks=1"
@@ -188,7 +188,7 @@ def _score_words(score: str | Score | None) -> list[str]:
 def _split(
     questions: Sequence[str], test_questions: Sequence[str] | None
 ) -> Mapping[str, Sequence[str]]:
-    """Questions by split, in an order that is no one's choice."""
+    """Questions by split, in the order of their hashes, which nobody chooses."""
     asked = sorted(_distinct("questions", questions), key=digest)
     if test_questions is None:
         num_test = min(_MOST_TEST, max(1, len(asked) // 5))
@@ -217,7 +217,7 @@ def _distinct(key: str, questions: Sequence[str]) -> list[str]:
 
 
 def _write_questions(folder: Path, splits: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """A file a split, in a folder whose name tells the content: equal questions share it."""
+    """Write a file for each split, in a folder named by the content."""
     texts = {
         split: "".join(json.dumps({_COLUMN: each}) + "\n" for each in asked)
         for split, asked in splits.items()

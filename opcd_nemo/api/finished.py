@@ -1,4 +1,4 @@
-"""A run that has ended, as an object: its files say everything that is known of it."""
+"""A run that has ended, as an object that reads the run's files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FinishedRun:
         return self.folder / "checkpoints" / f"step={self.summary['steps']}.ckpt"
 
     def report(self, *, show: bool = True) -> Path:
-        """Open the run's page in a browser, where there is a browser; returns the page.
+        """Open the run's page in a browser, if the machine has a browser; returns the page.
 
         Args:
             show: False: return the page alone.

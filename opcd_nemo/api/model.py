@@ -13,7 +13,7 @@ from opcd_nemo.launch.compose import compose
 
 
 class ChatModel:
-    """A loaded model; it answers every question on its own, without the questions before."""
+    """A loaded model, which answers every question without the questions before."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat

@@ -38,7 +38,7 @@ class _Interrupted(BaseException):
 
 @contextmanager
 def borrowed_process(words: Sequence[str], *, quiet: bool) -> Iterator[None]:
-    """Prepare this process as a command would, and give it back as it was.
+    """Prepare this process as a command would, and restore the process afterwards.
 
     Args:
         words: what `sys.argv` has meanwhile; NeMo writes it down.

@@ -9,7 +9,7 @@ from opcd_nemo.config.stored import escaped
 
 
 def word(key: str, value: object) -> str:
-    """The word that gives a key this value, whatever characters a text of it has.
+    """The word that gives a key this value; a text may have any characters.
 
     `value` is None, a bool, a number, a text, a path, or a list or mapping of these.
     """

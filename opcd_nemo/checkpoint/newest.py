@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from: the newest whole one of its folder."""
+"""The checkpoint that a run continues from: the newest complete checkpoint of its folder."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _names(folder: Path, parallel: Parallel) -> list[str]:
 
 
 def step_of(path: Path) -> int:
-    """How many steps a checkpoint's name says; -1 when it says nothing."""
+    """The number of steps in a checkpoint's name; -1 for another name."""
     match = re.search(r"step=(\d+)", path.name)
     return int(match[1]) if match else -1
 
@@ -149,7 +149,7 @@ def find_damage(path: Path, parallel: Parallel) -> str | None:
 
 
 def read_common(path: Path, loops: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Lightning's part of a checkpoint, and what the model put beside it as `opcd`.
+    """Lightning's part of a checkpoint, and the part that the model added as `opcd`.
 
     Args:
         path: the checkpoint.
@@ -157,7 +157,7 @@ def read_common(path: Path, loops: Mapping[str, Any] | None = None) -> dict[str,
             no run is continued.
 
     Raises:
-        UserError: the checkpoint is of another program, or of another version of this one.
+        UserError: another program, or another version of this program, wrote the checkpoint.
         ReadError: a disk does not give what it holds.
     """
     try:

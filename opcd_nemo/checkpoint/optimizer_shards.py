@@ -3,13 +3,13 @@
 Megatron lays the parameters end to end in flat buckets and gives every data-parallel rank one
 stretch of each bucket. Its `fully_reshardable` checkpoints hold whole parameters, for which
 megatron-core gathers everything on every rank. But a rank already holds most parameters whole; only
-those that lie across the border of two stretches need an exchange. With 2 ranks and 3 parameters:
+parameters that cross the border of two stretches need an exchange. With 2 ranks and 3 parameters:
 
     bucket   | a a a a | b b b b b b | c c |
     rank 0   |---------------|                 a whole, the first 2 of b
     rank 1                   |-------------|   the last 4 of b, c whole
 
-b belongs to rank 1, which has more of it; rank 0 sends its 2 elements.
+b belongs to rank 1, which has more elements of b; rank 0 sends its 2 elements.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def whole_parameters(
 
 
 def _stretches(optimizer: Any, dp: int) -> Iterator[tuple[torch.nn.Parameter, list[_Stretch]]]:
-    """Every parameter in the order of the buffers, and which rank holds which part of it."""
+    """Every parameter in the order of the buffers, and the part of each that each rank holds."""
     for buffer in optimizer.buffers:
         for parameter, (start, stop, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]

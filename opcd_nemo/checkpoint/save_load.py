@@ -84,7 +84,7 @@ def start_save(
     *,
     background: bool,
 ) -> Save:
-    """Begin to write a checkpoint; `publish` gives it its name.
+    """Begin to write a checkpoint; `publish` gives the checkpoint its name.
 
     Optimizer and a teacher that moves are written when `common` holds Lightning's
     `optimizer_states`, that is unless the checkpoint callback says `save_weights_only`.
@@ -130,7 +130,7 @@ def publish(save: Save, parallel: Parallel, run_folder: RunFolder) -> None:
     Args:
         save: what was begun.
         parallel: the ranks.
-        run_folder: of rank 0; no longer held, it refuses just before the renames.
+        run_folder: of rank 0; if another job holds the folder, it refuses just before the renames.
 
     Raises:
         SaveError: on every rank, when one could not write; nothing is published.

@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 _LOWEST_PRIORITY = 19
-_SHARE = 0.1  # of a core, for the thread: it uses the caches and the memory that training needs
+_SHARE = 0.1  # of a core, for the thread: the thread uses caches and memory that training needs
 _WRITE_BYTES = 1 << 23  # written at once, forced to the disk, and dropped from memory
 Index = Metadata  # which pieces the whole has, and where they lie
-Piece = tuple[WriteItem, Any]  # what it is called in the checkpoint, and its tensor or bytes
+Piece = tuple[WriteItem, Any]  # its name in the checkpoint, and its tensor or bytes
 
 
 def plan(state: dict[str, Any], parallel: Parallel) -> tuple[list[Piece], Index]:
@@ -160,7 +160,7 @@ def _to_memory(data: Any, *, copy: bool) -> Any:
 
 
 class _HashingFile:
-    """A file that is hashed as it is written, and forced to the disk when it is closed."""
+    """A file that is hashed while it is written, and forced to the disk at its end."""
 
     def __init__(self, path: Path, rest: Callable[[], None]) -> None:
         self._rest = rest
@@ -185,7 +185,7 @@ class _HashingFile:
                     self._drop()
         except OSError as error:
             error.filename = self._path
-            self._error = error  # torch hides it behind an error of its own
+            self._error = error  # torch hides it behind another error
             raise
         return len(data)
 

@@ -20,7 +20,7 @@ from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
 
-# gate and up under keys of their own: one key would put the padding of gate between them
+# gate and up have two keys: a common key would put the padding of gate between them
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": True}
 
 
@@ -48,7 +48,7 @@ def _allowing_mismatch(build: Callable[..., list[Any]]) -> Callable[..., list[An
 
 
 def teacher_state(teacher: Teacher) -> dict[str, Any]:
-    """The sharded weights of a teacher that the student's present ones do not give."""
+    """The sharded weights of a teacher that are not the student's present weights."""
     tensors = teacher.state()
     if not tensors:
         return {}
@@ -116,7 +116,7 @@ def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Fill the optimizer, with a step count of its own for every parameter.
+    """Fill the optimizer, with a separate step count for every parameter.
 
     Megatron 0.16.1 shares one step tensor among all parameters, so that AdamW would count it once
     for each, and looks for a step in the loaded moments, where there is none. An optimizer that

@@ -40,7 +40,7 @@ class _Side:
         return self.context.messages("")[:-1]
 
     def wrapped(self, line: str) -> str:
-        """A question as this side reads it; experience stands around a chat's first alone."""
+        """A question as this side reads it; experience surrounds only a chat's first question."""
         return line if self.turns else self.context.wrapped(line)
 
 
@@ -66,7 +66,7 @@ class Chat:
         max_positions: int,
         seed: int,
     ) -> None:
-        """Without a context there is one side only."""
+        """Without a context the chat has a single side."""
         self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
         self._max_positions, self._seed, self._count = max_positions, seed, 0
         self.context = context
@@ -80,7 +80,7 @@ class Chat:
             side.turns.clear()
 
     def ask(self, line: str) -> list[str]:
-        """Put a question to every side; one line an answer."""
+        """Put a question to every side; every answer is a line."""
         try:
             replies = self.replies(line, range(len(self._sides)))
         except UserError:
@@ -94,7 +94,7 @@ class Chat:
         """Put a question to some sides: 0 is without the context, 1 with it.
 
         Raises:
-            UserError: it does not fit the model beside what was said before.
+            UserError: the question does not fit the model beside the chat so far.
         """
         asked = [self._sides[index] for index in sides]
         questions: list[Message] = [
@@ -178,7 +178,7 @@ def _check_length(sampling: Sampling, max_positions: int) -> None:
 
 
 def _context(source: str, system: str | None) -> Context | None:
-    """The context given, or else the model's own."""
+    """The given context, or else the context that the model was distilled from."""
     if system is not None:
         return Context(system=system, demonstrations=())
     described = read_provenance(source).context

@@ -19,7 +19,7 @@ def show_choices(words: Sequence[str]) -> int:
     """Print the groups, or the choices of the group that is named.
 
     Raises:
-        UserError: there is no such group, or more than a group is named.
+        UserError: no group has that name, or several groups are named.
     """
     if len(words) > 1:
         raise UserError("opcd list", " ".join(words), "a single group, as opcd list recipes")
@@ -63,7 +63,7 @@ def group_of(word: str) -> str:
     """The group that a word names, in the singular or the plural.
 
     Raises:
-        UserError: there is no such group.
+        UserError: no group has that name.
     """
     known: dict[str, str] = {}
     for group in groups():
@@ -74,7 +74,7 @@ def group_of(word: str) -> str:
 
 
 def about(file: Path) -> str:
-    """What a file of `conf/` says of itself: its leading comment, in one line."""
+    """The leading comment of a file of `conf/`, in one line."""
     words = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):

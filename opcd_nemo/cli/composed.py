@@ -125,7 +125,7 @@ def _value(node: DictConfig, name: str) -> Any:
 
 
 def _source(key: str, sources: dict[str, str]) -> str:
-    """The source of a key, or of the nearest group above it that has one."""
+    """The source of a key, or of the nearest group above the key that has a source."""
     while key not in sources and "." in key:
         key = key.rpartition(".")[0]
     return sources.get(key, "unknown")

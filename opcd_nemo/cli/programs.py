@@ -34,7 +34,7 @@ def train(words: Sequence[str]) -> int:
 
 
 def doctor(words: Sequence[str]) -> int:
-    """Examine a run before it costs anything."""
+    """Examine a run before its first step."""
     from opcd_nemo.launch.ranks import run_in_ranks
 
     def load() -> Main:
@@ -138,7 +138,7 @@ def maps(words: Sequence[str]) -> int:
 
 
 def experience(words: Sequence[str]) -> int:
-    """Go through the experience pipeline, or through one stage of it."""
+    """Run the experience pipeline, or a single stage of the pipeline."""
     from opcd_nemo.experience.command import run_experience
 
     run_experience(words)

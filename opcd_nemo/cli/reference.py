@@ -70,7 +70,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML, if it has one that fits in a cell."""
+    """A value as YAML, if the YAML fits in a cell."""
     if value == "???" or isinstance(value, dict):
         return ""
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")

@@ -127,7 +127,7 @@ def _keys(config_name: str) -> Iterator[str]:
 
 
 def keys_of(config_name: str) -> list[Described]:
-    """Every key of a command; those without a group come first."""
+    """Every key of a command; keys without a group come first."""
     keys = list(_described(config_name))
     alone = [key for key in keys if "." not in key.key and not key.is_group]
     return alone + [key for key in keys if key not in alone]

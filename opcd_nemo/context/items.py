@@ -19,7 +19,7 @@ ITEM_MARKER = "- EXPERIENCE ITEM:"
 def parse_items(answer: str) -> tuple[str, ...]:
     """Return the items of an answer; its thinking and every line without the marker are dropped.
 
-    Several items may stand in one line. White space around an item is cut, inside it is kept.
+    A line may hold several items. White space around an item is cut; inside an item it is kept.
     """
     parts = [p for line in spoken(answer).splitlines() for p in line.split(ITEM_MARKER)[1:]]
     return tuple(part.strip() for part in parts if part.strip())

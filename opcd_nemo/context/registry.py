@@ -52,7 +52,7 @@ class Registry:
         self.folder = folder
 
     def add(self, entry: Entry) -> Path:
-        """Write an entry, unless its items are there already; returns its file."""
+        """Write an entry, unless the registry has its items; returns the entry's file."""
         path = self.folder / _ENTRIES / f"{entry.hash}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Registry:
         return path
 
     def select(self, entry_hash: str, reason: str) -> None:
-        """Make an entry the selected one, unless it is; earlier selections stay in the history."""
+        """Select an entry, unless it is selected; earlier selections stay in the history."""
         selected = self.find(entry_hash)
         if self.history() and self.history()[-1]["content_hash"] == selected.hash:
             return
@@ -74,7 +74,7 @@ class Registry:
         """Select again what was selected before the present selection; each goes a step further.
 
         Raises:
-            UserError: there was no other selection before.
+            UserError: the history has no other selection.
         """
         hashes = self._not_rolled_back()
         if len(hashes) < 2:
@@ -87,7 +87,7 @@ class Registry:
         return self.find(hashes[-2])
 
     def _not_rolled_back(self) -> list[str]:
-        """The selections that led to the present one, which is the last."""
+        """The selections that led to the present selection, which is the last."""
         hashes: list[str] = []
         for line in self.history():
             selected = line["content_hash"]
@@ -125,7 +125,7 @@ class Registry:
         """Return the entry whose hash starts so.
 
         Raises:
-            UserError: none does, or several do, or its file is not what it was.
+            UserError: no entry or several entries match, or the entry's file has changed.
         """
         known = self._files()
         found = [file for file in known if file.stem.startswith(entry_hash)] if entry_hash else []
@@ -147,10 +147,10 @@ class Registry:
 
 
 def read_entry(path: Path) -> Entry:
-    """Read an entry, or the one selected in a registry's folder.
+    """Read an entry, or the selected entry of a registry's folder.
 
     Raises:
-        UserError: it is not there, or it is not what its hash says.
+        UserError: the entry does not exist, or its content differs from its hash.
     """
     if path.is_dir():
         return Registry(path).selected()
@@ -179,7 +179,7 @@ def read_entry(path: Path) -> Entry:
 
 
 def table(registry: Registry) -> str:
-    """One line an entry: hash, items, tokens, its last score, whether it is selected."""
+    """A line for each entry: hash, items, tokens, its last score, whether it is selected."""
     history = registry.history()
     selected = history[-1]["content_hash"] if history else ""
     lines = [f"{'entry':14}{'items':>6}{'tokens':>8}{'score':>8}  written by"]
@@ -202,7 +202,7 @@ def difference(before: Entry, after: Entry) -> str:
 
 
 def describe(entry: Entry) -> Mapping[str, Any]:
-    """An entry with its hash, as `show` prints it."""
+    """An entry with its hash, as `show` prints them."""
     return {"content_hash": entry.hash, **asdict(entry)}
 
 
@@ -212,7 +212,7 @@ def answer(words: Sequence[str]) -> str:
     `registry=<folder>` names the registry; an entry is named by the start of its hash.
 
     Raises:
-        UserError: there is no such command, registry or entry.
+        UserError: the command, registry or entry does not exist.
     """
     folders = [word.partition("=")[2] for word in words if word.startswith("registry=")]
     command, *entries = [word for word in words if not word.startswith("registry=")] or [""]

@@ -201,7 +201,7 @@ class ExperienceContext(OneContext):
 
 
 class ExperiencePool:
-    """Several experiences; every episode draws one of them, anew at each step.
+    """Several experiences; every episode draws an experience, anew at each step.
 
     Source: Online Experiential Learning (arXiv 2603.16856), several knowledge files.
     """

@@ -1,6 +1,6 @@
 """Answers, on a CPU, the CUDA calls that megatron-core makes without asking.
 
-Private: only `parallel.py` imports this, and installs it when a run's device is the CPU.
+Private: only `groups.py` imports this module, and installs it when a run's device is the CPU.
 Megatron-core has no switch for it: more than a hundred call sites name CUDA literally.
 `torch.cuda.device_count` and `is_available` stay as they are; Lightning reads them.
 """
@@ -69,7 +69,7 @@ def _itself(self: object, *_: object, **__: object) -> object:
 
 
 def _answer(value: object = None) -> Callable[..., Any]:
-    """A function of its own each time: torch's compiler refuses one object under two names."""
+    """A new function each time: torch's compiler refuses an object under two names."""
     return lambda *_, **__: value
 
 

@@ -50,7 +50,7 @@ def _check_processors(ranks: int) -> None:
 
 
 def backend_version(device: torch.device) -> str:
-    """The library of collectives on this device, with its version where it has one."""
+    """The library of collectives on this device, with its version if it has a version."""
     if device.type == "cpu":
         return "gloo"
     if not dist.is_nccl_available():
@@ -59,7 +59,7 @@ def backend_version(device: torch.device) -> str:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed (it must not be, on a CPU)."""
+    """Whether Transformer Engine is installed (on a CPU it need not be)."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 

@@ -265,7 +265,7 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
 
 
 def end_parallel() -> None:
-    """Close the process group, if there is one; gloo aborts where the interpreter does it."""
+    """Close the process group, if any; gloo aborts if the interpreter closes the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -348,7 +348,7 @@ def _create_groups(
 
 
 def _second_group(group: Any, timeout_s: float) -> Any:
-    """Another group of the same ranks, with a communicator of its own. Collective over the world.
+    """Another group of the same ranks, with a separate communicator. Collective over the world.
 
     Groups of a single rank exchange nothing: they are left as they are.
     """

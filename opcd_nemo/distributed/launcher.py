@@ -1,4 +1,4 @@
-"""The process that started the ranks of a machine: none of them outlives it."""
+"""The process that started the ranks of a machine: no rank outlives this launcher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def environment_world() -> tuple[int, int]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends, however it ends.
+    """Let the kernel kill this process when its parent ends, however the parent ends.
 
     Orphans of a launcher that was killed would go on training, and hold the run's folder.
     """

@@ -40,7 +40,7 @@ def refusal(name: str, error: UserError) -> Check:
 
 
 def attempt(name: str, look: Callable[[], Check]) -> Check:
-    """What `look` returns, or a failed row where it refuses."""
+    """What `look` returns, or a failed row if `look` refuses."""
     try:
         return look()
     except UserError as error:

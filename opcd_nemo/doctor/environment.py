@@ -46,7 +46,7 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def _requirements() -> list[Requirement]:
-    """What the project's metadata requires here; nothing where it runs without being installed."""
+    """What the project's metadata requires here; nothing if the project is not installed."""
     try:
         lines = importlib.metadata.requires(_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -76,7 +76,7 @@ def _satisfies(version: str | None, requirement: Requirement) -> bool:
 
 
 def imports() -> Check:
-    """Whether megatron-core can be imported: it imports Transformer Engine where that is there."""
+    """Whether megatron-core can be imported; it imports Transformer Engine if that is installed."""
     try:
         importlib.import_module("megatron.core")
     except Exception as error:  # of any kind: a vendor's package fails in its own way

@@ -46,7 +46,7 @@ def before_launch(raw: DictConfig) -> ParallelConfig | None:
 
 
 def _stop_if_nothing_imports() -> None:
-    """Show the rows that need no megatron-core where it cannot be imported: the engines need it."""
+    """Show the rows that need no megatron-core, if megatron-core cannot be imported."""
     checks = [packages(installed_versions()), imports()]
     if failed(checks[1:]):
         logger.info("%s", table(checks))
@@ -136,7 +136,7 @@ def _prompts(config: TrainConfig) -> int:
 
 
 def _checkpoints_gib(config: TrainConfig, student: text.Side) -> float:
-    """Disk for the checkpoints a run keeps, and the one in the making.
+    """Disk space for the checkpoints that a run keeps, and for the next checkpoint.
 
     A parameter takes its dtype's bytes, and 12 more (fp32 master and two moments) in full ones.
     """

@@ -71,7 +71,7 @@ def sample_probe(run: Run, num_prompts: int, max_new_tokens: int) -> Probe:
 
 
 def worst_over_ranks(parallel: Parallel, value: float) -> float:
-    """The largest value of any rank; infinite where one is not a number."""
+    """The largest value of any rank; infinite if a value is not a number."""
     values = parallel.gather_objects(value)
     return max(math.inf if math.isnan(one) else one for one in values)
 
@@ -154,7 +154,7 @@ def _wide(head: Head) -> Head:
 
 
 def _whole_head(checkpoint: StoredModel, shard: Head, num_rows: int) -> Head:
-    """The head as it is in the files, over the same hidden states, rounded as the shard is."""
+    """The head of the files over the same hidden states, rounded like the shard."""
     (name,) = hf_names(checkpoint.config, "output_layer.weight", layer=None, spec="local")
     weight = checkpoint.tensor(name)[:num_rows].to(shard.hidden_NH.device, shard.weight_VH.dtype)
     return _wide(Head(hidden_NH=shard.hidden_NH, weight_VH=weight, num_valid_columns=len(weight)))

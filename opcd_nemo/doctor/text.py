@@ -17,12 +17,12 @@ from opcd_nemo.training.inputs import Inputs
 from opcd_nemo.types import Message
 
 RESPONSE = "Well: 12 or 34, it's <b>so</b>.\n\n- naïve café {x} \\boxed{7}"
-"""Stands for a response; templates may strip blanks around one, so it has none."""
+"""A made-up response without blanks at its ends, which templates may strip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two models, as its files describe it."""
+    """The student or the teacher, as its files describe the model."""
 
     model: ModelConfig
     tokenizer: ChatTokenizer
@@ -38,7 +38,7 @@ def open_sides(config: TrainConfig) -> tuple[Side, Side]:
     teacher = student if config.teacher.path is None else open_side(config.teacher.path)
     arguments = config.student.chat_template_arguments
     template = student.tokenizer.chat_template_source
-    if teacher.tokenizer.chat_template_source == template:  # another one may know no such variable
+    if teacher.tokenizer.chat_template_source == template:  # else it may not know the variable
         teacher = replace(teacher, tokenizer=teacher.tokenizer.with_arguments(arguments))
     return replace(student, tokenizer=student.tokenizer.with_arguments(arguments)), teacher
 
@@ -84,7 +84,7 @@ def ends(student: Side, teacher: Side) -> Check:
 
 
 def templates(student: Side, teacher: Side, chat: Sequence[Message]) -> Check:
-    """Whether the teacher reads the chat as its own template would write it."""
+    """Whether the teacher reads the chat as the teacher's template would write it."""
     ours, theirs = student.tokenizer.render(chat), teacher.tokenizer.render(chat)
     if ours == theirs:
         same = student.tokenizer.chat_template_source == teacher.tokenizer.chat_template_source
@@ -119,7 +119,7 @@ def lengths(inputs: Inputs, episodes: Sequence[Episode], new_tokens: int) -> Che
 def same_suffix(
     tokenizer: ChatTokenizer, source: ContextSource, episodes: Sequence[Episode]
 ) -> Check:
-    """Whether the template leaves a response as it is, byte for byte, under both prompts.
+    """Whether the template leaves a response unchanged, byte for byte, after both prompts.
 
     A run concatenates token ids and renders no response; demonstrations in a context, later turns
     and whoever uses the student do.

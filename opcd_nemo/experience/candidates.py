@@ -51,7 +51,7 @@ class Candidate:
 def candidates(
     records: Sequence[Mapping[str, Any]], cap_tokens: int, count: Callable[[str], int]
 ) -> list[Candidate]:
-    """Every prefix of every chain that differs from the one before; the newest items are kept."""
+    """Every prefix of every chain, if it differs from the prefix before; the newest items stay."""
     found: list[Candidate] = []
     for chain in sorted({record["chain"] for record in records}):
         items: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ class ExtractionConfig:
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
     def filled(self, trace: str, outcome: str | None, experience: str) -> str:
-        """The prompt about one trace."""
+        """The prompt about a trace."""
         texts = {"trace": trace, "outcome": outcome or "", "experience": experience}
         return _SLOTS.sub(lambda slot: texts[slot[1]], self.prompt)
 
@@ -174,7 +174,7 @@ class PipelineKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """A pipeline's own settings, and the raw configuration of its training runs."""
+    """A pipeline's settings, and the raw configuration of its training runs."""
 
     stage: str
     round: int

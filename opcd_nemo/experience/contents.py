@@ -50,7 +50,7 @@ def check_contents(folder: PipelineFolder) -> None:
 
 
 def keep_contents(folder: PipelineFolder) -> None:
-    """Write what the models and the data of a pipeline hold, when it begins."""
+    """Write the digests of a pipeline's models and data, when the pipeline begins."""
     file = folder.root / _FILE
     if not is_there(file):
         write_whole(file, json.dumps(_contents(folder), indent=1))

@@ -1,4 +1,4 @@
-"""Experience from a model's own traces: it plays without context, then writes what it learnt.
+"""Experience from a model's own traces: the model plays without context, then writes notes.
 
 A chain is `num_steps` extractions whose items are appended. Chains are independent. Work is done in
 waves, a step of all chains; each wave is written at once when all of its extractions are done, so
@@ -43,12 +43,12 @@ _RECORD = {
     "items": list[str],
 }
 _REMEDY = "a copy of the file as it was; or no such file, and its wave is done again"
-_WRITING = 500_000_000  # the index of an extraction's prompt starts here: its own randomness
+_WRITING = 500_000_000  # an extraction's index starts here: its random numbers are no player's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """A model with what it needs to answer; its tokenizer is the conversation's."""
+    """A model with everything that it needs to answer; its tokenizer is the conversation's."""
 
     engine: RolloutEngine
     conversation: Conversation
@@ -57,7 +57,7 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Play:
-    """An episode of a chain's step, played to its end; `turns` are the texts that were asked."""
+    """An episode of a chain's step, played to its end; `turns` are the texts of its prompts."""
 
     chain: int
     step: int

@@ -1,7 +1,7 @@
 """The folder of a pipeline.
 
 <exp_dir>/<name>/              registry/, experience.yaml, digests.json; rounds > 1: round=1/, ...
-extraction/wave=*.jsonl    records; turns.jsonl: what the player was asked
+extraction/wave=*.jsonl    records; turns.jsonl: the player's prompts
 candidates.json            every prefix of every chain
 scoring.jsonl, ranked.json
 selected.json
@@ -46,12 +46,12 @@ _NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
 
 
 class PipelineFolder:
-    """The files of one round of a pipeline.
+    """The files of a round of a pipeline.
 
     Attributes:
         settings: of the pipeline, with the number of the round.
         root: the folder of all rounds.
-        path: the round's folder: `root` itself where the pipeline has one round.
+        path: the round's folder: `root` itself if the pipeline has a single round.
         registry: the experience that the pipeline has selected.
     """
 
@@ -67,7 +67,7 @@ class PipelineFolder:
         return PipelineFolder(replace(self.settings, round=number, run=None))
 
     def run_name(self, run: str) -> str:
-        """The name of a run's folder: the former one where a folder of that name exists."""
+        """The name of a run's folder: the former name if a folder of that name exists."""
         former = former_method(run)
         return former if (self.path / former).is_dir() else run
 
@@ -119,7 +119,7 @@ class PipelineFolder:
         return ranking
 
     def open(self) -> None:
-        """Make the folder, once all is checked; refuse one that other settings have made.
+        """Make the folder after all checks; refuse a folder that other settings have made.
 
         Raises:
             UserError: naming every key that differs.
@@ -199,7 +199,7 @@ class PipelineFolder:
         return of_step(file.parent / "checkpoints", step)
 
     def is_last(self, run: str) -> bool:
-        """Whether the run's own scores, of its last checkpoint, are its student's."""
+        """Whether the run's scores, of its last checkpoint, are the scores of its student."""
         summary = read_object(self.of_run(RUN_SUMMARY, run), {"steps": int}, _REMEDY)
         return step_of(self.student(run)) == int(summary["steps"])
 

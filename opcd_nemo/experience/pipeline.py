@@ -1,4 +1,4 @@
-"""The whole pipeline: stage after stage, each left as it is once it is finished.
+"""The whole pipeline: stage after stage; a finished stage is skipped.
 
 The pipeline's process runs on every node and starts that node's ranks; what needs no ranks it does
 itself, on the first node.
@@ -29,7 +29,7 @@ from opcd_nemo.storage.records import check_record, read_object
 logger = logging.getLogger(__name__)
 
 Launch = Callable[[Sequence[str]], int]
-"""Starts ranks with these words after the command's own; returns their exit code."""
+"""Starts ranks with the command's words and these; returns their exit code."""
 
 
 def check_pipeline(settings: Settings) -> ParallelConfig:
@@ -52,7 +52,7 @@ def check_pipeline(settings: Settings) -> ParallelConfig:
 
 
 def run_pipeline(settings: Settings, launch: Launch) -> int:
-    """Do what is not done of the stages asked for; returns the exit code of the first failure.
+    """Do the unfinished part of the given stages; returns the exit code of the first failure.
 
     Raises:
         UserError: a key is wrong, or what a stage reads does not exist.
@@ -73,7 +73,7 @@ def run_stage(raw: DictConfig) -> None:
     """Do the stage that the configuration names, on a rank. Collective over the world.
 
     Raises:
-        UserError: a key is wrong, what the stage reads does not exist, or it takes no ranks.
+        UserError: a key is wrong, the stage's input does not exist, or the stage takes no ranks.
     """
     settings = load_experience(raw)
     names = ", ".join(stage.name for stage in STAGES if stage.needs_ranks)

@@ -97,7 +97,7 @@ def experience_context(folder: PipelineFolder, items: Sequence[str]) -> Experien
     """Items as the teacher reads them.
 
     Raises:
-        UserError: `context` is not one that holds experience.
+        UserError: `context` holds no experience.
     """
     return ExperienceContext(path=None, items=items, lineage=None, template=_template(folder))
 

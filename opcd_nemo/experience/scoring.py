@@ -45,7 +45,7 @@ class Scored:
         return sum(self.scores) / len(self.scores)
 
     def record(self) -> dict[str, Any]:
-        """The candidate with its score, as the ranking has it."""
+        """The candidate with its score, as in the ranking."""
         found = {"experience": self.candidate.hash, "score": self.score}
         return {**self.candidate.record(), **found, "questions": len(self.scores)}
 
@@ -121,7 +121,7 @@ def rungs(num_candidates: int, settings: ScoringConfig) -> list[tuple[int, int]]
 
 
 def halve(pool: Sequence[Candidate], settings: ScoringConfig, score: ScoreFn) -> list[Scored]:
-    """Score the pool; those that stayed longest come first, the best of them at the front.
+    """Score the pool; candidates that stayed longest come first, the best of them at the front.
 
     A tie goes to fewer tokens, then to the earlier chain and step.
     """

@@ -51,7 +51,7 @@ _COLUMNS = ("score", "internalised", "pass@k", "format", "leaks", "tokens", "ret
 Row = dict[str, dict[str, Evaluation]]
 """Evaluations by seed, then by part: task, retention."""
 Unit = Callable[[str], str]
-"""What the play of a uid is a repetition of: games on one map are no independent questions."""
+"""What the play of a uid repeats: games on the same map are no independent questions."""
 Value = Callable[[Sequence[Answer]], float]
 """Of the samples of one question."""
 

@@ -26,7 +26,7 @@ def model_card(provenance: Provenance, repository: str | None) -> str:
     """The text of README.md.
 
     Args:
-        provenance: what goes with the weights; texts in it may be a stranger's, and are shown as
+        provenance: what goes with the weights; its texts may be a stranger's, and are shown as
             text.
         repository: `owner/name` of the hub; None where the folder stays on this machine.
     """
@@ -99,7 +99,7 @@ def _score(rows: Any, name: str, part: str) -> str:
         ends = (estimate["low"], estimate["high"])
         low, high = ("?" if end is None else f"{float(end):.2f}" for end in ends)
         return f"{float(estimate['value']):.2f} [{low}, {high}]"
-    except (LookupError, TypeError, ValueError, AttributeError):  # not as a run writes it
+    except (LookupError, TypeError, ValueError, AttributeError):  # no run has written this
         return "?"
 
 

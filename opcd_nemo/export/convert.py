@@ -34,12 +34,12 @@ from opcd_nemo.storage.hub import SCHEME, at_commit, parse_address, upload_model
 from opcd_nemo.storage.run_folder import RunFolder
 
 _NAME_BYTES = 200  # file systems take 255; what is not whole yet has a longer name
-# the user's own, perhaps; restoring refuses those
+# perhaps the user's classes, which restoring refuses
 _PLUGS = ("task", "retention", "context", "engine", "loss")
 
 
 def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> str:
-    """Convert a model; the file, folder or repository is there whole, or not at all.
+    """Convert a model; the file, folder or repository is complete, or does not exist.
 
     Args:
         settings: `conf/export.yaml`.
@@ -49,7 +49,7 @@ def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> st
         What was written: a path, or the page of the hub's commit.
 
     Raises:
-        UserError: a key is wrong, the source is damaged, or the target is there already.
+        UserError: a key is wrong, the source is damaged, or the target exists.
         SaveError: a disk refuses; nothing is left behind.
     """
     config = read_schema(ExportConfig, settings)
@@ -134,7 +134,7 @@ def package_config(source: str, default_config: Callable[[], DictConfig]) -> str
 
 
 def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's resolved values, the configuration with the class that NeMo makes of it."""
+    """From a run's resolved values, the configuration with the class that NeMo builds."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
     plain = without_secrets(plain)  # files of earlier versions hold them
     written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.trainer.model.OPCDModel"})

@@ -38,10 +38,10 @@ def write_package(
         config_yaml: the text of `model_config.yaml`.
         tokenizer_path: the model whose tokenizer the student has.
         provenance: what goes with the weights.
-        run_folder: where `path` lies; no longer held, it refuses just before the rename.
+        run_folder: of `path`; if another job holds the folder, it refuses just before the rename.
 
     Raises:
-        SaveError: on every rank, when it cannot be written; nothing is left behind.
+        SaveError: on every rank, when the package cannot be written; nothing is left behind.
     """
     parallel = student.parallel
     folder = durable.partial(path)
@@ -77,7 +77,7 @@ def write_package(
 
 
 def _on_rank_0(parallel: Parallel, path: Path, write: Callable[[], None]) -> None:
-    """Let rank 0 write; when it cannot, every rank raises. Collective over the world."""
+    """Let rank 0 write; when rank 0 cannot, every rank raises. Collective over the world."""
     try:
         on_rank_0(parallel, write)
     except (OSError, ValueError) as failure:

@@ -1,4 +1,4 @@
-"""Where a model comes from: its context, its scores, the licence of what it was made of."""
+"""Where a model comes from: its context, its scores, the licence of its base model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_provenance(path: str) -> Provenance:
     """What is known of the model at `path`.
 
     Raises:
-        UserError: nothing is there, or it is not readable.
+        UserError: the model does not exist, or cannot be read.
     """
     found = resolve_model_path(path)
     kind = model_kind(found)
@@ -77,7 +77,7 @@ def read_provenance(path: str) -> Provenance:
 
 
 def describe_context(plug: Mapping[str, Any]) -> dict[str, Any]:
-    """A configured context with its hash and lineage; of a pool every one."""
+    """A configured context with its hash and lineage; of a pool every context."""
     source: ContextSource = build_plug(dict(plug))
     described = [_described(context) for context in source.contexts()]
     if len(described) == 1:
@@ -103,7 +103,7 @@ def as_context(described: Mapping[str, Any], where: str) -> Context:
     """The inverse of `describe_context`; of a pool the first context.
 
     Raises:
-        UserError: it is not what `describe_context` makes, or its hash is not its content's.
+        UserError: `describe_context` makes no such value, or the hash differs from the content's.
     """
     try:
         described = described["pool"][0] if "pool" in described else described
@@ -133,10 +133,10 @@ def _text(value: Any) -> str | None:
 
 
 def base_licence(path: str) -> dict[str, Any]:
-    """What the base model's own files say of its licence; the texts of its licence files.
+    """The licence that the base model's files state, and the texts of its licence files.
 
     Raises:
-        UserError: the base model is not there.
+        UserError: the base model does not exist.
     """
     found = resolve_model_path(base_path(path))
     kind = model_kind(found)
@@ -171,7 +171,7 @@ def _front_matter(readme: Path) -> dict[str, str]:
 
 
 def _run_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
-    """The summary of the checkpoint's run, when it is about this step's weights."""
+    """The summary of the checkpoint's run, if the summary is about this step's weights."""
     file = checkpoint.parent.parent / SUMMARY
     summary = read_json(file) if file.is_file() else {}
     return summary if summary.get("steps") == step else None

@@ -119,7 +119,7 @@ def _in_quotes(value: str) -> str:
 
 
 def choices(group: str) -> list[str]:
-    """The files of a group of `conf/`; none where there is no such group."""
+    """The files of a group of `conf/`; none if no group has that name."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
 
 
@@ -161,7 +161,7 @@ def _explained(error: Exception, config_name: str, words: Sequence[str]) -> User
 
 
 def dotted_keys(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Every key that has no keys below it, with those above it."""
+    """Every key that has no keys below, as a dotted name."""
     for name in node:
         child = node._get_node(name) if isinstance(node, DictConfig) else node[name]
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():

@@ -37,7 +37,7 @@ class _LastingOutput(io.TextIOWrapper):
 
 
 def keep_output_open() -> None:
-    """Let this process go on when nothing takes its output any more, or when it has none."""
+    """Let this process continue when nothing takes its output, or when it has no output."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         continue  # 0, 1 or 2 was closed by the caller, as by `>&-`, and would be the next file's
     os.close(number)
@@ -50,7 +50,7 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
         return os.fdopen(number, "w")
     if type(stream) is not io.TextIOWrapper:  # replaced before, by this or by a test
         return stream
-    stream.flush()  # and it stays open: libraries may have kept it
+    stream.flush()  # the old stream stays open: libraries may have kept it
     raw: Any = io.FileIO(number, "w", closefd=False)
     return _LastingOutput(
         raw if stream.write_through else io.BufferedWriter(raw),

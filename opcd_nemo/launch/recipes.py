@@ -33,7 +33,7 @@ def of_program(program: str, config: DictConfig, words: Sequence[str] = ()) -> D
 
 
 def is_for_pipeline(file: Path) -> bool:
-    """Whether a recipe's file has keys of the pipeline, or one that it is laid over has."""
+    """Whether a recipe's file, or a file below it in its defaults list, has the pipeline's keys."""
     recipe = OmegaConf.load(file)
     assert isinstance(recipe, DictConfig)
     bases = [item for item in recipe.get("defaults", []) if isinstance(item, str)]

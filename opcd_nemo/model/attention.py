@@ -34,7 +34,7 @@ class AttentionState(Protocol):
     def attend(
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
-        """Attention output [T, A, D] of the rotated queries and keys of one layer."""
+        """Attention output [T, A, D] of the rotated queries and keys of a layer."""
 
 
 class Rotary:
@@ -189,7 +189,7 @@ class KVCache:
 
     @property
     def width(self) -> int:
-        """The number of first slots that hold every row's tokens and the next one."""
+        """The number of first slots that hold every row's tokens and the next token."""
         return self._in_steps(max(self.lengths) + 1)
 
     def start(self, lengths: Sequence[int]) -> None:

@@ -93,7 +93,7 @@ class SplitAttention:
     Args:
         tables: cosine and sine [T, D] of this rank's tokens.
         packing: where the sequences lie in the whole stream.
-        share: what of it this rank has.
+        share: the part of the stream that this rank has.
         gather: concatenates all ranks' tensors, rank after rank; in backward every rank gets the
             sum of the gradients of its tensor. Collective over cp.
         prefix: keys and values [P, G, D], by layer, of tokens before the stream that every

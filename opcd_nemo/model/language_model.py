@@ -58,7 +58,7 @@ HeadLoss = Callable[[Head, Indices, int], tuple[torch.Tensor, Stats]]
 
 
 def choose_dtype(word: str | None, stored: torch.dtype) -> torch.dtype:
-    """What `bf16` or `fp32` stands for; None is the type that the weights are stored in.
+    """The type that `bf16` or `fp32` names; None is the type of the stored weights.
 
     Raises:
         UserError: another word.
@@ -166,7 +166,7 @@ class LanguageModel:
 
     @contextmanager
     def _without_fp8(self) -> Iterator[None]:
-        """Compute in the weights' own type: decoding has any number of rows."""
+        """Compute in the type of the weights: decoding has any number of rows."""
         fp8, self.megatron_config.fp8 = self.megatron_config.fp8, None
         try:
             yield

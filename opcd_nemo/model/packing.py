@@ -49,7 +49,7 @@ def pack(
     """Pack sequences into a stream whose length is a multiple of `multiple`.
 
     The last `num_predicted[i]` tokens of sequence i predict. `first_position` is the position of
-    every sequence's first token, when a prefix before it is held elsewhere.
+    every sequence's first token, when a prefix before that token is held elsewhere.
     """
     shared = shared_prefix_tokens(sequences) if len(sequences) > 1 else 0
     ids = list(sequences[0][:shared])

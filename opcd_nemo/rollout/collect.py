@@ -12,7 +12,7 @@ from opcd_nemo.tasks import Episode
 from opcd_nemo.types import Prompt, Rollout
 
 SamplerName = Literal["student", "teacher"]
-_MOST_EPISODES = 1_000_000  # of a global batch: later turns draw from indices beyond it
+_MOST_EPISODES = 1_000_000  # of a global batch: later turns draw from indices beyond this number
 
 
 def collect_rollouts(
@@ -32,12 +32,12 @@ def collect_rollouts(
 
     Args:
         engine: holds the weights of the sampler.
-        sampler: `student` reads no context, `teacher` reads it.
+        sampler: `student` reads no context, `teacher` reads the context.
         episodes: this rank's share of the global batch.
         conversation: renders the turns.
         sampling: how tokens are drawn.
         seed: of the run.
-        step: of the run; with `seed` and the index it fixes every sample.
+        step: of the run; `seed`, `step` and the index fix every sample.
         first_index: the first episode's index in the global batch.
         num_anchors: the last episodes that keep old behaviour: their teacher reads no context.
         prefix_ids: start of the teacher's prompts whose keys and values the engine may hold.

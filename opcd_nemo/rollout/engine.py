@@ -10,7 +10,7 @@ from opcd_nemo.types import Prompt, Sample
 
 
 class RolloutEngine(Protocol):
-    """Continues prompts with the weights it last loaded."""
+    """Continues prompts with the weights that it loaded last."""
 
     @property
     def weights_version(self) -> int:
@@ -20,7 +20,7 @@ class RolloutEngine(Protocol):
         """Take the model's present weights, under this version number."""
 
     def release_weights(self) -> None:
-        """Give back what `load_weights` holds, until it is called again."""
+        """Free what `load_weights` holds, until `load_weights` is called again."""
 
     def generate(
         self,

@@ -55,7 +55,7 @@ def train(raw: DictConfig) -> Path:
     Raises:
         UserError: a key is wrong, before a model loads.
         NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
-        SaveError: a checkpoint could not be written; those before it are intact.
+        SaveError: a checkpoint could not be written; earlier checkpoints are intact.
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
         StoppedByFile: the folder has a file STOP; a checkpoint is saved.
     """

@@ -135,7 +135,7 @@ def _teacher_streams(
     device: torch.device,
     multiple: int,
 ) -> tuple[TeacherStream, ...]:
-    """The rows that share the held context, and the others, as one stream each."""
+    """The rows that share the held context as a stream, and all other rows as a stream."""
     if prefix is None:
         return ()
     held: list[int] = []

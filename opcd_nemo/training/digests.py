@@ -1,4 +1,4 @@
-"""What a run reads, told by its content: a continued run goes on with the same models and data."""
+"""Digests of what a run reads: a continued run must read the same models and data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def input_digests(
 ) -> dict[str, dict[str, str]]:
     """By configuration key, the digest of every file that the key names.
 
-    Paths are no part of it: a model that was copied elsewhere is the same model.
+    Paths do not count: a model that was copied elsewhere is the same model.
     """
     student = model_digests(config.student.path)
-    if tokenizer is not None:  # of a training checkpoint that of the model which it began with
+    if tokenizer is not None:  # a training checkpoint has the tokenizer of its first model
         student["the tokenizer"] = tokenizer_digest(tokenizer)
     digests = {"student.path": student}
     if config.teacher.path is not None:

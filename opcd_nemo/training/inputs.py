@@ -121,7 +121,7 @@ def _samples_of(config: TrainConfig, conversation: Conversation) -> dict[str, An
 def shared_prefix(task: Task, conversation: Conversation, num_questions: int) -> tuple[int, ...]:
     """The ids that every teacher prompt of the task starts with, in all its contexts.
 
-    Seen in two made-up questions, after the first paragraph that two real ones share.
+    Found with two made-up questions, after the first paragraph that two real questions share.
     """
     nothing = NoContext().context("", 0)
     questions = [
@@ -216,7 +216,7 @@ def check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
 def _check_prompts(
     config: TrainConfig, task: Task, retention: Task, conversation: Conversation
 ) -> None:
-    """Render the longest turns of what is asked first; all are checked again when rendered."""
+    """Render the longest turns of the first episodes; every turn is checked when rendered."""
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     questions: list[tuple[str, int, Callable[[int], list[Episode]]]] = [

@@ -26,7 +26,7 @@ COMMITS = "hub.json"  # in a run's folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRun:
-    """A configuration in every form that a run needs, and what it names, opened.
+    """A configuration in every form that a run needs, and the opened inputs that it names.
 
     `raw` is the configuration as composed, but with the context written out, so that what is stored
     with the weights needs no registry. `config` is the same, typed and checked. `origin` is what a
@@ -61,7 +61,7 @@ def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
         config = load_config(raw)
     frozen = freeze_context(raw)
     if frozen is not raw:
-        # the rest was checked just now, and a written-out context is this program's own text
+        # the rest was checked just now, and this program has written the context
         context: Any = OmegaConf.to_container(frozen.context, resolve=True)
         config = replace(config, context=context)
     inputs = open_inputs(config, world_size or config.parallel.num_ranks)
@@ -70,7 +70,7 @@ def prepare_run(raw: DictConfig, world_size: int | None = None) -> PreparedRun:
 
 
 def with_digests(prepared: PreparedRun, parallel: Parallel) -> PreparedRun:
-    """The run with the content of what it reads; rank 0 reads. Collective over the world.
+    """The run with the digests of its inputs; rank 0 reads. Collective over the world.
 
     Raises:
         UserError, OSError: on every rank, when a file cannot be read any more.
@@ -100,7 +100,7 @@ def _at_commits(raw: DictConfig, commits: Mapping[str, str]) -> DictConfig:
 
 
 def freeze_context(raw: DictConfig) -> DictConfig:
-    """The configuration with its experience written out: it means the same without a registry."""
+    """The configuration with its experience written out, so that no registry is needed."""
     plug: Any = OmegaConf.to_container(raw.context, resolve=True)
     source: ContextSource = build_plug(plug)
     frozen = source.frozen()

@@ -139,7 +139,7 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
         prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
     )
     if sampler == "student" or run.teacher.is_updated:
-        engine.release_weights()  # the backward pass needs the memory; packed ones would go stale
+        engine.release_weights()  # backward needs the memory; packed weights would go stale
     return rollouts
 
 
@@ -159,7 +159,7 @@ def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[D
 
 
 def teacher_scores(run: Run, batches: Sequence[DistillBatch], loss: Loss) -> list[torch.Tensor]:
-    """What the teacher says of the response tokens that are this rank's among those of cp.
+    """The teacher's scores of the response tokens that this rank trains on, over cp.
 
     Empty on every stage but the last, or when the loss needs no teacher. Collective.
     """

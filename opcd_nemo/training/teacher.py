@@ -1,4 +1,4 @@
-"""The teacher: it reads the context and scores the student's tokens; its weights may follow."""
+"""The teacher reads the context and scores the student's tokens; its weights may follow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Teacher:
         """Take the model.
 
         Args:
-            model: the teacher's own, which stays without gradient; for `shared` the student's.
+            model: of the teacher, without gradient; for `shared` the student's model.
             prefix_ids: the tokens that the teacher's prompts share (the context).
             settings: how the weights follow the student.
         """

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Consolidate:
-    """Does one training run: each has processes of its own, so that no memory is left behind."""
+    """Does a training run: each run has fresh processes, so that no memory is left behind."""
 
     name = "consolidate"
     reads: tuple[str, ...] = (SELECTED,)

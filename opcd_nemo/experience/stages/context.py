@@ -1,4 +1,4 @@
-"""What a stage of the pipeline is, and what it works with."""
+"""What a stage of the pipeline is, and what every stage works with."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """The round that a stage belongs to; `say` prints on one rank."""
+    """The round that a stage belongs to; `say` prints on rank 0."""
 
     folder: PipelineFolder
 
@@ -100,7 +100,7 @@ class Stage(Protocol):
         writes: files of the round's folder that exist after; the last is written last. A name with
             `{run}` is a file of every training run, each of which is launched by itself.
         needs_ranks: whether ranks run the stage, or the pipeline's process on the first node.
-        repeats: whether the stage runs again when its files exist: it does only what they lack.
+        repeats: whether the stage runs again when its files exist, to do only what they lack.
     """
 
     name: str

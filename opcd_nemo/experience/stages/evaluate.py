@@ -63,7 +63,7 @@ def _evaluate(models: Models, context: StageContext) -> None:
         if str(job.seed) in rows.get(job.row, ()):
             continue
         if engine is None or held != (job.path, job.dtype):
-            engine = None  # frees the model before the next one is loaded
+            engine = None  # frees the model before the next model is loaded
             engine = models.engine(open_model(job.path), job.dtype)
             held = (job.path, job.dtype)
         evaluator, with_context = models.evaluator(job.items, job.seed), bool(job.items)
@@ -116,7 +116,7 @@ def _jobs(folder: PipelineFolder, config: TrainConfig) -> list[EvaluationJob]:
 
 
 def _write_table(models: Models, context: StageContext) -> None:
-    """Write and show the table; that of the last round stands in the pipeline's own folder too."""
+    """Write and show the table; the last round's table is also in the pipeline's folder."""
     folder, summary = context.folder, summarise(context.folder)
     text = table_text(summary)
     shown = json.dumps(summary, indent=1, ensure_ascii=False)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Extract:
-    """Writes the candidates, and the turns that were asked, for replay."""
+    """Writes the candidates, and the prompts of all turns for replay."""
 
     name = "extract"
     reads: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ class Score:
     repeats = False
 
     def run(self, context: StageContext) -> None:
-        """Ask the validation questions that were not asked, then rank. Collective."""
+        """Ask the validation questions without a stored answer, then rank. Collective."""
         folder = context.folder
         settings = folder.settings.experience.scoring
         models = context.open_models(stage_config(folder))
@@ -46,7 +46,7 @@ class Score:
 
 
 class _Scores:
-    """Scores on validation questions, out of the book as far as it has them."""
+    """Scores on validation questions, from the score book as far as the book has them."""
 
     def __init__(self, models: Models) -> None:
         self._models = models

@@ -30,7 +30,7 @@ class Select:
         """Put the candidates of the settings' choice into the registry.
 
         Raises:
-            UserError: there are fewer candidates than wanted, or another job has the folder.
+            UserError: fewer candidates exist than wanted, or another job has the folder.
         """
         folder = context.folder
         settings, seed = folder.settings.experience.selection, folder.settings.train.seed
