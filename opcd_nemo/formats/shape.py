@@ -92,6 +92,10 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise _bad_value(where, "num_key_value_heads", groups, f"a divisor of {heads} heads")
     hidden = _positive_int(raw, "hidden_size", where)
     theta, scaling = _rope(raw, where)
+    vocab_size, ends = _positive_int(raw, "vocab_size", where), end_tokens(raw, where)
+    if any(token >= vocab_size for token in ends):  # it would end nothing
+        allowed = f"ids below vocab_size={vocab_size}, also in generation_config.json"
+        raise _bad_value(where, "eos_token_id", list(ends), allowed)
     return ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
@@ -102,7 +106,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         head_dim=_positive_int(
             raw, "head_dim", where, 128 if architecture == "qwen3" else hidden // heads
         ),
-        vocab_size=_positive_int(raw, "vocab_size", where),
+        vocab_size=vocab_size,
         max_positions=_positive_int(raw, "max_position_embeddings", where),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -110,7 +114,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         tied_embeddings=_flag(raw, "tie_word_embeddings", where),
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        eos_token_ids=end_tokens(raw, where),
+        eos_token_ids=ends,
     )
 
 
@@ -122,7 +126,7 @@ def end_tokens(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
     """
     value = raw.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(token) is not int for token in ids):
+    if any(type(token) is not int or token < 0 for token in ids):
         raise _bad_value(where, "eos_token_id", value, "a token id or a list of them")
     return tuple(ids)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.storage import durable
 from opcd_nemo.storage.lock import FolderLock, lock_folder
-from opcd_nemo.storage.ranks import Ranks, on_rank_0
+from opcd_nemo.storage.ranks import Ranks, on_every_rank, on_rank_0
 
 
 class RunFolder:
@@ -39,19 +39,22 @@ class RunFolder:
         """Take the folder for this process, or for rank 0 of a run. Collective over the ranks.
 
         Raises:
-            UserError: on every rank, when another job works on the folder.
+            UserError: on every rank, when another job works on the folder, or when the ranks mean
+                folders of other names.
             OSError: on every rank, when the disk refuses the lock.
         """
         taken: list[FolderLock] = []
 
-        def take() -> None:
+        def take() -> str:
             taken.append(lock_folder(path))
+            return path.name
 
         try:
             if ranks is None:
                 take()
             else:
-                on_rank_0(ranks, take)
+                held = on_rank_0(ranks, take)
+                on_every_rank(ranks, lambda: _check_same(path, held))
         except UserError as refusal:
             raise UserError(
                 refusal.key, refusal.value, refusal.allowed, problem=refusal.problem, where="name"
@@ -140,3 +143,10 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_same(path: Path, held: str) -> None:
+    """Refuse a name that each process makes anew, as `${now:%S}`: each would have a folder."""
+    if path.name != held:
+        allowed = "a name that is the same on every rank"
+        raise UserError(str(path), ABSENT, allowed, problem=f"rank 0 has {held}")

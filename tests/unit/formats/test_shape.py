@@ -55,6 +55,8 @@ def test_absent_keys_take_the_defaults_of_the_architecture() -> None:
         ("llama", "rope_theta", -1.0, "positive number"),
         ("llama", "rope_theta", "1e4", "positive number"),
         ("llama", "eos_token_id", "</s>", "token id"),
+        ("llama", "eos_token_id", -1, "token id"),
+        ("llama", "eos_token_id", [2, 10**9], "ids below vocab_size"),
         ("llama", "num_key_value_heads", 4, "divisor of 6"),
         ("llama", "num_hidden_layers", None, "positive whole number"),
         ("llama", "hidden_size", "24", "positive whole number"),

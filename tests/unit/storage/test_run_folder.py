@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 def of_rank(rank: int, said_by_rank_0: Exception | None = None) -> Any:
     """A run of two ranks, of which this is one."""
-    said = (None, said_by_rank_0)
+    said = ("run", said_by_rank_0)
     return SimpleNamespace(rank=rank, gather_objects=lambda value: [said if rank else value, value])
 
 
@@ -98,6 +98,12 @@ def test_every_rank_is_refused_what_rank_0_is_refused(path: Path) -> None:
     with pytest.raises(UserError) as caught:
         RunFolder.hold(path, of_rank(1, said_by_rank_0=refusal))
     assert str(caught.value) == str(refusal)
+
+
+def test_ranks_that_mean_other_folders_are_refused(path: Path) -> None:
+    """As by `name=${now:%S}`, which each process works out by itself."""
+    with pytest.raises(UserError, match=r"name: .*run-7: rank 0 has run; allowed: a name that is"):
+        RunFolder.hold(path.with_name("run-7"), of_rank(1))
 
 
 def test_a_disk_that_refuses_the_lock_refuses_every_rank(
