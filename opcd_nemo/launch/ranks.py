@@ -9,6 +9,7 @@ a command is a rank.
 from __future__ import annotations
 
 import faulthandler
+import json
 import logging
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.devices import choose_device, choose_layer_spec
 from opcd_nemo.distributed.groups import keep_on_loopback
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
@@ -254,6 +256,7 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0
     Raises:
         UserError: `parallel.port` is in use.
         KeyboardInterrupt: Ctrl-C; the ranks have ended.
+        SaveError: the folder of temporary files does not hold what a failed rank said.
         StoppedBySignal: a signal came while not every rank was at work; they have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -292,6 +295,10 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0
         return 128 + error.sigval
     except ChildFailedError as error:
         return _report_failure(error.failures, signals.received, node)
+    except json.JSONDecodeError as error:  # torch's launcher reads what a rank wrote as it ended
+        folder = tempfile.gettempdir()
+        words = f"a rank has failed, and {folder} does not hold what it said: it may be full"
+        raise SaveError(words) from error
     return 0
 
 

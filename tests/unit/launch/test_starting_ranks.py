@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from torch.distributed.launcher import api
 
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV
-from opcd_nemo.errors import UserError
+from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.launch import ranks
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.storage.attempt import Nodes
@@ -71,6 +72,14 @@ def test_ranks_of_one_machine_are_started_once(
     assert os.environ[LAUNCHER_PID_ENV] == str(os.getpid())
 
 
+def test_a_rank_whose_last_words_did_not_fit_the_disk_is_a_line(
+    layout: ParallelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off = json.JSONDecodeError("Unterminated string", '{"mess', 1)
+    with pytest.raises(SaveError, match="does not hold what it said"):
+        launched(layout, monkeypatch, cut_off)
+
+
 def test_nodes_are_waited_for(layout: ParallelConfig) -> None:
     node = Nodes(count=2, rank=1, rendezvous="node1:15000")
     settings = ranks._rendezvous(["train"], layout, node)
@@ -108,8 +117,9 @@ def test_a_child_that_is_killed_is_told(capfd: pytest.CaptureFixture[str]) -> No
         raise AssertionError
 
     assert ranks._checked([], die, "train") == (1, None)
-    told = "error: the process that checks the inputs was ended by SIGKILL\n"
-    assert capfd.readouterr().err == told
+    told = capfd.readouterr().err
+    assert told.startswith("error: the process that checks the inputs was ended by SIGKILL, as by")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("checked", [(2, False), (0, False), (0, True)])
