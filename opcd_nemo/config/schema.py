@@ -1,6 +1,6 @@
 """Reading a configuration into a dataclass that names all its keys; every error is one line.
 
-The dataclasses are the one description of the keys: `doc(...)` at a field holds its meaning, range
+The dataclasses are the only description of the keys: `doc(...)` at a field holds its meaning, range
 and choices, from which come the checks here, the commands' help and docs/configuration.md.
 """
 
@@ -40,7 +40,7 @@ class Described:
         key: dotted.
         words: its meaning.
         allowed: what it takes, in words: type, range, choices; empty for a group.
-        example: a value that works, where the key has none of its own.
+        example: a value that works, if the key has no default.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Described:
 
 
 def described(schema: type, prefix: str = "") -> Iterator[Described]:
-    """Every key of a schema, those of groups in it last; `prefix` is `group.` or nothing."""
+    """Every key of a schema, keys of its groups last; `prefix` is `group.` or nothing."""
     groups: list[Described] = []
     for name, kind in get_type_hints(schema).items():
         key = f"{prefix}{key_of(name)}"
@@ -130,6 +130,9 @@ def _missing(schema: type, key: str, prefix: str, config: DictConfig) -> UserErr
     node: Any = OmegaConf.select(config, group) if group else config
     if isinstance(node, DictConfig) and "_target_" in node and not _is_field(schema, key):
         return missing_argument(f"{prefix}{group}", node, name)
+    if name == "_target_":
+        allowed = "the dotted name of a class or function, as my_module.MyTask"
+        return UserError(f"{prefix}{key}", ABSENT, allowed, problem="no value is given")
     shown = f"{prefix}{key_of(key)}"
     owner, kind = _owner(schema, group), _kind(schema, key)
     if owner is None or is_dataclass(kind):
@@ -223,7 +226,7 @@ def _check_values(schema: type, config: Any, prefix: str) -> None:
 
 
 def _read_keys(key: str, group: Any, schema: type) -> dict[str, Any]:
-    """The keys of a group that others define, checked; those that a run does not follow refused."""
+    """The checked keys of a third party's group; keys that a run does not follow are refused."""
     if not isinstance(group, Mapping):
         raise UserError(key, group, "a mapping")
     names = schema.__dataclass_fields__  # type: ignore[attr-defined]

@@ -28,11 +28,15 @@ def targets(node: Any) -> list[str]:
     return [name for value in node for name in targets(value)] if isinstance(node, list) else []
 
 
+OF_A_USER = ("???", "opcd_nemo.tasks.file_questions.questions_scored_by")
+"""Code of a user's own: a stored configuration, which may be a stranger's, cannot name it."""
+
+
 def test_every_class_of_conf_may_be_stored() -> None:
     stored = {name for names in STORED_CLASSES.values() for name in names}
     for file in CONF.rglob("*.yaml"):
         for name in targets(yaml.safe_load(file.read_text(encoding="utf-8"))):
-            assert present_name(name) in stored, file
+            assert present_name(name) in {*stored, *OF_A_USER}, file
 
 
 @pytest.mark.parametrize(

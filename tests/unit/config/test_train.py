@@ -277,6 +277,7 @@ NOT_OF_ONE_RUN = ("recipe", "parallel", "experience", "accelerator")
         for path in sorted(CONF.iterdir())
         if path.is_dir() and path.name not in NOT_OF_ONE_RUN
         for name in names(path.name)
+        if name != "custom"  # a class of the user's
     ],
 )
 def test_every_word_of_a_group_loads_once_its_files_are_named(group: str, name: str) -> None:
@@ -285,6 +286,11 @@ def test_every_word_of_a_group_loads_once_its_files_are_named(group: str, name: 
         assert group in ("task", "context"), key
         assert len(overrides) < 6
         overrides.append(f"{key}=/data/some.jsonl")
+
+
+@pytest.mark.parametrize("group", ["task", "context", "loss"])
+def test_a_class_of_the_user_is_asked_for(group: str) -> None:
+    assert refused(f"{group}=custom").key == f"{group}._target_"
 
 
 def _missing(overrides: list[str]) -> str | None:
