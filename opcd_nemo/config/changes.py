@@ -68,7 +68,7 @@ def check_unchanged(
 
 
 def changed_contents(saved: Digests, now: Digests, allowed: Sequence[str]) -> dict[str, str]:
-    """What is said of every key in both whose files differ, but of those in `allowed`."""
+    """A text for every key whose files differ, except keys in `allowed`."""
     return {
         key: f"{key} has another content than the run began with{_named(saved[key], now[key])}"
         for key in sorted(saved.keys() & now.keys())
@@ -86,7 +86,7 @@ def _named(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], groups: Sequence[str], allowed: Sequence[str]
 ) -> dict[str, str]:
-    """What was and is, by dotted key: of those in `groups` that are not in `allowed`."""
+    """Old and new value, by dotted key: keys in `groups` that are not in `allowed`."""
     before, after = (dict(_leaves(config)) for config in (saved, now))
     return {
         key: f"{key} was {before.get(key, _ABSENT)}, is {after.get(key, _ABSENT)}"

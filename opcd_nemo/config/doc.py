@@ -54,7 +54,7 @@ class Doc:
 
 
 def doc(words: str, **details: Any) -> Any:
-    """A dataclass field with a `Doc`; `default` is the field's own, `details` are the `Doc`'s."""
+    """A dataclass field with a `Doc`; `default` is the field's, `details` are the `Doc`'s."""
     given = {"default": details.pop("default")} if "default" in details else {}
     return field(metadata={"doc": Doc(words=words, **details)}, **given)
 

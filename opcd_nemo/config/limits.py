@@ -1,7 +1,7 @@
 """What files may ask of a program before it says no: sizes, counts, depths, each with its reason.
 
 A file from anywhere must not cost more than 3 CPU-seconds and 150 MiB before it is refused. The
-largest real files that are known fit with room to spare; whoever has a larger one raises the
+largest real files that are known fit with room to spare; whoever has a larger file raises the
 number here.
 """
 

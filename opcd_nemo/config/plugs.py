@@ -59,7 +59,7 @@ def build_plug(plug: dict[str, Any], **runtime: Any) -> Any:
 
 
 def makes(target: str, protocol: type) -> bool:
-    """Whether a checked target is a class with the methods of a protocol, or returns one."""
+    """Whether a checked target is a class with a protocol's methods, or returns such a class."""
     factory = _factory("plug", target)
     made: Any = factory
     if not inspect.isclass(factory):
@@ -83,7 +83,7 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _split(annotation: Any) -> tuple[Any, Doc | None]:
-    """The type of a parameter, and what is said about it."""
+    """The type of a parameter, and its description."""
     if get_origin(annotation) is not Annotated:
         return annotation, None
     kind, *notes = get_args(annotation)

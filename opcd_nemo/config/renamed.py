@@ -44,7 +44,7 @@ _DROPPED = (
         for name in ("every_n_epochs", "mode", "model_parallel_size", "monitor", "save_last")
     ),
 )
-"""Keys of `conf/` before, which had one value that a run could follow."""
+"""Former keys of `conf/`, which had a single value that a run could follow."""
 
 _VALUES = {
     "teacher.update": {"frozen": "never", "hard_sync": "every_n_steps", "live": "shared"},
@@ -82,7 +82,7 @@ _PRESENT = {"_target_": present_name, "target": present_name, "path": present_mo
 
 
 def refuse_old_key(key: str, value: object) -> None:
-    """Name the new key where an old one was given.
+    """Name the new key where an old key was given.
 
     Raises:
         UserError: the key has another name now.
@@ -127,7 +127,7 @@ def _present_names(node: Any) -> Any:
 
 
 def _group_of(config: Any, key: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping in which a dotted key stands, if it is one, and the key's last name."""
+    """The mapping that holds a dotted key, if it is a mapping, and the key's last name."""
     *groups, name = key.split(".")
     node = config
     for group in groups:
@@ -136,7 +136,7 @@ def _group_of(config: Any, key: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _move(config: Any, old: list[str], new: list[str]) -> None:
-    """Move a value within the configuration, if the old key has one."""
+    """Move a value within the configuration, if the old key has a value."""
     node, name = _group_of(config, ".".join(old))
     if node is None or name not in node:
         return

@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 def check_rules(config: TrainConfig) -> None:
-    """Check what the fields' own ranges and choices do not say.
+    """Check what the ranges and choices of single fields do not say.
 
     Raises:
         UserError: a key contradicts another, or has no effect beside it.

@@ -20,7 +20,7 @@ _ENDING = re.compile(r"(token|key|secret|password)$", re.IGNORECASE)
 _SPECIAL_TOKENS = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token")
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
 _OTHER_KEY = re.compile(r"\$\{([\w.]+)\}")
-_MIN_LETTERS = 8  # of a secret that is searched in other values; shorter ones are words of theirs
+_MIN_LETTERS = 8  # of a secret that is searched in other values; shorter ones may be words there
 
 
 def is_secret(name: object) -> bool:
@@ -79,7 +79,7 @@ class _Hiding:
         self._texts: set[str] = set()
 
     def hide(self, value: Any, given: Any = None) -> Any:
-        """A value without the secrets below it; `given`: what stands for it in `root`."""
+        """A value without the secrets below it; `given` is the value's original in `root`."""
         given = self._followed(given)
         if isinstance(value, Mapping):
             inside = given if isinstance(given, Mapping) else {}
@@ -103,7 +103,7 @@ class _Hiding:
         return given
 
     def _hidden(self, value: Any) -> Any:
-        """What stands for a secret; switches, null and what is empty give nothing away."""
+        """The replacement of a secret; switches, null and empty values are no secrets."""
         if value is None or isinstance(value, bool) or value in ("", {}, []):
             return value
         self._remember(value)

@@ -1,4 +1,4 @@
-"""Names that do not exist: the line about them names those that look alike, and a few others."""
+"""Names that do not exist: their error line offers names that look alike, and a few others."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ _INSTEAD: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "exp_manager.summary_writer_kwargs": ("Lightning's TensorBoardLogger", _TENSORBOARD),
     "exp_manager.wandb_logger_kwargs": ("Lightning's WandbLogger", _WANDB),
 }
-"""Whose keys a group has, and what a run has in place of those that it does not follow."""
+"""The third party of a group's keys, and what a run has in place of keys that it ignores."""
 
 
 def refuse_unfollowed_key(key: str, value: object) -> None:
@@ -254,7 +254,7 @@ CHECKPOINT_FIXED: Mapping[str, Any] = MappingProxyType(
         "mode": "max",
         "save_last": False,
         "save_nemo_on_train_end": False,  # the run packs the student itself, with its scores
-        "async_save": False,  # NeMo's own; the strategy has ours
+        "async_save": False,  # NeMo's value; the strategy has ours
     }
 )
 """What NeMo's ModelCheckpoint is told in every run: the last `save_top_k` steps are kept."""

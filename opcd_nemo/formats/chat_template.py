@@ -1,4 +1,4 @@
-"""A chat template, rendered in a process of its own under limits of CPU time and memory."""
+"""A chat template, rendered in a separate process under limits of CPU time and memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ChatTemplate(AnsweringProcess):
         """Parse the template.
 
         Raises:
-            UserError: it is no Jinja, or too long for one.
+            UserError: the text is no Jinja template, or too long for a template.
         """
         self.source, self._where = source, where
         if len(source) > limits.TEMPLATE_BYTES:

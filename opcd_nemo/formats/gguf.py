@@ -206,7 +206,7 @@ class GgufFile:
             )
 
     def names(self) -> tuple[str, ...]:
-        """Hugging Face tensor names; a tensor without one keeps its GGUF name."""
+        """Hugging Face tensor names; a tensor without such a name keeps its GGUF name."""
         return tuple(self._tensors)
 
     def shape(self, hf_name: str) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ class GgufFile:
         return None if embedding is None else embedding.shape[0]
 
     def hf_config(self) -> dict[str, Any]:
-        """The metadata under the keys of a Hugging Face `config.json`; absent ones are None."""
+        """The metadata under the keys of a Hugging Face `config.json`; absent values are None."""
         architecture = self.metadata.get("general.architecture")
 
         def get(key: str) -> Any:

@@ -141,7 +141,7 @@ def stored_ends(read: Callable[[str], Mapping[str, Any]], where: str) -> tuple[i
     """What ends a response: generation_config.json says it, config.json where that has no ids.
 
     Args:
-        read: a file of the model's folder as JSON; nothing where it is not there.
+        read: a file of the model's folder as JSON; nothing if the file does not exist.
         where: the folder, for errors.
 
     Raises:
@@ -188,7 +188,7 @@ def write_hf_folder(
         write_others: Puts further files (tokenizer, generation settings) into the folder.
 
     Raises:
-        UserError: `path` is already there and not an empty folder.
+        UserError: `path` exists and is not an empty folder.
     """
     path = Path(path)
     shapes = tensor_shapes(config)

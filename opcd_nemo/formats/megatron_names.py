@@ -75,7 +75,7 @@ class MegatronWeights:
     def _check_size(self, name: str, made: tuple[str, ...]) -> None:
         shapes = tensor_shapes(self._config)
         wanted = list(shapes[made[0]])
-        if len(made) > len(self._stored(name)) == 1:  # query, key and value rows in one
+        if len(made) > len(self._stored(name)) == 1:  # query, key and value rows in one tensor
             wanted[0] = sum(shapes[part][0] for part in made)
         for part in self._stored(name):
             found = self._tensors.shape(part)

@@ -1,4 +1,4 @@
-"""What a `.nemo` file holds, packed or unpacked, and what a training checkpoint says of its model.
+"""The content of a `.nemo` file, packed or unpacked, and a training checkpoint's model record.
 
     model_config.yaml     the run's configuration, as NeMo wants it
     hf/                   config.json, tokenizer files, chat template, generation settings
@@ -46,7 +46,7 @@ class CheckedFiles:
         """Read the manifest.
 
         Raises:
-            UserError: there is none, or it names other files.
+            UserError: the manifest is missing, or names other files.
         """
         self.where = files.where
         self._files, self._sizes = files, files.sizes()
@@ -95,7 +95,7 @@ def open_training_checkpoint(path: Path) -> Files:
 
 
 def open_package(path: Path) -> Files:
-    """The files of a `.nemo`, or of a folder that one was unpacked to.
+    """The files of a `.nemo`, or of a folder that a `.nemo` was unpacked to.
 
     Raises:
         UserError: a file that a package does not have (pickled weights, for one), or as of
@@ -147,7 +147,7 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
     """Read a checkpoint's plain part.
 
     Raises:
-        UserError: it is damaged, or not one of train.py.
+        UserError: the checkpoint is damaged, or `opcd train` has not written it.
     """
     plain = read_plain(open_training_checkpoint(path))
     try:
@@ -172,7 +172,7 @@ def base_path(path: str) -> str:
     """Where the tokenizer of a model is: follows training checkpoints to what they started from.
 
     Raises:
-        UserError: something on the way is not there, or the way does not end.
+        UserError: a model on the way does not exist, or the way does not end.
     """
     for _ in range(_MAX_HOPS):
         found = resolve_model_path(path)

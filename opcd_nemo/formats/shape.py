@@ -172,7 +172,9 @@ def _refuse_unsupported(
     raw: Mapping[str, Any], where: str, architecture: Architecture, num_layers: int
 ) -> None:
     only = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
-    if architecture != "qwen2":  # there transformers ignores it: q, k, v have a bias, o has none
+    if (
+        architecture != "qwen2"
+    ):  # transformers ignores the key here: q, k, v have a bias, o has none
         only["attention_bias"] = False
     for key, allowed in only.items():
         if raw.get(key) not in (None, allowed):
@@ -215,7 +217,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _rope_type(rope: Mapping[str, Any], where: str) -> str:
-    """The kind of scaling under its new name or its old one, which must not contradict it."""
+    """The kind of scaling under its new or old name; the two must not contradict each other."""
     new, old = rope.get("rope_type"), rope.get("type")
     if new is not None and old is not None and new != old:
         raise _bad_value(where, "rope_type", new, f"{old}, as type says")

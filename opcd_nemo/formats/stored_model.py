@@ -61,7 +61,7 @@ class StoredModel:
     """
 
     def __init__(self, path: Path, config: ModelConfig, weights: _Weights) -> None:
-        """Check that the weights are those of the configured model.
+        """Check that the weights fit the configured model.
 
         Raises:
             UserError: A tensor is missing, unexpected or of another shape.
@@ -121,7 +121,7 @@ class StoredModel:
         return reduce(torch.promote_types, map(self._weights.dtype, self.names()))
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors by name; each is read when it is asked for."""
+        """All tensors by name; a tensor is read when it is taken."""
         return _LazyTensors(self)
 
 

@@ -75,7 +75,7 @@ class _Renderer:
 
 
 def main() -> None:
-    """Answer each line with a line; the first one is the template."""
+    """Answer each line with a line; the first line is the template."""
     # whoever started this process ends it; Ctrl-C and a cluster's signals to all processes do not
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)

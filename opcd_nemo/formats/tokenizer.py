@@ -39,7 +39,7 @@ _GIVEN = {  # to every chat template
     "strftime_now",
 }
 _THINK, _END_THINK = "<think>", "</think>"
-_REPLY = "So it is."  # stands for a reply; templates may strip blanks around one, so it has none
+_REPLY = "So it is."  # a made-up reply without blanks at its ends, which templates may strip
 _TAIL = 16  # tokens, in which the end of a prompt is looked for
 
 
@@ -84,7 +84,7 @@ class ChatTokenizer:
         """Open the tokenizer of what `locate.model_kind` knows, or of the bundled model.
 
         Raises:
-            UserError: No tokenizer or no chat template there, or of a kind not supported.
+            UserError: no tokenizer or no chat template is found, or its kind is not supported.
         """
         found = resolve_model_path(base_path(path))
         kind = model_kind(found)
@@ -105,7 +105,7 @@ class ChatTokenizer:
     ) -> tuple[int, ...]:
         """Token ids of a chat; `add_generation_prompt` opens the assistant's turn.
 
-        Special tokens are the template's alone: those in messages are read as plain text.
+        Special tokens come from the template alone: in messages their texts are plain text.
 
         Raises:
             UserError: The template refuses the messages, or writes nothing for them.
@@ -196,7 +196,7 @@ class ChatTokenizer:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: the files', its own first, and what closes a turn."""
+        """Tokens that end a response: the tokens that the files name, then what closes a turn."""
         listed, closing = self._parts.eos_ids, self.unlisted_end
         return listed if closing is None else (*listed, closing)
 
@@ -210,7 +210,7 @@ class ChatTokenizer:
         return closing if is_end and closing not in self._parts.eos_ids else None
 
     def notes(self) -> list[str]:
-        """What a run says of the tokenizer at its start, a line each."""
+        """Lines about the tokenizer that a run shows at its start."""
         where, notes = self._parts.where, []
         if (closing := self.unlisted_end) is not None:
             notes.append(

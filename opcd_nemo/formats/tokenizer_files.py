@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, whichever files say it: one rule for each fact.
+"""The parts of a tokenizer, whichever files hold them: a rule for each fact.
 
 | fact | of a folder | of a GGUF file |
 |---|---|---|
@@ -61,7 +61,7 @@ def read_gguf(path: Path) -> TokenizerParts:
     """The tokenizer in a GGUF file.
 
     Raises:
-        UserError: there is none, of no chat model, or of a kind that is not supported.
+        UserError: the tokenizer is missing, of no chat model, or of a kind that is not supported.
     """
     file = GgufFile(path)
     template = file.metadata.get("tokenizer.chat_template")
@@ -101,7 +101,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     """The tokenizer in a Hugging Face folder.
 
     Raises:
-        UserError: there is none, no chat template, or a file is not what it should be.
+        UserError: the tokenizer or chat template is missing, or a file is malformed.
     """
     settings = optional_settings(folder / _CONFIG)
     if "added_tokens_decoder" in settings:
@@ -176,7 +176,7 @@ def _decoder_tokens(raw: Any, file: Path) -> Added:
 
 
 def _legacy_tokens(file: Path, settings: Mapping[str, Any]) -> Added:
-    """`added_tokens.json`: token -> id; special are those that the settings name."""
+    """`added_tokens.json`: token -> id; tokens that the settings name are special."""
     special = {_content(value, key, file.parent) for key, value in _named(settings)}
     added: dict[int, AddedToken] = {}
     for content, index in optional_settings(file).items():

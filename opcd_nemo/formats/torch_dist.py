@@ -94,13 +94,13 @@ class _Entry:
 
 
 class DistributedTensors:
-    """What one torch_dist checkpoint holds."""
+    """What a torch_dist checkpoint holds."""
 
     def __init__(self, files: Files, folder: str = "") -> None:
         """Read the index; `folder` is where in `files` the checkpoint is, with its `/`.
 
         Raises:
-            UserError: there is no index, or it is not one.
+            UserError: the index is missing, or is no index.
         """
         self._files, self._folder = files, folder
         self.where = f"{files.where}: {folder}"
@@ -245,7 +245,7 @@ def read_plain(files: Files, folder: str = "") -> dict[str, Any]:
     """What a checkpoint holds beside tensors.
 
     Raises:
-        UserError: it is not there, or holds more than plain values.
+        UserError: the file does not exist, or holds more than plain values.
     """
     raw = read_whole(files, f"{folder}{PLAIN}", limits.PLAIN_BYTES)
     try:

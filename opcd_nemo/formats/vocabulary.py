@@ -35,7 +35,7 @@ _LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 class Vocabulary(Protocol):
-    """What a chat tokenizer needs of one."""
+    """What a chat tokenizer needs of a vocabulary."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -47,7 +47,7 @@ class Vocabulary(Protocol):
         """Every token, special ones included."""
 
     def added_ids(self) -> frozenset[int]:
-        """The tokens that a text is split at: those that stand for no text, and some that do."""
+        """The tokens that a text is split at: tokens that are no text, and some that are text."""
 
     def special_tokens(self) -> frozenset[str]:
         """The tokens that stand for no text."""
@@ -96,7 +96,7 @@ def fast_vocabulary(path: Path, added: Added, named: Sequence[AddedToken]) -> Fa
     `added` have ids; `named` are special tokens, whose ids are the vocabulary's or those after it.
 
     Raises:
-        UserError: it cannot be read, or has another id for one of the tokens.
+        UserError: the vocabulary cannot be read, or has another id for one of the tokens.
     """
     raw = read_bounded(path, limits.TOKENIZER_BYTES)
     items = sum(map(raw.count, (b"[", b"{", b",")))

@@ -37,7 +37,7 @@ def read_whole(files: Files, name: str, most: int = limits.WHOLE_FILE_BYTES) -> 
     """A small file, of at most so many bytes.
 
     Raises:
-        UserError: it is not there, or too large to be what its name says.
+        UserError: the file does not exist, or is too large for its name.
     """
     size = files.sizes().get(name)
     if size is None:
@@ -70,7 +70,7 @@ class FolderFiles:
 
 
 class _Headers:
-    """A tar as tarfile may read it: its headers, and no endless or enormous ones."""
+    """A tar that tarfile may read: its headers are neither endless nor enormous."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._left = file, limits.ARCHIVE_HEADERS_BYTES

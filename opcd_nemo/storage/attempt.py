@@ -48,7 +48,7 @@ def this_attempt() -> Attempt | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nodes:
-    """The nodes of a run, and this one's place among them."""
+    """The nodes of a run, and the number of this node."""
 
     count: int
     rank: int
@@ -77,7 +77,7 @@ def this_node() -> Nodes | None:
     if rendezvous is None:
         return None
     place = re.fullmatch(r"[^:\s]+:([0-9]{1,5})", rendezvous)
-    if place is None or not 0 < int(place[1]) < _LAST_PORT:  # launches take turns with the next one
+    if place is None or not 0 < int(place[1]) < _LAST_PORT:  # launches alternate with the next port
         allowed = f"<host>:<port>, a port of 1 to {_LAST_PORT - 1}"
         raise UserError(RENDEZVOUS_ENV, rendezvous, allowed)
     count, rank = _number(NUM_NODES_ENV), _number(NODE_RANK_ENV)

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: fsync, a manifest of sizes and digests, an atomic rename."""
+"""Folders that are complete or absent: fsync, a manifest of sizes and digests, an atomic rename."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file that is whole or not there."""
+    """Write a file that is complete or absent."""
     temporary = partial(file)
     with naming(file), temporary.open("wb") as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
@@ -128,16 +128,16 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def partial(final: Path) -> Path:
-    """Where a folder is written before it is published; every attempt of a job has its own."""
+    """Where a folder is written before it is published; each attempt of a job uses another name."""
     attempt = this_attempt()
     name = final.name if attempt is None else f"{final.name}.{attempt}"
     return final.with_name(f".{name}{_PARTIAL}")
 
 
 def clean(folder: Path) -> None:
-    """Remove what a crash left in a folder of published folders; no published one is lost."""
+    """Remove what a crash left in a folder of published folders; no published folder is lost."""
     for path in folder.glob(f".*{_PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)  # a node that was given up may still write there
+        shutil.rmtree(path, ignore_errors=True)  # a node that was given up may still write into it
     for path in folder.glob(f".*{_REPLACED}"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
         if final.exists():

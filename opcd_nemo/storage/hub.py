@@ -168,9 +168,9 @@ def at_commit(path: str) -> str:
 
 
 def upload_model(folder: Path, address: Address) -> str:
-    """Put a folder into a repository, which is made, private, where it is not there.
+    """Put a folder into a repository; a repository that does not exist is created, private.
 
-    The token is the one of huggingface_hub's own login. Returns the commit's page.
+    The token is that of huggingface_hub's login. Returns the commit's page.
 
     Raises:
         UserError: the hub refuses, or no network.
@@ -195,7 +195,7 @@ def upload_model(folder: Path, address: Address) -> str:
 def addresses(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Every dotted key of a run's plain configuration whose value is an address, and the address.
 
-    `owner/name` without `hf://` is one where a model is named.
+    `owner/name` without `hf://` is an address at keys that name a model.
     """
     if isinstance(config, Mapping):
         for name, value in config.items():

@@ -120,7 +120,7 @@ def _open(path: Path) -> IO[str]:
 
 
 def _replace(path: Path) -> IO[str]:
-    """Another file under the lock's name: a lock on the one before no longer counts."""
+    """Another file under the lock's name: a lock on the former file no longer counts."""
     fresh = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     file = _open(fresh)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ DAMAGED = ".damaged"  # a file of this ending, beside, keeps what was cut off an
 
 
 def cut_metrics(file: Path, num_steps: int) -> None:
-    """Let the file end where the run goes on, with the line of step `num_steps - 1`.
+    """Let the file end where the run continues, with the line of step `num_steps - 1`.
 
     Later lines go, for their steps are done again, and so does the part of a line that a crash
     left at the end. Anything else behind the good lines is damage, and is set aside.

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: plain ones alone, and no more of them than was agreed on."""
+"""Files that a stranger may have written: only plain files are read, up to a limit."""
 
 from __future__ import annotations
 

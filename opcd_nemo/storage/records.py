@@ -69,14 +69,14 @@ def read_text(file: Path, remedy: str, max_bytes: int = RECORD_BYTES) -> str:
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object has two values of one name."""
+    """A JSON object has two values for the same name."""
 
 
 def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The values of a JSON object by name, as `object_pairs_hook`; Python would take the last.
 
     Raises:
-        RepeatedKeyError: a name stands twice.
+        RepeatedKeyError: a name occurs twice.
     """
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -23,7 +23,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, lock: FolderLock | None = None, writes: bool = True) -> None:
-        """Without a lock nothing is asked: a folder for which nobody else can compete.
+        """Without a lock nothing is checked: no other process can compete for the folder.
 
         Args:
             path: the folder, which may not exist yet.

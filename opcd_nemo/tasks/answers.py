@@ -1,4 +1,4 @@
-"""Where a reply gives its answer: the rules are those of the prompts that ask for it."""
+"""Where a reply gives its answer: the tasks' prompts ask for an answer in these forms."""
 
 from __future__ import annotations
 

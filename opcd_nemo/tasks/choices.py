@@ -1,4 +1,4 @@
-"""Questions with a few allowed answers, of which one stands in `<answer>...</answer>`."""
+"""Questions with a few allowed answers; a reply gives its answer in `<answer>...</answer>`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def multiple_choice(
     max_left_out: MaxLeftOut = MAX_LEFT_OUT,
     draw: Literal[1, 2] = NEWEST_DRAW,
 ) -> QuestionTask:
-    """Read questions with options and the number of the right one.
+    """Read questions with options and the number of the right option.
 
     Two rows are the same problem when question and options are, in whatever order the options
     come: a training row cannot give away a test row by another letter.

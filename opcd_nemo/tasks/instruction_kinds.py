@@ -39,7 +39,7 @@ class Kind:
 
 
 def words(text: str) -> int:
-    """Count what stands between blanks and holds a letter or a digit."""
+    """Count the words, which are separated by blanks and have a letter or a digit."""
     return sum(any(letter.isalnum() for letter in word) for word in text.split())
 
 

@@ -36,11 +36,11 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Rows of one kind.
+    """Rows of the same kind.
 
     Attributes:
         name: in the uid.
-        columns: what is asked of a row.
+        columns: the columns that `read` uses.
         read: makes a problem of a row; raises `LeftOut` where that cannot be asked.
         ask: makes the question's text and its judge of a problem's parts.
     """
@@ -74,7 +74,7 @@ class FileProblems:
 
     @property
     def num_problems(self) -> int:
-        """How many problems the file has, with those that are left out."""
+        """How many problems the file has, including the problems that are left out."""
         kept = sum(map(len, self.splits.values()))
         return kept + sum(count for count, _ in self.left_out.values())
 
@@ -114,7 +114,7 @@ class FileProblems:
 
 
 class SplitQuestions(Sequence[Question]):
-    """The questions of a split; each is made when it is asked for."""
+    """The questions of a split; a question is made when it is read."""
 
     def __init__(self, split: Split, files: Sequence[FileProblems]) -> None:
         """Put all files' problems into the order of their hash: its start is a fair sample."""
@@ -128,7 +128,7 @@ class SplitQuestions(Sequence[Question]):
         self._places = array("Q", sorted(places, key=digest))
 
     def __len__(self) -> int:
-        """How many there are."""
+        """How many questions the split has."""
         return len(self._places)
 
     @overload

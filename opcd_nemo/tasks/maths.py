@@ -38,7 +38,7 @@ _MARKS = {
     "boxed": r"a text with the answer in \boxed{}",
 }
 
-# Every split draws its items from seeds of its own, for every run alike.
+# Each split draws its items from different seeds, the same for every run.
 _FIRST_SEED: dict[Split, int] = {"test": 1, "validation": 100_000_001, "train": 200_000_001}
 MAX_GENERATED = 1_000_000
 
@@ -110,7 +110,7 @@ def generated_problems(
     time_limit_s: float,
     seed: int,
 ) -> QuestionTask:
-    """Generate problems with reasoning-gym, whose own verifier scores them.
+    """Generate problems with reasoning-gym, whose verifier scores the answers.
 
     The splits come from disjoint seeds and share no question. Only a full score counts: some
     verifiers give something to any text.
@@ -122,7 +122,7 @@ def generated_problems(
         validation: How many to choose by.
         test: How many to report.
         question: What is asked, with `{problem}` in it once.
-        time_limit_s: CPU-seconds for one answer; one that needs more is wrong.
+        time_limit_s: CPU-seconds for an answer; an answer that needs more is wrong.
         seed: Of the order in which training problems come.
 
     Raises:
@@ -153,7 +153,7 @@ def _same_value(gold: str, equal: TimedVerifier) -> Judge:
 
 
 class _Generator:
-    """One split's items of a data set, its first seed the split's own."""
+    """A split's items of a data set, from the split's first seed on."""
 
     def __init__(
         self, name: str, arguments: dict[str, Any], split: Split, size: int, verify: TimedVerifier

@@ -1,4 +1,4 @@
-"""Rows of parquet files, of which no more is decoded than what is asked of a row."""
+"""Rows of parquet files; only the columns that are used are decoded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SMALLER = (
 
 
 class ParquetRows:
-    """The rows of a file, but of no column that is not asked for."""
+    """The rows of a file, with the columns that are asked for alone."""
 
     def __init__(self, key: str, path: str, file: Path, columns: Sequence[str]) -> None:
-        """Name the file and what will be asked of its rows; with nothing, all columns are read."""
+        """Name the file and the columns to read; without columns all are read."""
         self._key, self._path, self._file = key, path, file
         self._columns = tuple(dict.fromkeys(columns))
         self._asked = set(columns) | {column.partition(".")[0] for column in columns}
@@ -48,7 +48,7 @@ class ParquetRows:
         """Yield the values of every row.
 
         Raises:
-            UserError: no whole parquet file, or one that asks for more than `config.limits`.
+            UserError: the parquet file is incomplete, or asks for more than `config.limits`.
         """
         import pyarrow
         from pyarrow import parquet
@@ -65,7 +65,7 @@ class ParquetRows:
         raise UserError(self._key, self._path, allowed, problem=problem) from error
 
     def _check_sizes(self, opened: IO[bytes]) -> list[str]:
-        """Refuse columns that unpack to too much; return those with a dictionary."""
+        """Refuse columns that unpack to too much; return the columns with a dictionary."""
         dictionaries = set()
         unpacked = 0
         for group in chunks(opened, self._size):
@@ -143,7 +143,7 @@ class ParquetRows:
             self._refuse(f"{problem}, of a file of {self._size} bytes", _SMALLER)
 
     def plain(self, value: Scalar) -> Any:
-        """A value of the file as Python has it; lists and mappings are read as they are asked."""
+        """A value of the file in Python's types; lists and mappings are read when they are used."""
         import pyarrow
 
         if not value.is_valid:

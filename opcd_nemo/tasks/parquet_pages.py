@@ -128,7 +128,7 @@ def _list(fields: Fields, number: int, kind: type) -> list[Any]:
 
 
 def _structure(data: bytes, place: int, level: int) -> tuple[Fields, int]:
-    """Read a structure at a place of some bytes; returns where the next one begins, too."""
+    """Read a structure at a position of some bytes; returns also the next structure's position."""
     _check_level(level)
     fields: Fields = {}
     number = 0

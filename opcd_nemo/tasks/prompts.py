@@ -9,7 +9,7 @@ TEMPLATES = {
     "how": "Explain how {} works.",
 }
 
-# None of these stands in a demonstration of conf/context.
+# No demonstration of conf/context has any of these words.
 _NOUN_TEXT = """
     accordion airport anchor aquarium axe backpack balloon banjo barn barometer basket bathtub
     battery beaver bell bicycle binder blanket blender boat bookcase bottle bracelet bridge
@@ -97,7 +97,7 @@ CAPITALS = {
     "Vietnam": "Hanoi",
 }
 
-# What a general assistant is asked; no capital and none of `NOUNS` among it.
+# Questions for a general assistant, without capitals and without `NOUNS`.
 _ANCHOR_FRAMES = {
     "What is the opposite of the word '{}'?": (
         "hot | early | full | brave | noisy | cheap | ancient | wide | gentle | bright | heavy | "

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from opcd_nemo.tasks.answers import plain
 
-_LONGEST = 200  # of an answer that is read as a quantity; a longer one is a text
+_LONGEST = 200  # of an answer that is read as a quantity; a longer answer is a text
 _BLANK = r"(?:\\[,;:> ]|[~ \u00a0\u2007\u2009\u202f])"
 _BLANKS = re.compile(rf"{_BLANK}+")
 _GROUPS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_BLANK}+\d{{3}})+(?!{_BLANK}*\d)")
@@ -79,7 +79,7 @@ class Quantity(NamedTuple):
 
 
 def same_value(gold: str, answer: str, equal: Equal) -> bool:
-    """Say whether an answer has the value of the right one; `equal` compares formulas."""
+    """Whether an answer has the value of the right answer; `equal` compares formulas."""
     if answer == gold:
         return True
     if not _EQUALS.search(gold) and (sides := _sides(answer)):
@@ -146,7 +146,7 @@ def _is_short(word: str) -> bool:
 
 
 def _sides(answer: str) -> list[str]:
-    """The sides of an equation that are no names; nothing where it is none, or more than one."""
+    """The sides of an equation that are no names; nothing if the text has not exactly one."""
     sides = [side.strip() for side in _EQUALS.split(answer)]
     if len(sides) < 2 or len(answer) > _LONGEST or _SEVERAL.search(answer):
         return []

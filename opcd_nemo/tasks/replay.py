@@ -25,7 +25,7 @@ _TURN = "replay/"  # begins the uid of a logged turn
 class ReplayTask:
     """Trains on the turns that were logged while experience was written: a turn is a question.
 
-    Validation, test and anchors are those of the task that was played.
+    Validation, test and anchors come from the task that was played.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ def _check_task(of: object) -> None:
 
     Raises:
         UserError: it is no mapping, or its target is neither a task of this package nor a class
-            with a task's methods, or a function that returns one.
+            with a task's methods, or a function that returns such a class.
     """
     if not isinstance(of, Mapping):
         raise UserError("task.of", of, "a mapping with a _target_")

@@ -76,7 +76,7 @@ class Row(NamedTuple):
         """Return a column that holds a text or a number, as a text without blanks at its ends.
 
         Raises:
-            UserError: there is no such column, or it is empty or something else.
+            UserError: the file has no such column, or the column is empty or no text.
         """
         value = self.values.get(column)
         if type(value) is str and value.isascii() and (text := value.strip()):
@@ -167,7 +167,7 @@ def read_rows(key: str, path: str, columns: Sequence[str] = ()) -> Iterator[Row]
     Args:
         key: the configuration key that names the file.
         path: the file.
-        columns: what will be asked of the rows; no other column of a parquet file is read.
+        columns: the columns that are used; no other column of a parquet file is read.
 
     Raises:
         UserError: of `key` and the file; its problem names the line.
@@ -248,13 +248,13 @@ def _parsed(text: str) -> Any:
 
 
 def _csv(key: str, path: str, file: Path) -> Iterator[Row]:
-    """Read a table with a header; the delimiter is the one that splits the header most often."""
+    """Read a table with a header; the delimiter that splits the header most often is used."""
     csv.field_size_limit(ROW_BYTES)  # 128 KiB by default, for every table of the process
     with file.open(encoding="utf-8-sig", newline="") as opened:
         number = of_row = 0
 
         def bounded(lines: Iterator[str]) -> Iterator[str]:
-            """The lines of rows that end: a row goes on while a quote is open."""
+            """The lines at which rows end: a row continues while a quote is open."""
             nonlocal of_row
             for line in lines:
                 of_row += len(line)

@@ -1,6 +1,6 @@
 """Problems of files in three splits that share none, and what is left out of them.
 
-A problem that cannot be asked fairly is left out, counted, and told in one line a file:
+A problem that cannot be asked fairly is left out and counted; each file is reported in a line:
 
 * rows of a file that are the same problem with different answers: all of them;
 * a problem that two splits have: it stays in the test split, else in the validation split;
@@ -47,7 +47,7 @@ MaxLeftOut = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFiles:
-    """What was read of one source; `key` and the three values are the configuration's."""
+    """The files of a source; `key` and the three values come from the configuration."""
 
     key: str
     given: Mapping[Split, float | str]
@@ -76,7 +76,7 @@ def fraction(problem_identity: bytes) -> float:
 def read_splits(
     key: str, train: str, validation: float | str, test: float | str, source: Source
 ) -> SourceFiles:
-    """Read the files of one source and make a problem of every row.
+    """Read the files of a source and make a problem of every row.
 
     `validation` and `test` are files, or shares of the training file that are taken by a hash of
     the problem: a problem stays in its split when rows are added, moved or removed, and when the
@@ -209,7 +209,7 @@ def _leave_out_shared(files: Sequence[FileProblems]) -> None:
 
 
 def tell_left_out(file: FileProblems, most: float) -> None:
-    """Say what is left out of a file, in one line.
+    """Report what is left out of a file, in a line.
 
     Raises:
         UserError: it is more than a share of the file's problems.

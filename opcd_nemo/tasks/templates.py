@@ -1,4 +1,4 @@
-"""What is asked, with slots in braces; other braces, as LaTeX has them, stay as they are."""
+"""Texts of questions with slots in braces; other braces, as in LaTeX, are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from opcd_nemo.errors import UserError
 
 
 def require_slots(key: str, template: str, names: Sequence[str]) -> None:
-    """Raises: UserError unless each name stands in the template once, in braces."""
+    """Raises: UserError unless the template has each name once, in braces."""
     for name in names:
         if not isinstance(template, str) or template.count(f"{{{name}}}") != 1:
             raise UserError(key, template, f"a text with {{{name}}} in it once")

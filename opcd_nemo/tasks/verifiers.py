@@ -40,7 +40,7 @@ def is_bullets(text: str) -> bool:
     """True with 3 or more lines that begin with `-`, `*` or `•` and hold a word.
 
     Numbered lines are no bullets. Text around the list is allowed, and so is a last bullet cut
-    short. What the bullets say is not judged: three equal ones are a list too.
+    short. What the bullets say is not judged: three equal bullets are a list too.
     """
     return sum(_BULLET.fullmatch(line) is not None for line in text.splitlines()) >= MIN_BULLETS
 
@@ -59,12 +59,12 @@ def is_json(text: str) -> bool:
 
 
 def is_pirate(text: str) -> bool:
-    """True when arr (with any number of r from two), ahoy, matey, ye or aye is one of the words."""
+    """True when the text has the word arr (with two r or more), ahoy, matey, ye or aye."""
     return _PIRATE.search(text) is not None
 
 
 def mentions(answer: str, text: str) -> bool:
-    """True when `answer` stands in `text` as whole words; case and accents do not count."""
+    """True when `text` has `answer` as whole words; case and accents do not count."""
     return re.search(rf"(?<!\w){re.escape(_plain(answer))}(?!\w)", _plain(text)) is not None
 
 

@@ -1,4 +1,4 @@
-"""The other end of `TimedVerifier`: verifies one answer at a time and dies of one that takes long.
+"""The other end of `TimedVerifier`: verifies an answer at a time; a long verification ends it.
 
 Run as a file, so that it imports nothing but what verifies. The timers' signals keep their default
 action: they end this process even in the middle of a computation that never returns to Python.

@@ -65,7 +65,7 @@ def in_one_line(drawing: str) -> str:
 
 
 def images(name: str) -> set[str]:
-    """Return the names of a board's rotations and reflections, its own among them."""
+    """Return the names of a board's rotations and reflections, the board's name among them."""
     rows = name.split("-")
     found = set()
     for _ in range(4):
@@ -99,7 +99,7 @@ def solve(board: Board, max_moves: int) -> tuple[Direction, ...] | None:
 class MapPool:
     """The maps of a setting, in a fixed order.
 
-    `num_layouts` different ones were looked at; `complete` says that these are all there are.
+    `num_layouts` different layouts were looked at; `complete` says that no other layout exists.
     """
 
     maps: tuple[Board, ...]
@@ -117,7 +117,7 @@ def choose_maps(
         min_moves: a map that is solved faster is none.
         rounds: a map that is not solved within the rounds of a game is none.
         num_maps: stop at so many; None looks at all layouts.
-        complete: the layouts are all there are.
+        complete: no other layout exists.
     """
     maps: list[Board] = []
     seen: set[Board] = set()

@@ -24,7 +24,7 @@ _OPENING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Play:
-    """A board and what the rules count; `invalid_moves` are those in a row, up to now."""
+    """A board and what the rules count; `invalid_moves` are the latest moves in a row."""
 
     board: Board
     rounds_left: int
@@ -42,7 +42,7 @@ class Play:
 
     @property
     def ending(self) -> Ending | None:
-        """How the game has ended; None while it goes on."""
+        """How the game has ended; None before its end."""
         if self.board.won:
             return "won"
         if self.board.lost:
@@ -138,7 +138,7 @@ def _actions(controls: Mapping[str, Sequence[str]]) -> dict[str, Direction]:
 
 
 def check_symbols(symbols: Symbols, letters: Symbols) -> None:
-    """Refuse symbols other than one different character for each of the game's `letters`.
+    """Refuse symbols unless each of the game's `letters` has a different character.
 
     Raises:
         UserError: a word or a symbol cannot be used.

@@ -50,7 +50,7 @@ class Sokoban:
         return False
 
     def moved(self, direction: Direction) -> Sokoban | None:
-        """Return the room after a step or a push; None where something stands in the way."""
+        """Return the room after a step or a push; None if something is in the way."""
         step = STEPS[direction]
         ahead = _add(self.player, step)
         if ahead in self.walls:
@@ -97,7 +97,7 @@ def sokoban_maps(
 
     Args:
         size: of the square room, with the wall around.
-        num_boxes: and as many targets; at least one box stands off its target.
+        num_boxes: as many as targets; at least one box is off its target.
         num_walls: wall cells inside the room.
         min_moves: of a shortest solution, at least.
         rounds: of a shortest solution, at most.

@@ -88,7 +88,7 @@ class Environment:
 
 
 def observed(env: Any) -> list[tuple[str, str]]:
-    """What the environment has said since the last time: types and messages."""
+    """The environment's messages since the last call, with their types."""
     _, messages = env.get_observation()
     return [(kind.name, str(text)) for _, text, kind in messages]
 
@@ -127,7 +127,7 @@ class TextArenaEpisode:
         return single_turn("\n\n".join(self._events), context)
 
     def longest_turn(self, context: Context) -> Turn:
-        """Return the last turn, if every round said as much as the longest of the first does."""
+        """Return the last turn, if every round's text were as long as the first round's longest."""
         rounds = []
         for action in (*(f"[{word}]" for word in self._rules.actions), _NO_ACTION):
             env, _ = self._environment.start(self._game.seed)
@@ -181,7 +181,7 @@ class TextArenaTask(GameTask):
         )
 
     def report(self) -> dict[str, Any]:
-        """Return how many maps there are; TextArena's have no solver here."""
+        """Return the number of maps; no solver exists for TextArena's maps."""
         names = {split: {game.name for game in games} for split, games in self.maps.items()}
         return {f"maps_{split}": len(found) for split, found in names.items()}
 
