@@ -5,8 +5,9 @@ import sys
 
 from opcd_nemo import distill, load_model
 
-WORDS = """anchor ant apple bag ball bell boat book box bread broom bus candle car cat chair clock
-    coat cup desk dog door drum egg fan fish flute fork goat hat horse key kite lamp leaf map"""
+WORDS = """anchor ant apple bag ball bell boat book box bread broom bus candle car cat chair
+    clock coat cup desk dog door drum egg fan fish flute fork goat hat horse key kite lamp leaf
+    map milk"""
 QUESTIONS = [f"What is {'an' if word[0] in 'aeiou' else 'a'} {word}?" for word in WORDS.split()]
 
 
