@@ -57,6 +57,9 @@ def test_every_way_gives_the_same_bits(run: Path, exported: Path, tiny: Path) ->
     assert first.keys() == again.keys() == base.keys()
     assert all(first[name].equal(again[name]) for name in first)
     assert not all(first[name].equal(base[name]) for name in first)  # it has learnt
+    card = (exported / "hf" / "README.md").read_text()
+    assert "## Scores" in card
+    assert "## The context" in card
     for name in ("tokenizer.json", "tokenizer_config.json", "context.json", EVALUATION):
         assert (exported / "hf" / name).read_bytes() == (exported / "hf-again" / name).read_bytes()
     summary = json.loads((run / "summary.json").read_text())
