@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
-	test-rehearsal test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test wheel-test clean \
+	test-rehearsal test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test report-test wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu mutation-test
 
 LAYOUT ?= dp2
@@ -127,6 +127,10 @@ pipeline-crash-test: $(DEV) ## kill the experience pipeline at 8 random moments,
 cluster-test: $(DEV) ## the scripts of slurm/ on a real Slurm of eight hosts in namespaces (root, 10 min)
 	tests/cluster/packages.sh slurmctld slurm-wlm munge libslurm-dev iproute2
 	$(PYTEST) -x tests/cluster
+
+report-test: $(DEV) ## the pages of runs in a headless Chromium (root installs it; 5 min)
+	tests/cluster/packages.sh chromium chromium fonts-dejavu-core
+	$(PYTEST) -x tests/browser
 
 image-test: $(DEV) ## build the Dockerfile on a stand-in for NVIDIA's image and run it (root, 5 min)
 	tests/cluster/packages.sh buildah buildah crun debootstrap

@@ -48,6 +48,15 @@ COMMANDS: dict[str, Command] = {
         options=(STAGE_OPTION,),
         examples=("recipe=demo_games", "recipe=demo_games stage=score"),
     ),
+    "report": Command(
+        about="a page for a browser: of a run, of a pipeline, or of several runs beside each other",
+        run=programs.report,
+        usage="FOLDER [FOLDER ...] [to=FILE]",
+        examples=(
+            "runs/demo_brevity-dp2",
+            "runs/demo_brevity-dp2 runs/demo_brevity-tp2 to=comparison.html",
+        ),
+    ),
     "registry": Command(
         about="list, show and compare the notes of a pipeline, or select earlier ones again",
         run=programs.registry,

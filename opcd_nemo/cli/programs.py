@@ -144,6 +144,18 @@ def experience(words: Sequence[str]) -> int:
     run_experience(words)
 
 
+def report(words: Sequence[str]) -> int:
+    """Write the page of a run, of a pipeline, or of several runs."""
+    from opcd_nemo.launch.output import quiet_imports
+
+    quiet_imports()
+    from opcd_nemo.errors import visible
+    from opcd_nemo.report.command import write_page
+
+    sys.stdout.write(f"written: {visible(str(write_page(words)))}\n")
+    return 0
+
+
 def registry(words: Sequence[str]) -> int:
     """Look at a pipeline's notes, or select earlier ones again."""
     from opcd_nemo.context.registry import answer

@@ -54,8 +54,11 @@ class Doc:
 
 
 def doc(words: str, **details: Any) -> Any:
-    """A dataclass field with a `Doc`; `default` is the field's, `details` are the `Doc`'s."""
-    given = {"default": details.pop("default")} if "default" in details else {}
+    """A dataclass field with a `Doc`; `default` is the field's, `details` are the `Doc`'s.
+
+    A default is for configurations that were stored before the key; `default_factory` makes a list.
+    """
+    given = {name: details.pop(name) for name in ("default", "default_factory") if name in details}
     return field(metadata={"doc": Doc(words=words, **details)}, **given)
 
 

@@ -155,6 +155,10 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
             phrases,
             "a list of one phrase or more, each with a word in it",
         )
+    if evaluation.wrong_context is not None and "wrong_context" not in evaluation.controls:
+        target = evaluation.wrong_context["_target_"]
+        allowed = "null without wrong_context among evaluation.controls"
+        raise UserError("evaluation.wrong_context._target_", target, allowed)
 
 
 def _check_stop(config: TrainConfig) -> None:

@@ -54,6 +54,7 @@ STORED_CLASSES: Mapping[str, tuple[str, ...]] = {
     "engine": ("opcd_nemo.engines.megatron.MegatronEngine",),
     "loss": _LOSSES,
     "warmup.loss": _LOSSES,
+    "evaluation.wrong_context": _CONTEXTS,
 }
 """The classes that a stored configuration may name, by the key under which `_target_` stands."""
 _RESERVED = frozenset(("cls", "_args_", "_partial_", "_recursive_", "_convert_"))
@@ -80,6 +81,17 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
     Raises:
         UserError: another kind of file, or one that `check_stored` refuses.
     """
+    present: dict[str, Any] = present_config(parse_plain(text, where))
+    check_stored(present, where)
+    return present
+
+
+def parse_plain(text: bytes, where: str) -> dict[str, Any]:
+    """Read a mapping of plain values, which name whatever they name: to be shown, not used.
+
+    Raises:
+        UserError: another kind of file, or one with tags, aliases or too much in it.
+    """
     try:
         if problem := _not_plain(text):
             raise ValueError(problem)
@@ -89,9 +101,7 @@ def parse_stored(text: bytes, where: str) -> dict[str, Any]:
         raise UserError(where, ABSENT, "a configuration in YAML", problem=first) from error
     if not isinstance(config, dict):
         raise UserError(where, ABSENT, "a configuration in YAML", problem="is no mapping")
-    present: dict[str, Any] = present_config(config)
-    check_stored(present, where)
-    return present
+    return config
 
 
 def _not_plain(text: bytes) -> str | None:

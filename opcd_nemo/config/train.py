@@ -28,6 +28,7 @@ DTYPES = ("bf16", "fp32")
 MOST_WAIT_S = 30 * 86_400  # a month; clusters end jobs sooner
 MOST_LAYERS = 10_000
 _SAMPLERS = ("student", "teacher")
+CONTROLS = ("wrong_context", "context_returned")
 
 
 @dataclass(kw_only=True)
@@ -213,6 +214,32 @@ class EvaluationConfig:
         maximum=1,
         example="0.8",
     )
+    min_gap: float | None = doc(
+        "the run ends before its first step when the context lifts the score by less than this; "
+        "null: it goes on, and says so where the questions show no lift",
+        minimum=0,
+        maximum=1,
+        example="0.1",
+        default=None,
+    )
+    controls: list[str] = doc(
+        "rows that show what did it: the teacher with a wrong context; the trained student with "
+        "the context given back",
+        choices=CONTROLS,
+        default_factory=list,
+    )
+    num_control_questions: int = doc(
+        "questions of the task for each control: the first ones, at most num_questions",
+        minimum=1,
+        maximum=MOST_STEPS,
+        default=20,
+    )
+    wrong_context: Any = doc(
+        "the wrong context of the controls, another task's; null: the context with its words in "
+        "random places",
+        plug=True,
+        default=None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -269,5 +296,7 @@ def load_config(raw: DictConfig) -> TrainConfig:
         check_plug(key, getattr(config, key))
     if config.warmup.steps:
         check_plug("warmup.loss", config.warmup.loss)
+    if config.evaluation.wrong_context is not None:
+        check_plug("evaluation.wrong_context", config.evaluation.wrong_context)
     check_rules(config)
     return config

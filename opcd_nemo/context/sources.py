@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from opcd_nemo.context.items import as_text
+from opcd_nemo.context.items import as_text, shuffled_words
 from opcd_nemo.context.registry import read_entry
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import Message
@@ -56,6 +56,21 @@ class Context:
             "situation": situation,
         }
         return _SLOTS.sub(lambda slot: texts[slot[1]], self.wrap)  # once: texts may hold braces
+
+    def shuffled(self, seed: int) -> Context:
+        """Return a control: the words in random places, as many in each text as before.
+
+        The demonstrations' questions and the template around the question stay.
+        """
+        solutions = shuffled_words([solution for _, solution in self.demonstrations], seed)
+        problems = (problem for problem, _ in self.demonstrations)
+        lines = None if self.experience is None else self.experience.splitlines()
+        return replace(
+            self,
+            system=None if self.system is None else shuffled_words([self.system], seed)[0],
+            demonstrations=tuple(zip(problems, solutions, strict=True)),
+            experience=None if lines is None else "\n".join(shuffled_words(lines, seed)),
+        )
 
     @property
     def content_hash(self) -> str:
@@ -117,6 +132,26 @@ class NoContext(OneContext):
 
     def __init__(self) -> None:
         super().__init__(Context(system=None, demonstrations=()), {"written_by": "nobody"})
+
+
+class ShuffledContext:
+    """A control: another source's contexts with their words in random places."""
+
+    def __init__(self, source: ContextSource, seed: int) -> None:
+        self._source, self._seed = source, seed
+        self.lineage: Mapping[str, Any] = {"written_by": "a shuffle", "seed": seed}
+
+    def context(self, uid: str, step: int) -> Context:
+        """Return the shuffled context of the episode."""
+        return self._source.context(uid, step).shuffled(self._seed)
+
+    def contexts(self) -> tuple[Context, ...]:
+        """Return every context, shuffled."""
+        return tuple(context.shuffled(self._seed) for context in self._source.contexts())
+
+    def frozen(self) -> dict[str, Any] | None:
+        """Return None: no configuration names it."""
+        return None
 
 
 class FixedContext(OneContext):

@@ -6,7 +6,7 @@ no stage waits for a token. Finished sequences leave their group's cache and sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +74,8 @@ class MegatronEngine:
             eos_ids: token ids that end a response.
             max_batch_size: sequences decoded together.
             pack: reorder the weights once per `load_weights` for small products (CPU only).
+
+        `on_finished` is told how many answers have ended, as they do.
         """
         self._model, self._eos = model, frozenset(eos_ids)
         self._max_batch_size = max_batch_size
@@ -81,6 +83,7 @@ class MegatronEngine:
         self._head: PackedWeight | None = None
         self._prefixes: dict[tuple[int, ...], dict[int, KeyValue]] = {}
         self.weights_version = -1
+        self.on_finished: Callable[[int], None] | None = None
 
     def load_weights(self, version: int) -> None:
         """Take the model's present weights; nothing to do when this version is held."""
@@ -233,5 +236,7 @@ class MegatronEngine:
                 group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens
             ):
                 unfinished.append(slot)
-        if len(unfinished) < len(group.rows):
+        if finished := len(group.rows) - len(unfinished):
             group.keep(unfinished)
+            if self.on_finished is not None:
+                self.on_finished(finished)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,9 +16,11 @@ from opcd_nemo.evaluation.statistics import pass_at_k
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.progress import progress_bar
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Rollout, Split
 
+logger = logging.getLogger(__name__)
 ANSWER = {
     "uid": str,
     "sample": int,
@@ -35,7 +39,8 @@ class Answer:
 
     `question` is what the student reads in the first turn; `text` and `num_tokens` are of the
     replies of all turns. `answered` is false after a failure of format, `leaked` true when the text
-    betrays that there was a context.
+    betrays that there was a context. `transcript` is a game from its first board to its outcome;
+    None where an environment says nothing.
     """
 
     uid: str
@@ -46,19 +51,35 @@ class Answer:
     answered: bool
     num_tokens: int
     leaked: bool
+    transcript: str | None = None
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Answer:
         """Read a stored answer; files written before answers had a question show the uid."""
         given = {"question": record["uid"], **record}
-        return Answer(**{name: given[name] for name in (*ANSWER, "question")})
+        transcript = record.get("transcript")
+        return Answer(
+            **{name: given[name] for name in (*ANSWER, "question")},
+            transcript=transcript if isinstance(transcript, str) else None,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The answer as JSON has it; only a game has a transcript."""
+        values = asdict(self)
+        if self.transcript is None:
+            del values["transcript"]
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """The answers of one evaluation, alike on every rank: in the task's order, samples adjacent."""
+    """The answers of one evaluation, alike on every rank: in the task's order, samples adjacent.
+
+    `rollouts` are the tokens of the first turns of the first questions, as many as were asked for.
+    """
 
     answers: tuple[Answer, ...]
+    rollouts: tuple[Rollout, ...] = ()
 
     @property
     def score(self) -> float:
@@ -150,20 +171,59 @@ class Evaluator:
         *,
         with_context: bool,
         questions: range | None = None,
+        keep: int = 0,
+        whom: str | None = None,
     ) -> Evaluation:
-        """Scores on the questions of a split, or on some of them. Collective over the world."""
+        """Scores on the questions of a split, or on some of them. Collective over the world.
+
+        Args:
+            engine: who answers.
+            split: of the task.
+            with_context: what the teacher reads is read.
+            questions: indices of questions; None: all that the plan has.
+            keep: of how many first questions the rollouts are kept.
+            whom: who is evaluated, in words for the screen; None: nothing is shown.
+        """
         chosen = questions or range(self._plan.num_questions)
 
         def draw() -> list[Episode]:
             return self._task.episodes(split, 0, chosen.stop)[chosen.start :]
 
-        sampling = self._plan.sampling
-        return self._evaluate(engine, draw, sampling, with_context, first_index=chosen.start)
+        asked = self._plan.samples_per_question * len(chosen)
+        with self._shown(engine, whom, asked, "questions"):
+            return self._evaluate(
+                engine,
+                draw,
+                self._plan.sampling,
+                with_context,
+                first_index=chosen.start,
+                keep=keep,
+            )
 
-    def retention(self, engine: RolloutEngine, *, with_context: bool) -> Evaluation:
-        """Scores on the unrelated questions. Collective over the world."""
+    def retention(
+        self, engine: RolloutEngine, *, with_context: bool, whom: str | None = None
+    ) -> Evaluation:
+        """Scores on the unrelated questions; `whom` as above. Collective over the world."""
         questions = partial(self._retention.episodes, "test", 0, self._plan.num_retention)
-        return self._evaluate(engine, questions, self._plan.retention_sampling, with_context)
+        asked = self._plan.samples_per_question * self._plan.num_retention
+        with self._shown(engine, whom, asked, "unrelated questions"):
+            return self._evaluate(engine, questions, self._plan.retention_sampling, with_context)
+
+    @contextmanager
+    def _shown(
+        self, engine: RolloutEngine, whom: str | None, count: int, what: str
+    ) -> Iterator[None]:
+        """Say who is asked how much, and on rank 0 show a bar of its answers."""
+        if whom is None:
+            yield
+            return
+        words = f"evaluating {whom}: {count} {what}"
+        logger.info("%s", words)
+        if self._parallel.rank != 0:
+            yield
+            return
+        with progress_bar(engine, whom, len(self._parallel.share(count))):
+            yield
 
     def _evaluate(
         self,
@@ -172,8 +232,10 @@ class Evaluator:
         sampling: Sampling,
         with_context: bool,
         first_index: int = 0,
+        keep: int = 0,
     ) -> Evaluation:
         plays: list[list[Answer]] = []
+        kept: list[Rollout] = []
         for sample in range(self._plan.samples_per_question):
             episodes = draw()
             share = self._parallel.share(len(episodes))
@@ -190,8 +252,14 @@ class Evaluator:
                 prefix_ids=self._prefix_ids if with_context else (),
             )
             plays.append(self._answers(sample, first_index + share.start, mine, rollouts))
+            if sample == 0:
+                last = first_index + keep
+                kept = [r for r in rollouts if r.turn_index == 0 and r.episode_index < last]
         answers = [answer for samples in zip(*plays, strict=True) for answer in samples]
-        return Evaluation(answers=tuple(self._parallel.gather_over_dp(answers)))
+        return Evaluation(
+            answers=tuple(self._parallel.gather_over_dp(answers)),
+            rollouts=tuple(self._parallel.gather_over_dp(kept)) if keep else (),
+        )
 
     def _answers(
         self,
@@ -217,9 +285,15 @@ class Evaluator:
                     answered=episode.answered,
                     num_tokens=sum(map(len, replies)),
                     leaked=self._leakage.search(text) is not None,
+                    transcript=_transcript(episode),
                 )
             )
         return answers
+
+
+def _transcript(episode: Episode) -> str | None:
+    trace = episode.trace()
+    return None if trace.outcome is None else f"{trace.text}\n\n{trace.outcome}"
 
 
 def leakage_pattern(phrases: Sequence[str]) -> re.Pattern[str]:

@@ -1,21 +1,18 @@
-"""What a run leaves for people: tables, curves, samples and the summary."""
+"""What a run leaves for people: its table, samples, memory and versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import re
 import resource
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from opcd_nemo.errors import visible
 from opcd_nemo.evaluation.evaluator import Answer, Evaluation
-from opcd_nemo.losses import CAPTURED_MASS
-from opcd_nemo.metrics import read_metrics
 from opcd_nemo.storage.durable import naming
 
 _VERSIONS = ("opcd-nemo", "torch", "megatron-core", "nemo-toolkit", "lightning", "numpy")
@@ -51,12 +48,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def results_table(rows: Mapping[str, tuple[float, float | None]]) -> str:
-    """A table of (task score, retention) by row name."""
-    lines = [f"{'':24}{'task':>8}{'retention':>12}"]
+def results_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A table of (task score, retention) by row name, each with its interval of 95 %."""
+    lines = [f"{'':24}{'task':20}retention"]
     for name, (score, retention) in rows.items():
-        lines.append(f"{name:24}{score:8.2f}{'' if retention is None else f'{retention:12.2f}'}")
+        shown = interval_text(score, ".2f")
+        lines.append(f"{name:24}{shown:20}{interval_text(retention, '.2f')}")
     return "\n".join(lines)
+
+
+def interval_text(estimate: Mapping[str, Any], form: str) -> str:
+    """`value [low, high]`; an end that nothing bounds is a question mark."""
+    ends = (estimate["low"], estimate["high"])
+    low, high = ("?" if end is None else f"{end:{form}}" for end in ends)
+    return f"{estimate['value']:{form}} [{low}, {high}]"
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
@@ -107,47 +112,3 @@ def _about(answer: Answer) -> str:
     words = [f"score {answer.score:.3g}", f"{answer.num_tokens} tokens"]
     words += ["no answer found"] * (not answer.answered) + ["leaks"] * answer.leaked
     return ", ".join(words)
-
-
-def write_answers(path: Path, evaluations: Mapping[str, tuple[Evaluation, Evaluation]]) -> None:
-    """Every answer as one JSON object a line: what two runs are compared by, question by question.
-
-    Args:
-        path: of the file.
-        evaluations: of task and retention, by name.
-    """
-    with naming(path), path.open("w", encoding="utf-8") as file:
-        for name, pair in evaluations.items():
-            for part, evaluation in zip(("task", "retention"), pair, strict=True):
-                for answer in evaluation.answers:
-                    line = {"evaluation": name, "part": part, **asdict(answer)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def write_curves(path: Path, metrics: Path) -> None:
-    """Loss, response length, gradient norm and validation over the steps of a metrics file."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(metrics)
-    losses = sorted({name for line in lines for name in line if name.startswith("loss/")})
-    shares = [name for name in losses if name == CAPTURED_MASS]
-    losses = [name for name in losses if name not in shares]
-    panels = [losses, ["rollout/response_tokens"], ["optim/grad_norm"], ["perf/tokens_per_s"]]
-    if shares:
-        panels.append(shares)
-    if any("validation/score" in line for line in lines):
-        panels.append(["validation/score", "validation/retention"])
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
-    for axis, names in zip(axes, panels, strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=name, marker=".")
-        axis.set_xlabel("step")
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    with naming(path):
-        figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,7 +1,7 @@
 """Intervals and tests for scores: over seeds, over questions, over both; no torch.
 
-What scipy.stats has is taken from it (Student's t, binomial test, sign flips). The crossed interval
-and the bootstrap of a ratio over seeds and questions are written here: scipy has neither.
+Student's t is taken from scipy.stats. The crossed interval, the interval of a share from it and the
+bootstrap of a ratio over seeds and questions are written here: scipy has none of them.
 
 Shape letters: `S` seeds (runs), `Q` questions, `R` resamples.
 """
@@ -17,7 +17,12 @@ from scipy import stats
 
 _Array = NDArray[np.float64]
 _NUM_RESAMPLES = 10_000
-_FLIPS_AT_ONCE = 500  # bounds the memory
+_RESAMPLES_AT_ONCE = 1000  # bounds the memory
+_ROUNDING = 1e-12  # of a mean of shares
+SHARE = (0.0, 1.0)
+"""The range of a share, such as a score."""
+DIFFERENCE = (-1.0, 1.0)
+"""The range of the difference of two shares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +36,24 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The first method minus the second, and how often chance alone differs as much (two-sided)."""
+    """The first method minus the second, and how often chance alone differs as much (two-sided).
+
+    Both come from one model: `p_value` is below 0.05 where the interval of 95 % does not hold 0,
+    and nowhere else. It is None where a single number tells no spread.
+    """
 
     difference: Estimate
-    p_value: float
+    p_value: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spread:
+    """A mean, its standard error, that error's degrees of freedom, and the number of units."""
+
+    mean: float
+    error: float
+    freedom: int
+    units: int
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
@@ -63,7 +82,11 @@ def crossed_interval(scores: ArrayLike, confidence: float = 0.95) -> Estimate:
     Raises:
         ValueError: fewer than two seeds or two questions.
     """
-    scores_SQ = _array(scores, "scores", 2, 2)
+    spread = _crossed(_array(scores, "scores", 2, 2))
+    return _by_t(spread.mean, spread.error, spread.freedom, confidence)
+
+
+def _crossed(scores_SQ: _Array) -> _Spread:
     S, Q = scores_SQ.shape
     by_seed_S, by_question_Q = scores_SQ.mean(1), scores_SQ.mean(0)
     rest_SQ = scores_SQ - by_seed_S[:, None] - by_question_Q + scores_SQ.mean()
@@ -81,38 +104,71 @@ def crossed_interval(scores: ArrayLike, confidence: float = 0.95) -> Estimate:
     variance = sum(mean_square for mean_square, _ in terms)
     spread = sum(mean_square**2 / freedom for mean_square, freedom in terms)
     # whole degrees, rounded down: a wider interval
-    freedom = max(1, int(variance**2 / spread)) if spread else 1
-    return _by_t(scores_SQ.mean(), math.sqrt(variance / (S * Q)), freedom, confidence)
+    freedom = max(1, int(variance**2 / spread)) if spread else Q - 1
+    error = math.sqrt(variance / (S * Q))
+    return _Spread(mean=float(scores_SQ.mean()), error=error, freedom=freedom, units=Q)
 
 
-def compare(
-    first: ArrayLike, second: ArrayLike, *, seed: int, confidence: float = 0.95
-) -> Comparison:
-    """Two runs on the same questions; `crossed_interval` of their differences is for many runs.
+def estimate(
+    values: ArrayLike, within: tuple[float, float] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """The mean over seeds and questions, or over the one of them that is more than one.
 
-    The p-value flips the signs of the differences that are not zero. It is exact where all of these
-    have the same size (right or wrong: McNemar's exact test) and where they are few (13), else from
-    resamples.
+    With `within` the interval stays in that range: Wilson's score interval with Student's t and the
+    effective number of observations, mean (1 - mean) / error^2, as surveys have it (Korn and
+    Graubard 1998). Where every unit says the same the spread is not zero but unknown: at an end of
+    the range the units count as so many observations, between its ends the error is at least that
+    of a single unit that differs by half the range.
 
     Args:
-        first: [Q], the scores of one method.
-        second: [Q], of the other, in the same order.
-        seed: of the resamples.
-        confidence: of the interval, Student's t over questions.
+        values: [S, Q]; samples of one question are averaged before.
+        within: the range of a value, as `SHARE`; None: any number.
+        confidence: of the interval.
+    """
+    values_SQ = _array(values, "values", 1, 1)
+    spread = _spread(values_SQ)
+    if spread is None:
+        return Estimate(value=float(values_SQ.mean()), low=None, high=None)
+    if within is None:
+        return _by_t(spread.mean, spread.error, spread.freedom, confidence)
+    return _by_score(spread, within, confidence)
+
+
+def _spread(values_SQ: _Array) -> _Spread | None:
+    if min(values_SQ.shape) > 1:
+        return _crossed(values_SQ)
+    flat = values_SQ.ravel()
+    if len(flat) == 1:
+        return None
+    error = float(flat.std(ddof=1)) / math.sqrt(len(flat))
+    return _Spread(mean=float(flat.mean()), error=error, freedom=len(flat) - 1, units=len(flat))
+
+
+def compare(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> Comparison:
+    """Two methods on the same seeds and questions.
+
+    The interval is `estimate`'s of the differences, and the p-value is that of the test whose
+    interval it is: seeds and questions are random in both.
+
+    Args:
+        first: [S, Q], the scores of one method.
+        second: [S, Q], of the other, in the same order.
+        confidence: of the interval.
 
     Raises:
-        ValueError: different numbers of questions, or fewer than two.
+        ValueError: different numbers of seeds or questions.
     """
-    first_Q = _array(first, "first", 2)
-    second_Q = _array(second, "second", 2)
-    if first_Q.shape != second_Q.shape:
+    first_SQ = _array(first, "first", 1, 1)
+    second_SQ = _array(second, "second", 1, 1)
+    if first_SQ.shape != second_SQ.shape:
         raise ValueError(
-            f"first has {len(first_Q)} questions, second {len(second_Q)}: they must be the same"
+            f"first has {first_SQ.shape} scores, second {second_SQ.shape}: they must be the same"
         )
-    difference_Q = first_Q - second_Q
+    difference_SQ = first_SQ - second_SQ
+    spread = _spread(difference_SQ)
     return Comparison(
-        difference=mean_interval(difference_Q, confidence),
-        p_value=_sign_flip_p(difference_Q[difference_Q != 0], seed),
+        difference=estimate(difference_SQ, DIFFERENCE, confidence),
+        p_value=None if spread is None else _score_p(spread, DIFFERENCE),
     )
 
 
@@ -168,11 +224,19 @@ def internalised(
         return None
     S, Q = max(num_seeds, default=1), num_questions.pop()
     draws = np.random.default_rng(seed)
-    shares_R = np.empty(_NUM_RESAMPLES)
-    for resample in range(_NUM_RESAMPLES):
-        seeds, questions = draws.integers(S, size=S), draws.integers(Q, size=Q)
-        means = (a[(seeds if len(a) > 1 else [0])][:, questions].mean() for a in arrays)
-        shares_R[resample] = _share(*means)
+    parts = []
+    for _ in range(_NUM_RESAMPLES // _RESAMPLES_AT_ONCE):
+        # how often each seed and each question is drawn
+        seeds_RS = draws.multinomial(S, [1 / S] * S, size=_RESAMPLES_AT_ONCE) / S
+        questions_RQ = draws.multinomial(Q, [1 / Q] * Q, size=_RESAMPLES_AT_ONCE) / Q
+        base_R, context_R, student_R = (
+            ((seeds_RS @ a if len(a) > 1 else a) * questions_RQ).sum(1) for a in arrays
+        )
+        lift_R = context_R - base_R
+        # a lift that only rounding makes positive is none
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts.append(np.where(lift_R > _ROUNDING, (student_R - base_R) / lift_R, np.nan))
+    shares_R = np.concatenate(parts)
     tail = (1 - confidence) / 2
     low = np.quantile(np.nan_to_num(shares_R, nan=-np.inf), tail, method="lower")
     high = np.quantile(np.nan_to_num(shares_R, nan=np.inf), 1 - tail, method="higher")
@@ -188,23 +252,33 @@ def _share(base: float, in_context: float, student: float) -> float:
     return float((student - base) / lift) if lift > 0 else math.nan
 
 
-def _sign_flip_p(difference_D: _Array, seed: int) -> float:
-    if not len(difference_D):
-        return 1.0
-    if np.allclose(np.abs(difference_D), abs(difference_D[0]), rtol=1e-9, atol=0):
-        num_positive = int((difference_D > 0).sum())
-        return float(stats.binomtest(num_positive, len(difference_D), 0.5).pvalue)
-    flips = stats.permutation_test(
-        (difference_D,),
-        lambda difference, axis: np.abs(difference.sum(axis)),
-        permutation_type="samples",  # of one sample: its signs
-        alternative="greater",  # of the size of the sum: two-sided in the sum
-        vectorized=True,
-        n_resamples=_NUM_RESAMPLES,
-        batch=_FLIPS_AT_ONCE,
-        rng=np.random.default_rng(seed),
-    )
-    return float(flips.pvalue)
+def _effective(spread: _Spread, within: tuple[float, float]) -> tuple[float, float]:
+    """The mean as a share of the range, and how many yes-or-no observations would tell as much."""
+    low, high = within
+    width = high - low
+    share = (spread.mean - low) / width
+    inside = share * (1 - share)
+    if inside < _ROUNDING:
+        return float(round(share)), spread.units
+    return share, inside / max(spread.error / width, 1 / (2 * spread.units)) ** 2
+
+
+def _by_score(spread: _Spread, within: tuple[float, float], confidence: float) -> Estimate:
+    """Wilson's interval (1927) of a share of the range, with Student's t."""
+    share, count = _effective(spread, within)
+    t2 = float(stats.t.ppf((1 + confidence) / 2, spread.freedom)) ** 2
+    centre = (share + t2 / (2 * count)) / (1 + t2 / count)
+    half = math.sqrt(t2 * (share * (1 - share) / count + t2 / (4 * count**2))) / (1 + t2 / count)
+    ends = (max(0.0, centre - half), min(1.0, centre + half))  # against rounding alone
+    low, high = (within[0] + end * (within[1] - within[0]) for end in ends)
+    return Estimate(value=spread.mean, low=low, high=high)
+
+
+def _score_p(spread: _Spread, within: tuple[float, float]) -> float:
+    """Of the test that the middle of the range is the truth: 0, of a difference."""
+    share, count = _effective(spread, within)
+    distance = abs(share - 0.5) * 2 * math.sqrt(count)
+    return float(2 * stats.t.sf(distance, spread.freedom))
 
 
 def _by_t(mean: float, error: float, freedom: int, confidence: float) -> Estimate:

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.evaluation import report
+from opcd_nemo.evaluation.answers_file import ANSWERS, write_answers
+from opcd_nemo.evaluation.curves import write_curves
 from opcd_nemo.evaluation.evaluator import Evaluation
+from opcd_nemo.evaluation.findings import Pair, findings
+from opcd_nemo.evaluation.forecast import Forecast
+from opcd_nemo.evaluation.intervals import Unit, with_intervals
 from opcd_nemo.evaluation.validations import ValidationHistory
 from opcd_nemo.metrics import METRICS, read_metrics
 from opcd_nemo.storage.run_folder import RunFolder
 
 SUMMARY = "summary.json"
+README = "README.md"
+_PARTS = ("task", "retention")
 _ROWS = {"base": "base", "in_context": "in-context (teacher)", "student": "after training"}
+_CONTROLS = {
+    "wrong_context": "a wrong context, read by the teacher",
+    "context_returned": "the context given back to the trained student",
+}
+_FILES = {
+    "report.html": "everything below in one page, for a browser; `opcd report` writes it anew",
+    SUMMARY: "scores with intervals, costs, layout, versions",
+    METRICS: "one line of numbers a training step",
+    "curves.png": "loss, length of answers, gradient norm and validation over the steps",
+    "samples.md": "a dozen questions with the answers before, with the context, and after",
+    ANSWERS: "every answer of every evaluation, one a line",
+    "tokens.json": "a few answers token by token: student and teacher, before and after",
+    "config.yaml": "every configuration key with its value",
+    "checkpoints/": "weights, optimizer and schedule; `opcd chat` and `opcd export` read them",
+    "nemo/": "files of NeMo's exp_manager: logs of the loggers that were switched on",
+    "hub.json": "the commits of models and data that came from a hub",
+    "DONE": "written last; holds the digest of the weights",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +48,17 @@ class Outcome:
     """What is known of a run at its end.
 
     `scores` are of task and retention: `base` and `in_context` before training, `student` after it.
-    `facts` are the other numbers of summary.json.
+    `controls` are evaluations of the task alone. `units` tell what a play is a repetition of, by
+    part. `facts` are the other numbers of summary.json.
     """
 
-    scores: Mapping[str, tuple[Evaluation, Evaluation]]
+    scores: Mapping[str, Pair]
     validations: ValidationHistory
     parallel: Parallel
+    units: Mapping[str, Unit]
     facts: Mapping[str, Any]
+    controls: Mapping[str, Evaluation] = field(default_factory=dict)
+    forecast: Forecast | None = None
 
 
 def write_report(run_folder: RunFolder, outcome: Outcome, config_yaml: str) -> dict[str, Any]:
@@ -37,13 +66,20 @@ def write_report(run_folder: RunFolder, outcome: Outcome, config_yaml: str) -> d
     folder, scores = run_folder.path, outcome.scores
     summary = summarise(outcome, read_metrics(folder / METRICS))
     run_folder.check_held()
-    report.write_curves(folder / "curves.png", folder / METRICS)
+    write_curves(folder / "curves.png", folder / METRICS)
     report.write_samples(folder / "samples.md", {name: pair[0] for name, pair in scores.items()})
-    report.write_answers(folder / "answers.jsonl", scores)
+    write_answers(folder / ANSWERS, scores, outcome.controls)
     run_folder.write("config.yaml", config_yaml)
+    run_folder.write(README, _readme(folder.name))
     # last: a pipeline takes a run that has a summary for finished
     run_folder.write(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
     return summary
+
+
+def _readme(name: str) -> str:
+    lines = [f"# Run {name}", "", "Open `report.html` in a browser first.", ""]
+    lines += [f"* `{file}`: {words}" for file, words in _FILES.items()]
+    return "\n".join(lines) + "\n"
 
 
 def summarise(outcome: Outcome, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -53,9 +89,16 @@ def summarise(outcome: Outcome, lines: Sequence[Mapping[str, float]]) -> dict[st
     for name, pair in zip(("before", "in_context", "after"), outcome.scores.values(), strict=True):
         summary[f"retention_{name}"] = pair[1].score
     summary["evaluation"] = {
-        name: {"task": pair[0].record(), "retention": pair[1].record()}
+        name: {
+            part: {**each.record(), "intervals": with_intervals([each], outcome.units[part])}
+            for part, each in zip(_PARTS, pair, strict=True)
+        }
         for name, pair in outcome.scores.items()
     }
+    seed = int(outcome.facts["seed"])
+    summary |= findings(outcome.scores, outcome.controls, outcome.units, seed)
+    if outcome.forecast is not None:
+        summary["forecast"] = {**outcome.forecast.record(), "came": summary["student"]}
     summary |= {
         "steps": len(lines),
         **_cpu_seconds(lines),
@@ -76,15 +119,27 @@ def summarise(outcome: Outcome, lines: Sequence[Mapping[str, float]]) -> dict[st
 
 
 def table_of(summary: Mapping[str, Any]) -> str:
-    """The scores of task and retention, as a table."""
+    """The scores of task and retention, as a table; a run of before has no intervals."""
     pairs = zip(_ROWS, ("before", "in_context", "after"), strict=True)
-    rows = {_ROWS[name]: (summary[name], summary[f"retention_{when}"]) for name, when in pairs}
+    rows = {
+        _ROWS[name]: [
+            summary["evaluation"][name][part].get("intervals", {}).get("score", alone)
+            for part, alone in zip(
+                _PARTS, (_alone(summary[name]), _alone(summary[f"retention_{when}"])), strict=True
+            )
+        ]
+        for name, when in pairs
+    }
     return report.results_table(rows)
+
+
+def _alone(value: float) -> dict[str, float | None]:
+    return {"value": value, "low": None, "high": None}
 
 
 def summary_lines(summary: Mapping[str, Any], validations: ValidationHistory) -> list[str]:
     """What a program prints at the end of a run."""
-    lines = [table_of(summary)]
+    lines = [table_of(summary), *_finding_lines(summary)]
     if (stopped := validations.stopped_by_retention) is not None:
         lines.append(
             f"stopped by retention after step {stopped.step}: {stopped.retention:.2f} is below "
@@ -98,6 +153,30 @@ def summary_lines(summary: Mapping[str, Any], validations: ValidationHistory) ->
         f"{summary['steps']} steps, {summary['cpu_seconds_per_step']:.2f} CPU-seconds a step over "
         f"all ranks ({phases}); peak RSS {summary['peak_rss_gib']:.2f} GiB; "
         f"{summary['seconds_total']:.0f} s in all"
+    )
+    return lines
+
+
+def _finding_lines(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if (share := summary["internalised"]) is not None:
+        shown = report.interval_text(share, ".0%")
+        lines.append(f"in the weights: {shown} of what the context gives")
+    if (law := summary.get("forecast")) is not None:
+        lines.append(f"forecast: {law['low']:.2f} to {law['high']:.2f}; came: {law['came']:.2f}")
+    for name, control in summary["controls"].items():
+        same = ", ".join(
+            f"{_ROWS[row]} {score:.2f}" for row, score in control["same_questions"].items()
+        )
+        shown = report.interval_text(control["task"]["intervals"]["score"], ".2f")
+        lines.append(
+            f"control, {_CONTROLS[name]}: {shown} on {control['questions']} questions ({same})"
+        )
+    lost = summary["forgetting"]
+    lines.append(
+        f"forgetting: of {lost['questions']} questions that training never saw {lost['worse']} are "
+        f"answered worse than before, {lost['better']} better; accuracy "
+        f"{report.interval_text(lost['difference'], '+.2f')}"
     )
     return lines
 

@@ -240,6 +240,9 @@ def _check_runs(settings: Settings) -> None:
         raise UserError("run", run, f"null, {', '.join(settings.runs)}")
     if run is not None and settings.stage != "consolidate":
         raise UserError("run", run, f"null with stage={settings.stage}")
+    if controls := OmegaConf.select(settings.train, "evaluation.controls"):
+        allowed = "[] in a pipeline, whose controls are experience.controls"
+        raise UserError("evaluation.controls", list(controls), allowed)
     sampler = OmegaConf.select(settings.train, "rollout.sampler")
     if "opcd" in plan.methods and sampler == "teacher":  # its runs would be named opcd
         allowed = "student with the method opcd; experience.consolidation.methods names the others"

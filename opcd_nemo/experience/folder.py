@@ -7,7 +7,7 @@ scoring.jsonl, ranked.json
 selected.json
 teacher_data/seed=*/       what the teacher wrote for the off-policy methods
 <method>-<seed>/           a training run
-controls.json, summary.json, table.md
+controls.json, summary.json, table.md, report.html
 """
 
 from __future__ import annotations
@@ -26,23 +26,32 @@ from opcd_nemo.config.renamed import former_method, present_method, present_pipe
 from opcd_nemo.config.secrets import recorded, without_secrets
 from opcd_nemo.context.registry import Entry, Registry
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.evaluation.answers_file import ANSWERS
 from opcd_nemo.evaluation.evaluator import ANSWER
+from opcd_nemo.evaluation.summary import SUMMARY
 from opcd_nemo.experience.candidates import CANDIDATE, Candidate
 from opcd_nemo.experience.config import Settings
+from opcd_nemo.report.pipeline_page import ORIGIN, RANKED, REGISTRY
 from opcd_nemo.storage.attempt import is_first_node
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.storage.records import check_record, read_list, read_object, read_text
 
 EXTRACTION, TURNS, CANDIDATES = "extraction", "turns.jsonl", "candidates.json"
-SCORES, RANKED, SELECTED = "scoring.jsonl", "ranked.json", "selected.json"
+SCORES, SELECTED = "scoring.jsonl", "selected.json"
 TEACHER_DATA = "teacher_data"
-CONTROLS, SUMMARY, TABLE = "controls.json", "summary.json", "table.md"
-RUN_SUMMARY, RUN_ANSWERS = "{run}/summary.json", "{run}/answers.jsonl"  # of every training run
-_ORIGIN = "experience.yaml"
+CONTROLS, TABLE = "controls.json", "table.md"
+RUN_SUMMARY, RUN_ANSWERS = f"{{run}}/{SUMMARY}", f"{{run}}/{ANSWERS}"  # of every training run
 _ODD = (LookupError, TypeError, ValueError, AttributeError, AssertionError)  # of other kinds
 _REMEDY = "a copy of the file as it was; or no such file, and its stage is done again"
 _COMPARED = (*RESULT_KEYS, "experience", "evaluation", "trainer.max_steps")
-_NOT_COMPARED = ("context_hash", "experience.rounds", "experience.controls")
+_NOT_COMPARED = (
+    *("context_hash", "experience.rounds", "experience.controls"),
+    # of single runs; folders from before have no such keys
+    *(
+        f"evaluation.{name}"
+        for name in ("controls", "num_control_questions", "wrong_context", "min_gap")
+    ),
+)
 
 
 class PipelineFolder:
@@ -60,7 +69,7 @@ class PipelineFolder:
         self.root: Path = Path(settings.train.exp_manager.exp_dir) / settings.train.name
         has_rounds = settings.experience.rounds > 1
         self.path: Path = self.root / (f"round={settings.round}" if has_rounds else "")
-        self.registry = Registry(self.root / "registry")
+        self.registry = Registry(self.root / REGISTRY)
 
     def of_round(self, number: int) -> PipelineFolder:
         """The folder of another round of the same pipeline."""
@@ -125,7 +134,7 @@ class PipelineFolder:
             UserError: naming every key that differs.
         """
         self.check_unchanged()
-        file = self.root / _ORIGIN
+        file = self.root / ORIGIN
         self.path.mkdir(parents=True, exist_ok=True)
         settled = file.exists() and not self._not_yet_used()
         if is_first_node() and not settled:
@@ -137,7 +146,7 @@ class PipelineFolder:
         Raises:
             UserError: naming every key that differs.
         """
-        file = self.root / _ORIGIN
+        file = self.root / ORIGIN
         if not file.exists():
             return
         origin, remedy = self._origin(), "a copy of the file as it was, or another name="
@@ -159,7 +168,7 @@ class PipelineFolder:
             raise self._changed("; ".join(changed.values()))
 
     def _changed(self, problem: str) -> UserError:
-        allowed = f"the values in {self.root / _ORIGIN}, or another name"
+        allowed = f"the values in {self.root / ORIGIN}, or another name"
         return UserError("name", self.settings.train.name, allowed, problem=problem)
 
     def _not_yet_used(self) -> tuple[str, ...]:

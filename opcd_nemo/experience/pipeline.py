@@ -15,9 +15,10 @@ from omegaconf import DictConfig
 
 from opcd_nemo.config.train import ParallelConfig, load_config
 from opcd_nemo.errors import ABSENT, UserError
+from opcd_nemo.evaluation.summary import SUMMARY
 from opcd_nemo.experience.config import Settings, load_experience
 from opcd_nemo.experience.contents import check_contents
-from opcd_nemo.experience.folder import SUMMARY, PipelineFolder
+from opcd_nemo.experience.folder import PipelineFolder
 from opcd_nemo.experience.run_configs import checked_configs
 from opcd_nemo.experience.stages import STAGES
 from opcd_nemo.experience.stages.context import Stage, StageContext

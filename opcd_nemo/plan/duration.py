@@ -211,14 +211,18 @@ def data_seconds(work: Work, accelerator: Accelerator) -> float:
 
 
 def evaluation_seconds(work: Work, accelerator: Accelerator) -> float:
-    """The tables before and after (student, teacher, student again), and every validation."""
+    """The tables before and after (student, teacher, student again), validations and controls."""
+    response, retention = work.tokens.response, float(work.tokens.retention_max_new)
     total = 0.0
-    for with_context, times in ((False, 2 + work.validations), (True, 1)):
-        for count, response in (
-            (work.evaluated, work.tokens.response),
-            (work.retained, float(work.tokens.retention_max_new)),
-        ):
+    for with_context, times, count, length in (
+        (False, 2 + work.validations, work.evaluated, response),
+        (False, 2 + work.validations, work.retained, retention),
+        (True, 1, work.evaluated, response),
+        (True, 1, work.retained, retention),
+        (True, 1, work.controlled, response),
+    ):
+        if count:
             rows = max(1, -(-count // work.layout.dp))
-            seconds = rollout_seconds(work, accelerator, rows, response, with_context=with_context)
+            seconds = rollout_seconds(work, accelerator, rows, length, with_context=with_context)
             total += times * sum(seconds)
     return total

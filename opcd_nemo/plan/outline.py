@@ -191,6 +191,9 @@ def _work(
         evaluated=evaluation.num_questions * evaluation.samples_per_question,
         retained=evaluation.num_retention * evaluation.samples_per_question,
         validations=steps // every if every else 0,
+        controlled=len(evaluation.controls)
+        * min(evaluation.num_control_questions, evaluation.num_questions)
+        * evaluation.samples_per_question,
     )
 
 

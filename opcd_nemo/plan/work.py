@@ -86,6 +86,7 @@ class Work:
     evaluated: int  # test questions
     retained: int
     validations: int
+    controlled: int = 0  # answers of controls, each after reading a context
 
     @property
     def rows(self) -> int:

@@ -22,6 +22,8 @@ from opcd_nemo.evaluation.validations import Validation, ValidationHistory
 from opcd_nemo.export.provenance import describe_context
 from opcd_nemo.losses import CAPTURED_MASS
 from opcd_nemo.metrics import METRICS, Stats, metric_line
+from opcd_nemo.rollout.collect import SamplerName
+from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage.ranks import on_rank_0
 from opcd_nemo.trainer.connector import OPCDConnector, run_config
 from opcd_nemo.trainer.strategy import LightningStepAdapter, MegatronStrategy
@@ -213,21 +215,17 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self, who: str, *, with_context: bool, split: Split = "test"
     ) -> tuple[Evaluation, Evaluation]:
         """Task and retention scores of `student` or `teacher`. Collective over the world."""
-        engine = self.run.engines["student" if who == "student" else "teacher"]
-        engine.load_weights(self.run.optimizer.scheduler.num_steps)
+        engine = self.load_engine("student" if who == "student" else "teacher")
         task = self.evaluator.task_score(engine, split, with_context=with_context)
         retention = self.evaluator.retention(engine, with_context=with_context)
         engine.release_weights()
         return task, retention
 
-    def scores_before_training(self) -> dict[str, tuple[Evaluation, Evaluation]]:
-        """The scores of `base`, the student as it is now, and of the teacher `in_context`.
-
-        Retention while training is compared with that of the base. Collective over the world.
-        """
-        base = self.scores("student", with_context=False)
-        self.validations.base_retention = base[1].score
-        return {"base": base, "in_context": self.scores("teacher", with_context=True)}
+    def load_engine(self, who: SamplerName) -> RolloutEngine:
+        """The engine of student or teacher, with its present weights. Collective."""
+        engine = self.run.engines[who]
+        engine.load_weights(self.run.optimizer.scheduler.num_steps)
+        return engine
 
     def setup_training_data(self, train_data_config: Any) -> None:
         """Nothing: see `train_dataloader`."""

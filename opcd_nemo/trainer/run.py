@@ -7,11 +7,11 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
@@ -30,13 +30,16 @@ from opcd_nemo.distributed.launcher import (
     environment_world,
 )
 from opcd_nemo.errors import NonFiniteError, ReadError
-from opcd_nemo.evaluation.evaluator import Evaluation
+from opcd_nemo.evaluation.forecast import Forecast
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
+from opcd_nemo.metrics import METRICS, read_metrics
+from opcd_nemo.report.run_page import PAGE, write_run_page
 from opcd_nemo.storage.durable import describe, naming
 from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import StepBoundary
+from opcd_nemo.trainer.evaluations import RunEvaluations
 from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.resume import DONE, continue_from, make_way
 from opcd_nemo.trainer.strategy import MegatronStrategy, trainer_settings
@@ -99,16 +102,12 @@ def _train(
     on_every_rank(parallel, lambda: _start_exp_manager(trainer, prepared.raw, run_folder.path))
     strategy.setup_environment()
     model = OPCDModel(prepared.raw, trainer, prepared)
-    scores = model.scores_before_training()
-    logger.info(
-        "in-context gap before training: without context %.2f, with context %.2f",
-        scores["base"][0].score,
-        scores["in_context"][0].score,
-    )
+    evaluations = RunEvaluations(model, prepared)
+    law = evaluations.before()
     _fit(trainer, model, strategy, continued)
     _save_final(trainer, strategy, checkpoints["save_weights_only"])
-    scores["student"] = model.scores("student", with_context=False)
-    _report(model, prepared, scores, started)
+    evaluations.after()
+    _report(model, prepared, evaluations, law, started)
     if checkpoints["save_nemo_on_train_end"]:
         package = run_folder.path / f"{run_folder.path.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
@@ -192,13 +191,15 @@ def _exp_manager_config(raw: DictConfig, folder: Path) -> DictConfig:
 def _report(
     model: OPCDModel,
     prepared: PreparedRun,
-    scores: Mapping[str, tuple[Evaluation, Evaluation]],
+    evaluations: RunEvaluations,
+    law: Forecast,
     started: float,
 ) -> None:
     """Write the run's files on rank 0 and show the table. Collective over the world."""
     parallel = model.run.parallel
     peaks = parallel.gather_objects(peak_rss_kib())
     weights_sha256 = checkpoint.weights_digest(model.run.student)
+    costs = evaluations.costs()
 
     def write() -> dict[str, Any]:
         if (launcher := environment_number(LAUNCHER_PID_ENV, 0)) > 0:
@@ -206,15 +207,29 @@ def _report(
         facts = {
             "seconds_total": round(time.perf_counter() - started, 1),
             "peak_rss_gib": gib(peaks),
+            **evaluations.facts(costs, read_metrics(model.run_folder.path / METRICS)),
+            "device": f"{parallel.device.type} ({parallel.device_reason})",
+            "command": _command(prepared.raw),
             "seed": prepared.config.seed,
             "context_hash": prepared.inputs.context_hash,
             "context_lineage": model.context["lineage"],
+            "context": model.context,
             "weights_sha256": weights_sha256,
         }
-        validations = model.validations
-        outcome = Outcome(scores=scores, validations=validations, parallel=parallel, facts=facts)
+        outcome = Outcome(
+            scores=evaluations.scores,
+            controls=evaluations.controls,
+            forecast=law,
+            validations=model.validations,
+            parallel=parallel,
+            units=evaluations.units,
+            facts=facts,
+        )
         record = OmegaConf.create(escaped(recorded(prepared.raw)))
-        return write_report(model.run_folder, outcome, OmegaConf.to_yaml(record, resolve=True))
+        config_yaml = OmegaConf.to_yaml(record, resolve=True)
+        summary = write_report(model.run_folder, outcome, config_yaml)
+        write_run_page(model.run_folder)
+        return summary
 
     summary = on_rank_0(parallel, write)
     if parallel.rank != 0:
@@ -222,4 +237,12 @@ def _report(
     model.describe_weights(summary)
     for line in summary_lines(summary, model.validations):
         logger.info("%s", line)
-    logger.info("written: %s", model.run_folder.path)
+    logger.info("written: %s; open %s", model.run_folder.path, model.run_folder.path / PAGE)
+
+
+def _command(raw: DictConfig) -> list[str] | None:
+    """The words that started the run, without secrets; None where no command line did."""
+    if not HydraConfig.initialized():
+        return None
+    words = list(HydraConfig.get().overrides.task)
+    return words_without_secrets(words, raw)

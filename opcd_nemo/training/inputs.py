@@ -13,7 +13,12 @@ from typing import Any
 
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.train import TrainConfig
-from opcd_nemo.context.sources import ContextSource, NoContext, content_hash
+from opcd_nemo.context.sources import (
+    ContextSource,
+    NoContext,
+    ShuffledContext,
+    content_hash,
+)
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.engines.recorded import check_samples
 from opcd_nemo.errors import UserError
@@ -27,6 +32,7 @@ from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.training.digests import model_digest, tokenizer_digest
 
 logger = logging.getLogger(__name__)
+_BARE = ({"role": "user", "content": "?"},)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,12 @@ class Inputs:
     def context_hash(self) -> str:
         """SHA-256 of what the teacher reads."""
         return content_hash(self.conversation.source)
+
+    def with_source(self, source: ContextSource, num_questions: int) -> Inputs:
+        """The same, but for what the teacher reads."""
+        conversation = replace(self.conversation, source=source)
+        prefix_ids = shared_prefix(self.task, conversation, num_questions)
+        return replace(self, conversation=conversation, prefix_ids=prefix_ids)
 
 
 def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -88,6 +100,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     with _about("retention._target_", config.retention["_target_"]):
         retention: Task = build_plug(config.retention)
     _check_prompts(config, task, retention, conversation)
+    _check_wrong_context(config, task, conversation)
     return Inputs(
         student=student,
         student_config=student_config,
@@ -260,6 +273,33 @@ def _check_prompts(
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)
+
+
+def wrong_source(config: TrainConfig, source: ContextSource) -> ContextSource | None:
+    """What the teacher reads in the control `wrong_context`; None where there is none to read."""
+    if "wrong_context" not in config.evaluation.controls or not has_text(source):
+        return None
+    if config.evaluation.wrong_context is None:
+        return ShuffledContext(source, config.seed)
+    wrong: ContextSource = build_plug(config.evaluation.wrong_context)
+    return wrong
+
+
+def has_text(source: ContextSource) -> bool:
+    """Whether a source puts anything before or around a question."""
+    return any(context.messages("?") != _BARE for context in source.contexts())
+
+
+def _check_wrong_context(config: TrainConfig, task: Task, conversation: Conversation) -> None:
+    source = wrong_source(config, conversation.source)
+    if source is None:
+        return
+    wrong, evaluation = replace(conversation, source=source), config.evaluation
+    asked = min(evaluation.num_control_questions, evaluation.num_questions)
+    key = "evaluation.wrong_context"
+    with _about(key, (evaluation.wrong_context or {}).get("_target_")):
+        for episode in task.episodes("test", 0, asked):
+            wrong.check_fits(wrong.longest_prompts(episode)[1], evaluation.sampling.max_new_tokens)
 
 
 @contextmanager

@@ -117,10 +117,10 @@ _TAKEN_OVER = """
 import sys
 from pathlib import Path
 from opcd_nemo.cli import main
-from opcd_nemo.evaluation import report
+from opcd_nemo.evaluation import summary
 from opcd_nemo.trainer import connector
 module, name = {
-    "report": (report, "write_answers"),
+    "report": (summary, "write_answers"),
     "package": (connector, "write_package"),
 }[sys.argv[1]]
 write = getattr(module, name)

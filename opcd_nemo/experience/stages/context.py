@@ -20,7 +20,7 @@ from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.training.build import build_engine, build_evaluator
-from opcd_nemo.training.inputs import Inputs, open_inputs, shared_prefix
+from opcd_nemo.training.inputs import Inputs, open_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,7 @@ class Models:
 
     def _with_experience(self, items: tuple[str, ...]) -> Inputs:
         source = experience_context(self.folder, items)
-        conversation = replace(self.inputs.conversation, source=source)
-        count = self.config.evaluation.num_questions
-        prefix_ids = shared_prefix(self.inputs.task, conversation, count)
-        return replace(self.inputs, conversation=conversation, prefix_ids=prefix_ids)
+        return self.inputs.with_source(source, self.config.evaluation.num_questions)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the round's folder. Collective over the world."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.items import shuffled_words
+from opcd_nemo.evaluation.summary import SUMMARY
 from opcd_nemo.experience.folder import (
     CONTROLS,
-    RANKED,
     RUN_ANSWERS,
     RUN_SUMMARY,
     SELECTED,
-    SUMMARY,
     TABLE,
     PipelineFolder,
 )
@@ -23,6 +22,8 @@ from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.experience.table import summarise, table_text
 from opcd_nemo.formats.stored_model import open_model
+from opcd_nemo.report.pipeline_page import RANKED, pipeline_page
+from opcd_nemo.report.run_page import PAGE
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.ranks import on_rank_0
 
@@ -71,7 +72,7 @@ def _evaluate(models: Models, context: StageContext) -> None:
         retention = evaluator.retention(engine, with_context=with_context)
         parts = {"task": task, "retention": retention}
         rows.setdefault(job.row, {})[str(job.seed)] = {
-            part: [asdict(answer) for answer in found.answers] for part, found in parts.items()
+            part: [answer.record() for answer in found.answers] for part, found in parts.items()
         }
         models.write(CONTROLS, json.dumps(rows))
         heartbeat.touch()
@@ -123,5 +124,7 @@ def _write_table(models: Models, context: StageContext) -> None:
     for where in ("",) if folder.path == folder.root else ("", "../"):
         models.run_folder.write(f"{where}{SUMMARY}", shown)
         models.run_folder.write(f"{where}{TABLE}", f"{text}\n")
+        where_to = folder.path / where
+        models.run_folder.write(f"{where}{PAGE}", pipeline_page(where_to))
     logger.info("%s", text)
-    logger.info("written: %s", folder.path)
+    logger.info("written: %s; open %s", folder.path, folder.root / PAGE)

@@ -6,10 +6,11 @@ import json
 import logging
 
 from opcd_nemo.experience.candidates import Candidate
-from opcd_nemo.experience.folder import CANDIDATES, RANKED, SCORES
+from opcd_nemo.experience.folder import CANDIDATES, SCORES
 from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.scoring import ScoreBook, halve
 from opcd_nemo.experience.stages.context import Models, StageContext
+from opcd_nemo.report.pipeline_page import RANKED
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.ranks import on_rank_0

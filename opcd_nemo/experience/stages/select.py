@@ -8,10 +8,11 @@ from typing import Any
 
 from opcd_nemo.context.registry import Entry
 from opcd_nemo.experience.candidates import Candidate
-from opcd_nemo.experience.folder import RANKED, SELECTED, PipelineFolder
+from opcd_nemo.experience.folder import SELECTED, PipelineFolder
 from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.scoring import Scored, select
 from opcd_nemo.experience.stages.context import StageContext
+from opcd_nemo.report.pipeline_page import RANKED
 from opcd_nemo.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from opcd_nemo.evaluation import report
+from opcd_nemo.evaluation.answers_file import write_answers
+from opcd_nemo.evaluation.curves import panels, write_curves
 from opcd_nemo.evaluation.evaluator import Answer, Evaluation
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.metrics import metric_line
@@ -42,8 +44,8 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     metrics.write_text(metric_line(0, line))
     writers: list[Callable[[Path], None]] = [
         lambda path: report.write_samples(path, {"base": found}),
-        lambda path: report.write_answers(path, {"base": (found, found)}),
-        lambda path: report.write_curves(path, metrics),
+        lambda path: write_answers(path, {"base": (found, found)}),
+        lambda path: write_curves(path, metrics),
     ]
     for number, write in enumerate(writers):
         path = tmp_path / f"{number}.png"
@@ -54,11 +56,12 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
 
 
 def test_table_has_a_row_for_every_name() -> None:
-    table = report.results_table({"base": (0.04, 0.625), "after training": (1.0, None)})
+    low, open_end = ({"value": v, "low": 0.0, "high": e} for v, e in ((0.04, 0.125), (1.0, None)))
+    table = report.results_table({"base": (low, low), "after training": (open_end, low)})
     header, base, after = table.splitlines()
     assert header.split() == ["task", "retention"]
-    assert base.split() == ["base", "0.04", "0.62"]
-    assert after.split() == ["after", "training", "1.00"]
+    assert base.split() == ["base", *["0.04", "[0.00,", "0.12]"] * 2]
+    assert after.split()[:5] == ["after", "training", "1.00", "[0.00,", "?]"]
 
 
 def test_peak_memory_of_another_process_is_its_own_account() -> None:
@@ -134,7 +137,7 @@ def test_samples_do_nothing_in_a_terminal_or_a_browser(tmp_path: Path) -> None:
 
 def test_every_answer_is_a_line_of_its_own(tmp_path: Path) -> None:
     pair = (evaluation(("a", 1.0), ("é\n", 0.0)), evaluation(("y", 0.5)))
-    report.write_answers(tmp_path / "answers.jsonl", {"base": pair, "student": pair})
+    write_answers(tmp_path / "answers.jsonl", {"base": pair, "student": pair})
     lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     assert [(one["evaluation"], one["part"], one["text"]) for one in found] == [
@@ -167,5 +170,14 @@ def test_curves_are_a_picture_whatever_losses_there_are(tmp_path: Path) -> None:
         for loss in ("loss/forward_kl", "loss/reverse_kl", "loss/captured_mass")
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(map(metric_line, range(3), lines)))
-    report.write_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    write_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_panel_has_a_title_a_unit_and_no_metric_that_the_run_lacks() -> None:
+    lines = [{"step": 0.0, "loss/nll": 1.0, "loss/captured_mass": 0.9, "validation/score": 0.5}]
+    found = panels(lines)
+    assert [panel.title for panel in found] == ["Loss", "Captured probability", "Validation"]
+    assert found[0].metrics == {"loss/nll": "negative log-likelihood of the samples"}
+    assert found[2].metrics == {"validation/score": "task"}
+    assert all(panel.unit and panel.caption for panel in found)

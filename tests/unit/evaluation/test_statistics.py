@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from opcd_nemo.evaluation.statistics import (
+    SHARE,
     Estimate,
     compare,
     crossed_interval,
+    estimate,
     internalised,
     mean_interval,
     pass_at_k,
@@ -111,54 +112,88 @@ def test_one_seed_or_question_is_no_cross() -> None:
             crossed_interval(np.ones(shape))
 
 
-@pytest.mark.parametrize(("only_first", "only_second"), [(9, 1), (5, 5), (6, 0), (0, 1), (13, 4)])
-def test_right_or_wrong_gives_mcnemars_exact_p(only_first: int, only_second: int) -> None:
-    both = [1.0] * 7 + [0.0] * 4
-    first = [1.0] * only_first + [0.0] * only_second + both
-    second = [0.0] * only_first + [1.0] * only_second + both
-    count, fewer = only_first + only_second, min(only_first, only_second)
-    exact = min(1.0, 2 * sum(math.comb(count, n) for n in range(fewer + 1)) / 2**count)
-    found = compare(first, second, seed=0)
-    assert found.p_value == pytest.approx(exact)
-    assert found.difference == mean_interval(np.subtract(first, second))
+@pytest.mark.parametrize("right", [0, 1, 25, 49, 50])
+def test_the_interval_of_a_share_is_wilsons_with_students_t(right: int) -> None:
+    found = estimate([[1.0] * right + [0.0] * (50 - right)], SHARE)
+    p, t = right / 50, 2.00958
+    count = 49 if 0 < right < 50 else 50  # the sample's variance divides by 49
+    centre = (p + t * t / (2 * count)) / (1 + t * t / count)
+    half = t / (1 + t * t / count) * math.sqrt(p * (1 - p) / count + (t / (2 * count)) ** 2)
+    assert ends(found) == pytest.approx((max(0, centre - half), min(1, centre + half)), rel=1e-4)
+    assert 0 <= ends(found)[0] <= p <= ends(found)[1] <= 1
 
 
-FIRST = np.array([0.9, 0.4, 0.7, 0.8, 0.35, 0.5, 0.95, 0.2])
-SECOND = np.array([0.4, 0.5, 0.2, 0.3, 0.25, 0.5, 0.25, 0.4])
+def test_seeds_and_questions_stand_behind_a_share() -> None:
+    draws = np.random.default_rng(2)
+    scores = (draws.random((3, 40)) < draws.random((3, 1))).astype(float)
+    wide, narrow = (ends(estimate(rows, SHARE)) for rows in (scores, scores[:1]))
+    assert 0 <= wide[0] < wide[1] <= 1
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]  # seeds differ, which one seed cannot show
 
 
-def p_of_all_flips(difference: NDArray[np.float64]) -> float:
-    signs = np.array(list(product((-1, 1), repeat=len(difference))))
-    sums = np.abs(signs @ np.abs(difference))
-    return float(np.mean(sums >= abs(difference.sum()) - 1e-9))
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.98])
+def test_the_interval_of_a_share_covers_the_truth(rate: float) -> None:
+    draws = np.random.default_rng(3)
+    covered = 0
+    for _ in range(300):
+        low, high = ends(estimate((draws.random((1, 60)) < rate).astype(float), SHARE))
+        covered += low <= rate <= high
+    assert covered / 300 >= 0.93, covered
 
 
-def test_the_p_of_few_questions_is_that_of_all_flips() -> None:
-    exact = pytest.approx(p_of_all_flips(FIRST - SECOND))
-    assert compare(FIRST, SECOND, seed=3).p_value == exact
-    assert compare(SECOND, FIRST, seed=4).p_value == exact
+def test_other_numbers_have_students_interval() -> None:
+    row = [3.0, 5.0, 10.0, 2.0]
+    assert estimate([row]) == mean_interval(row)
+    both = np.add.outer([0.0, 1.0], row)
+    assert estimate(both) == crossed_interval(both)
+    assert estimate([[0.25]], SHARE) == Estimate(value=0.25, low=None, high=None)
 
 
-def test_the_p_of_many_questions_is_resampled() -> None:
-    first, second = np.append(FIRST, FIRST + 0.01), np.append(SECOND, SECOND - 0.1)
-    exact = p_of_all_flips(first - second)
-    found = compare(first, second, seed=3).p_value
-    assert found == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000))
-    assert found != exact
-    assert found == compare(first, second, seed=3).p_value
-    opposite = compare(second, first, seed=3).p_value
-    assert opposite == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000))
+def test_interval_and_p_of_a_difference_never_contradict_each_other() -> None:
+    draws = np.random.default_rng(4)
+    both = 0
+    for trial in range(300):
+        shift = trial / 1000
+        first = (draws.random((3, 20)) < 0.4 + shift).astype(float)
+        second = (draws.random((3, 20)) < 0.4).astype(float)
+        found = compare(first, second)
+        low, high = ends(found.difference)
+        assert found.p_value is not None
+        assert (found.p_value < 0.05) == (low > 0 or high < 0), trial
+        assert -1 <= low <= found.difference.value <= high <= 1
+        both += found.p_value < 0.05
+    assert 30 < both < 270
+
+
+def test_the_p_of_a_difference_knows_the_seeds() -> None:
+    # two of three seeds gain on every question, the third loses: no news for a fourth
+    gain = np.repeat([[0.3], [0.3], [-0.2]], 80, axis=1)
+    found = compare(gain.clip(0), (-gain).clip(0))
+    assert found.p_value is not None
+    assert found.p_value > 0.3
+    assert ends(found.difference)[0] < 0
+
+
+@pytest.mark.parametrize(("score", "p"), [(0.0, 1.0), (1.0, 0.0)])
+def test_scores_without_spread_are_no_certainty(score: float, p: float) -> None:
+    found = compare(np.full((1, 50), score), np.zeros((1, 50)))
+    low, high = ends(found.difference)
+    assert low < found.difference.value or high > found.difference.value
+    assert found.p_value == pytest.approx(p, abs=1e-6)
+    few = compare(np.full((1, 2), score), np.zeros((1, 2))).p_value
+    assert few is not None
+    assert few > 0.2
 
 
 def test_equal_methods_have_p_one() -> None:
-    found = compare([0.3, 1.0], [0.3, 1.0], seed=0)
+    found = compare([[0.3, 1.0]], [[0.3, 1.0]])
     assert found.p_value == 1.0
-    assert ends(found.difference) == (0.0, 0.0)
+    assert compare([[0.3]], [[0.4]]).p_value is None
 
 
 def test_different_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^first has 2 questions, second 3: they must"):
-        compare([0, 1], [0, 1, 1], seed=0)
+    with pytest.raises(ValueError, match=r"^first has \(1, 2\) scores, second \(1, 3\): they must"):
+        compare([[0, 1]], [[0, 1, 1]])
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (6, 0), (6, 2), (6, 5), (6, 6)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ def outcome(min_retention: float | None = None) -> Outcome:
         scores=dict.fromkeys(("base", "in_context", "student"), pair),
         validations=validations,
         parallel=parallel,
+        units={"task": str, "retention": str},
         facts={"seed": 7, "seconds_total": 12.3, "peak_rss_gib": 1.5},
     )
 
@@ -58,9 +60,10 @@ def test_the_lines_say_what_stopped_a_run_and_what_was_best() -> None:
     made = outcome(min_retention=0.5)
     lines = summary_lines(summarise(made, LINES), made.validations)
     assert "in-context (teacher)" in lines[0]
-    assert lines[1].startswith("stopped by retention after step 1: 0.25 is below")
-    assert lines[2] == "best on validation: 0.50 after 1 steps"
-    assert lines[3].startswith("2 steps, 3.50 CPU-seconds a step over all ranks (rollout 1.00)")
+    assert lines[1].startswith("forgetting: of 1 questions that training never saw 0 are answered")
+    assert lines[2].startswith("stopped by retention after step 1: 0.25 is below")
+    assert lines[3] == "best on validation: 0.50 after 1 steps"
+    assert lines[4].startswith("2 steps, 3.50 CPU-seconds a step over all ranks (rollout 1.00)")
 
 
 def test_a_report_ends_with_the_summary(tmp_path: Path) -> None:
@@ -71,6 +74,7 @@ def test_a_report_ends_with_the_summary(tmp_path: Path) -> None:
     assert json.loads(written) == summary
     assert '\n  "steps": 2,' in written  # for people, too
     names = {"curves.png", "samples.md", "answers.jsonl", "config.yaml", "summary.json", METRICS}
+    names.add("README.md")
     assert {path.name for path in tmp_path.iterdir()} == names
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     assert max(times, key=times.__getitem__) == "summary.json"
@@ -90,3 +94,17 @@ def test_a_run_that_is_taken_over_writes_no_report(
     with pytest.raises(OSError, match="now held"):
         write_report(folder, outcome(), "")
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_every_number_of_a_row_has_its_interval_and_a_control_its_line() -> None:
+    made = replace(outcome(), controls={"wrong_context": evaluation(("x", 0.0))})
+    summary = summarise(made, LINES)
+    for row in ("base", "in_context", "student"):
+        for part in ("task", "retention"):
+            numbers = summary["evaluation"][row][part]["intervals"]
+            for name in ("score", "format_failure_rate", "leakage_rate", "response_tokens"):
+                assert numbers[name]["value"] == summary["evaluation"][row][part][name]
+    assert summary["differences"]["student - base"]["value"] == 0
+    (line,) = [line for line in summary_lines(summary, made.validations) if "control" in line]
+    assert line.startswith("control, a wrong context, read by the teacher: 0.00 [?, ?] on 1 quest")
+    assert "in-context (teacher) 1.00" in line

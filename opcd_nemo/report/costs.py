@@ -1,0 +1,107 @@
+"""What a run cost, what it was made of, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from opcd_nemo.errors import visible
+from opcd_nemo.report.record import RunRecord, mapping, number
+from opcd_nemo.report.words import count, plain, seconds
+
+_SETTINGS = {
+    "student.path": "student",
+    "teacher.path": "teacher",
+    "task._target_": "task",
+    "loss._target_": "loss",
+    "loss.kind": "kind of loss",
+    "rollout.sampler": "who samples",
+    "trainer.max_steps": "steps",
+    "batching.global_batch_size": "answers a step",
+    "optim.lr": "learning rate",
+    "teacher.update": "teacher's weights follow the student",
+    "seed": "seed",
+}
+
+
+def costs(run: RunRecord) -> dict[str, Any]:
+    """CPU-seconds by phase, memory, and how much the student was trained on."""
+    summary, steps = run.summary, number(run.summary, "steps") or 0
+    phases = [
+        {"name": name, "step": f"{value:.2f}", "all": seconds(value * steps)}
+        for name in mapping(run, "cpu_seconds_by_phase")
+        if (value := number(summary, "cpu_seconds_by_phase", name)) is not None
+    ]
+    evaluations = [
+        {"name": name, "all": seconds(value)}
+        for name in mapping(run, "cpu_seconds_of_evaluations")
+        if (value := number(summary, "cpu_seconds_of_evaluations", name)) is not None
+    ]
+    memory = [
+        {"name": name, "gib": f"{value:.2f}"}
+        for name in mapping(run, "peak_rss_gib_by_phase")
+        if (value := number(summary, "peak_rss_gib_by_phase", name)) is not None
+    ]
+    a_step = number(summary, "cpu_seconds_per_step")
+    device = str(summary.get("device", "cpu"))
+    wall, ranks = number(summary, "seconds_total"), number(summary, "world_size")
+    gpu = None
+    if device.startswith("cuda") and wall is not None and ranks is not None:
+        gpu = seconds(wall * ranks)
+    return {
+        "phases": phases,
+        "evaluations": evaluations,
+        "memory": memory,
+        "step": "-" if a_step is None else f"{a_step:.2f}",
+        "training": seconds(None if a_step is None else a_step * steps),
+        "wall": seconds(wall),
+        "gpu": gpu,
+        "peak": "-" if (gib := number(summary, "peak_rss_gib")) is None else f"{gib:.2f}",
+        "answers": count(number(summary, "trained_on", "answers")),
+        "tokens": count(number(summary, "trained_on", "response_tokens")),
+    }
+
+
+def origin(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
+    """Settings, layout and versions."""
+    summary = run.summary
+    layout = [(axis, plain(summary.get(axis))) for axis in ("tp", "pp", "dp", "cp")]
+    return {
+        "settings": [
+            (words, plain(run.config[key])) for key, words in _SETTINGS.items() if key in run.config
+        ],
+        "layout": [
+            ("device", plain(summary.get("device", "-"))),
+            ("processes", plain(summary.get("world_size"))),
+            ("layout", " x ".join(f"{axis} {size}" for axis, size in layout)),
+            ("context, SHA-256", plain(summary.get("context_hash"))[:16]),
+            ("weights, SHA-256", plain(summary.get("weights_sha256"))[:16]),
+        ],
+        "versions": [(str(n), plain(v)) for n, v in mapping(run, "versions").items()],
+    }
+
+
+def commands(run: RunRecord) -> list[tuple[str, str]]:
+    """What to type next, in the folder in which the run was started."""
+    steps = number(run.summary, "steps")
+    best = number(run.summary, "best_step")
+    folder = shlex.quote(visible(str(run.path)))
+    step = steps if best is None else best
+    model = f"{folder}/checkpoints/step={step:.0f}.ckpt" if step is not None else None
+    words = run.summary.get("command")
+    found = []
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        of_pipeline = any(word.startswith("stage=") for word in words)
+        program = "experience" if of_pipeline else "train"
+        found.append(("the same run again", shlex.join(["opcd", program, *words])))
+        if steps is not None and not of_pipeline:
+            more = [w for w in words if not w.startswith(("exp_manager=", "trainer.max_steps="))]
+            longer = [*more, "exp_manager=resumable", f"trainer.max_steps={2 * steps:.0f}"]
+            found.append(("twice as many steps", shlex.join(["opcd", "train", *longer])))
+    if model is not None:
+        found += [
+            ("talk to the student", f"opcd chat from={model}"),
+            ("take it home", f"opcd export format=hf from={model} to=exports/hf"),
+        ]
+    found.append(("this page anew", f"opcd report {folder}"))
+    return found

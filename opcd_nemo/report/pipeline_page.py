@@ -1,0 +1,242 @@
+"""The page of an experience pipeline: its notes, its table, its games."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opcd_nemo.context.registry import Registry
+from opcd_nemo.errors import UserError
+from opcd_nemo.evaluation.answers_file import ANSWERS, read_answers
+from opcd_nemo.evaluation.summary import SUMMARY
+from opcd_nemo.report.answers import Question, side_by_side
+from opcd_nemo.report.figures import Chart, line_chart
+from opcd_nemo.report.page import render
+from opcd_nemo.report.record import ROWS, is_number, number, pick
+from opcd_nemo.report.run_page import PAGE
+from opcd_nemo.report.words import NOTHING, SHORT, count, p_text, plain, shown
+from opcd_nemo.storage.plain_file import is_there
+from opcd_nemo.storage.records import read_object
+
+ORIGIN, RANKED, REGISTRY = "experience.yaml", "ranked.json", "registry"  # in a pipeline's folder
+ROW_WORDS = {
+    "base": "base",
+    "in_context": "in-context (teacher)",
+    "student_in_context": "teacher's experience, base student",
+    "wrong": "wrong experience, in context",
+    "shuffled": "shuffled experience, in context",
+    "opcd": "OPCD",
+    "opcd_in_context": "OPCD, in context",
+    "off_policy": "off-policy CD",
+    "off_policy_in_context": "off-policy CD, in context",
+    "sft": "SFT",
+    "sft_in_context": "SFT, in context",
+}
+"""The rows of a pipeline's table, in words."""
+_CLASSES = {
+    "base": "base",
+    "in_context": "in_context",
+    "student_in_context": "in_context",
+    "wrong": "wrong_context",
+    "shuffled": "wrong_context",
+}
+_REMEDY = "a copy of the file as it was; or stage=evaluate of the pipeline, which writes it anew"
+_GAMES = 6
+_NOTES = 12
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a pipeline's, or of one of its rounds."""
+    return (folder / ORIGIN).is_file() or (folder / RANKED).is_file()
+
+
+def pipeline_page(folder: Path) -> str:
+    """The page of a pipeline that has a table, or of one of its rounds.
+
+    Raises:
+        UserError: the pipeline has not come so far, or a file is not as it was written.
+    """
+    if not is_there(folder / SUMMARY):
+        allowed = "the folder of a pipeline that has its table"
+        problem = f"has no {SUMMARY}: the stage evaluate writes it"
+        raise UserError("opcd report", folder, allowed, problem=problem)
+    summary = read_object(folder / SUMMARY, {"rows": dict, "method": str}, _REMEDY)
+    # the table of the last round stands in the pipeline's own folder, its files in the round's
+    number_of_round = number(summary, "round")
+    round_folder = folder / f"round={number_of_round:.0f}" if number_of_round else folder
+    files = round_folder if round_folder.is_dir() else folder
+    root = folder if (folder / ORIGIN).is_file() else folder.resolve().parent
+    return render(
+        "pipeline.html.j2",
+        name=folder.resolve().name,
+        method=ROW_WORDS.get(summary["method"], summary["method"]),
+        rows=_rows(summary),
+        result={row: _score(summary, row) for row in ("base", "in_context", summary["method"])},
+        student=_score(summary, summary["method"]),
+        share=shown(pick(summary, "rows", summary["method"], "internalised"), ".0%"),
+        before=shown(pick(summary, "rows", "base", "retention")),
+        after=shown(pick(summary, "rows", summary["method"], "retention")),
+        paired=_paired(summary),
+        seeds=plain(summary.get("seeds")),
+        maps=_maps(summary),
+        notes=_notes(root, summary),
+        candidates=_candidates(files),
+        charts=_validations(summary),
+        games=_games(files, summary),
+        runs=_runs(folder, files),
+    )
+
+
+def _score(summary: Mapping[str, Any], row: str) -> Any:
+    return shown(pick(summary, "rows", row, "score"))
+
+
+def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, row in summary["rows"].items():
+        if not isinstance(row, Mapping):
+            continue
+        rows.append(
+            {
+                "words": ROW_WORDS.get(name, name),
+                "name": _CLASSES.get(name, "student"),
+                "score": shown(row.get("score")),
+                "share": shown(row.get("internalised"), ".0%"),
+                "format": shown(row.get("format_failure_rate")),
+                "leaks": shown(row.get("leakage_rate")),
+                "tokens": shown(row.get("response_tokens"), ".1f"),
+                "retention": shown(row.get("retention")),
+            }
+        )
+    return rows
+
+
+def _paired(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    found = []
+    paired = summary.get("paired")
+    for words, result in (paired if isinstance(paired, Mapping) else {}).items():
+        value = shown(pick(result, "difference"), "+.3f")
+        if value is not NOTHING:
+            methods = " - ".join(ROW_WORDS.get(name, name) for name in str(words).split(" - "))
+            p_value = p_text(pick(result, "p_value"))
+            found.append(
+                {"words": methods, "value": value.value, "interval": value.interval, "p": p_value}
+            )
+    return found
+
+
+def _maps(summary: Mapping[str, Any]) -> dict[str, str] | None:
+    maps = summary.get("maps")
+    if not isinstance(maps, Mapping):
+        return None
+    rate = number(maps, "random_win_rate_test")
+    return {
+        "asked": count(number(maps, "asked")),
+        "plays": count(number(maps, "plays")),
+        "random": "" if rate is None else f"{rate:.3f}",
+    }
+
+
+def _notes(root: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The selected notes, who wrote them from what, and every earlier selection."""
+    if not (root / REGISTRY).is_dir():
+        return None
+    registry = Registry(root / REGISTRY)
+    chosen = pick(summary, "experience", "content_hash")
+    entry = registry.find(chosen) if isinstance(chosen, str) and chosen else registry.selected()
+    lineage = [
+        (str(name), f"{len(value)} of them" if isinstance(value, list) else plain(value))
+        for name, value in entry.lineage.items()
+    ]
+    return {
+        "items": entry.items,
+        "hash": entry.hash[:_NOTES],
+        "tokens": count(entry.num_tokens),
+        "lineage": lineage,
+        "problems": [str(uid) for uid in entry.lineage.get("problems", ())][:_NOTES],
+        "with_it": _validation(summary, "validation"),
+        "without": _validation(summary, "validation_without"),
+        "history": [
+            (line["content_hash"][:_NOTES], line["reason"]) for line in registry.history()[-_NOTES:]
+        ],
+    }
+
+
+def _validation(summary: Mapping[str, Any], name: str) -> str:
+    value = number(summary, "experience", name)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _candidates(folder: Path) -> dict[str, Any] | None:
+    """The candidates by score, and the score without notes."""
+    if not is_there(folder / RANKED):
+        return None
+    ranking = read_object(folder / RANKED, {"without": float, "ranked": list}, _REMEDY)
+    scored = [
+        (float(record["score"]), record)
+        for record in ranking["ranked"]
+        if isinstance(record, dict) and is_number(record.get("score"))
+    ]
+    return {
+        "count": len(scored),
+        "without": f"{ranking['without']:.2f}",
+        "rows": [
+            {
+                "score": shown({"value": score}),
+                "questions": plain(record.get("questions")),
+                "chain": plain(record.get("chain")),
+                "step": plain(record.get("step")),
+                "tokens": plain(record.get("num_tokens")),
+                "items": [str(item) for item in record.get("items", ())]
+                if isinstance(record.get("items"), list)
+                else [],
+            }
+            for score, record in scored
+        ],
+    }
+
+
+def _validations(summary: Mapping[str, Any]) -> list[Chart]:
+    """The scores on validation of every run that had some."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {"score": {}, "retention": {}}
+    runs = summary.get("validations")
+    for run, records in (runs if isinstance(runs, Mapping) else {}).items():
+        for name, by_run in curves.items():
+            points = [
+                (record["step"], record[name])
+                for record in (records if isinstance(records, list) else [])
+                if isinstance(record, dict)
+                and all(is_number(record.get(key)) for key in ("step", name))
+            ]
+            if points:
+                by_run[str(run)] = points
+    captions = {
+        "score": "On validation, which chooses the checkpoint that the table reports.",
+        "retention": "Unrelated questions, asked at the same steps.",
+    }
+    return [
+        line_chart(f"Validation: {name}", "from 0 to 1", captions[name], by_run)
+        for name, by_run in curves.items()
+        if by_run
+    ]
+
+
+def _games(folder: Path, summary: Mapping[str, Any]) -> list[Question]:
+    """The first test games, or questions, of the method's first run."""
+    seeds = summary.get("seeds")
+    first = seeds[0] if isinstance(seeds, list) and seeds else ""
+    file = folder / f"{summary['method']}-{plain(first)}" / ANSWERS
+    if not is_there(file):
+        return []
+    evaluations = read_answers(file, _REMEDY)
+    rows = {row: evaluations[row, "task"] for row in ROWS if (row, "task") in evaluations}
+    return side_by_side(rows, SHORT, _GAMES) if rows else []
+
+
+def _runs(folder: Path, files: Path) -> list[tuple[str, str]]:
+    """The pages of the training runs, as links from the pipeline's page."""
+    return [
+        (page.parent.name, page.relative_to(folder).as_posix())
+        for page in sorted(files.glob(f"*/{PAGE}"))
+    ]

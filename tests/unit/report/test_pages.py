@@ -1,0 +1,205 @@
+"""Pages as text: everything escaped, every number where it belongs, damaged folders refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd_nemo.errors import UserError
+from opcd_nemo.report.answers import game
+from opcd_nemo.report.command import write_page
+from opcd_nemo.report.figures import line_chart, share_bar, ticks
+from opcd_nemo.report.page import MOST_BYTES
+from opcd_nemo.report.record import read_run
+from opcd_nemo.report.words import p_text, shown
+from tests.report_folders import HOSTILE, write_pipeline, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "evil", hostile=True)
+
+
+def read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def test_what_models_wrote_is_escaped_wherever_it_stands(run: Path) -> None:
+    page = read(run / "report.html")
+    assert len(page) < MOST_BYTES
+    assert "<img" not in page
+    assert page.count("<script") == 2
+    assert "&lt;script&gt;document.title=" in page
+    assert r"\x1b[31mred\x1b]0;title\x07 \u202eevil" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+    assert "default-src &#39;none&#39;; style-src &#39;sha256-" in page
+    assert "style=" not in page, "the policy would refuse it"
+    # the data of the tokens ends where its element does
+    (data,) = re.findall(
+        r'<script type="application/json" id="token-data">(.*?)</script>', page, re.S
+    )
+    assert len(json.loads(data)) == 3 * 3 * 15
+
+
+def test_the_page_says_what_came_out(tmp_path: Path) -> None:
+    page = read(write_run(tmp_path / "run") / "report.html")
+    text = " ".join(re.sub("<[^>]+>", " ", page.partition("<body>")[2]).split())
+    for words in (
+        "Without the context the student now scores 0.88 [0.67, 0.96]",
+        "87% [71%, 100%] of what the context gives is now in the weights.",
+        "control: teacher with a wrong context first 8 questions",
+        "Of 16 questions that training never saw, 2 are answered worse than before and 4 better",
+        "forecast 0.71 to 1.00",
+        "training costs as much as the context in 331 prompts",
+        "It falls when answers get shorter",
+        "opcd train recipe=demo_brevity parallel=dp2 exp_manager=resumable trainer.max_steps=60",
+        "240 answers of 3,600 tokens",
+    ):
+        assert words in text, words
+    assert f"opcd chat from={tmp_path}/run/checkpoints/step=30.ckpt" in text
+
+
+def test_a_run_from_before_has_a_page_too(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads(read(folder / "summary.json"))
+    old = {name: summary[name] for name in ("base", "in_context", "student", "steps", "versions")}
+    (folder / "summary.json").write_text(json.dumps(old))
+    (folder / "tokens.json").unlink()
+    assert write_page([str(folder)]) == folder / "report.html"
+    page = read(folder / "report.html")
+    assert "0.88</b>" in page
+    assert "Token by token" not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("summary.json", "[]", "a list instead of a record"),
+        ("summary.json", '{"base": "x"}', 'base is "x"'),
+        ("answers.jsonl", '{"uid": 1}\n', "line 1: "),
+        ("answers.jsonl", "", "has no answer of base, task"),
+        ("metrics.jsonl", "{}\n", "line 1: no step"),
+        ("tokens.json", '{"before": [3], "after": [], "now": []}', "before: an answer is not"),
+        ("tokens.json", '{"before": 1, "after": [], "now": []}', "before is 1"),
+        ("config.yaml", "a: &x [1]\nb: *x\n", "aliases"),
+    ],
+)
+def test_a_damaged_file_is_named(run: Path, name: str, text: str, problem: str) -> None:
+    file = run / name
+    before = file.read_bytes()
+    file.write_text(text)
+    try:
+        with pytest.raises(UserError) as refused:
+            write_page([str(run)])
+    finally:
+        file.write_bytes(before)
+    assert name in refused.value.key
+    assert problem in str(refused.value.problem)
+
+
+@pytest.mark.parametrize(
+    "nonsense", [None, "x", [], {}, {"value": "x"}, {"value": 1e300}, [[1]], True, -3]
+)
+def test_nonsense_in_a_summary_is_a_dash_and_no_crash(run: Path, nonsense: Any) -> None:
+    file = run / "summary.json"
+    before = file.read_text(encoding="utf-8")
+    summary = json.loads(before)
+    for name in set(summary) - {"base", "in_context", "student"}:
+        summary[name] = nonsense
+    file.write_text(json.dumps(summary))
+    try:
+        write_page([str(run)])
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "0 folders are given"),
+        (["nowhere"], "is no folder"),
+        (["."], "has no summary.json"),
+        (["a", "to=x", "to=y"], "1 folders are given"),
+    ],
+)
+def test_what_is_no_run_is_refused(
+    words: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        write_page(words)
+    assert refused.value.problem == problem
+
+
+def test_runs_are_compared_question_by_question(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a")
+    second = write_run(tmp_path / "b", num_steps=500, config="optim:\n  lr: 0.1\n")
+    page = read(write_page([str(first), str(second)]))
+    assert "b - a" in page
+    assert "<code>optim.lr</code></th><td>5e-05</td><td>0.1</td>" in page
+    assert "Each point is the mean of 3 steps." in page
+    with pytest.raises(UserError, match="each folder once"):
+        write_page([str(first), str(tmp_path / "." / "a")])
+
+
+def test_a_pipelines_page_has_notes_candidates_and_games(tmp_path: Path) -> None:
+    page = read(write_page([str(write_pipeline(tmp_path / "evil", hostile=True))]))
+    assert "<img" not in page
+    assert "&lt;script&gt;document.title=" in page
+    for words in ("3 candidates", "best, round 1", "+0.087", "p = 0.131", 'class="game"'):
+        assert words in page, words
+    assert '<a href="opcd-1/report.html">' in page
+
+
+def test_a_game_is_boards_with_the_moves_between_them() -> None:
+    found = game("Get there.\n\nBoard:\nP.\n\nMove: [up]\nNo.\n\nBoard:\n.P\n\nP won.")
+    assert found is not None
+    assert [(f.caption, f.board) for f in found.frames] == [
+        ("start", "P."),
+        ("Move: [up] No.", ".P"),
+    ]
+    assert found.outcome == "P won."
+    assert game("no board\n\nover") is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.05, 1.45), (3, 3), (0, 0), (-2e8, 9e9), (1e-9, 2e-9)]
+)
+def test_ticks_are_round_and_hold_all_values(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 7
+
+
+def test_a_long_curve_is_averaged_and_says_so() -> None:
+    chart = line_chart("t", "u", "c.", {"x": [(float(n), float(n)) for n in range(1000)]})
+    assert chart.caption == "c. Each point is the mean of 5 steps."
+    assert len(chart.lines[0].path.split()) == 200
+    short = line_chart("t", "u", "c.", {"x": [(1.0, 2.0)]})
+    assert short.lines[0].dots[0][2] == "x, step 1: 2"
+
+
+def test_parts_of_a_bar_add_up_and_empty_ones_are_left_out() -> None:
+    bar = share_bar({("right", "right"): 3, ("partly", "partly"): 0, ("wrong", "wrong"): 1})
+    assert [(part.words, part.start, part.length) for part in bar] == [
+        ("right", 0.0, 75.0),
+        ("wrong", 75.0, 25.0),
+    ]
+
+
+def test_numbers_in_words() -> None:
+    assert shown({"value": 0.5, "low": 0.25, "high": 1.0}).interval == "[0.25, 1.00]"
+    assert shown({"value": 0.5, "low": None, "high": None}).interval == ""
+    assert shown({"value": 0.5, "low": 0.1, "high": None}).interval == "[0.10, ?]"
+    assert shown(3).value == "-"
+    assert (p_text(0.0004), p_text(0.05), p_text(None)) == ("p < 0.001", "p = 0.050", "")
+
+
+def test_the_configuration_is_flat(run: Path) -> None:
+    assert read_run(run).config == {"name": "run", "optim.lr": 5e-05}
+    assert HOSTILE in read_run(run).evaluations["base", "task"].answers[0].text
