@@ -134,3 +134,23 @@ def test_a_configuration_has_so_many_levels_and_no_more() -> None:
     with pytest.raises(UserError) as caught:
         parse_stored(nested(limits.CONFIGURATION_DEPTH + 1), "a package")
     assert caught.value.problem == "more than 32 levels"
+
+
+def test_a_configuration_has_so_many_bytes_and_items_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = b"{a: 1, b: [2, 3]}"  # 13 events of YAML, counted from 0
+    for name, most in (("CONFIGURATION_BYTES", len(text)), ("CONFIGURATION_ITEMS", 12)):
+        with monkeypatch.context() as patched:
+            patched.setattr(limits, name, most)
+            assert parse_stored(text, "a package") == {"a": 1, "b": [2, 3]}
+            patched.setattr(limits, name, most - 1)
+            with pytest.raises(UserError) as caught:
+                parse_stored(text, "a package")
+            unit = name.removeprefix("CONFIGURATION_").lower()
+            assert caught.value.problem == f"more than {most - 1} {unit}"
+
+
+def test_what_needs_no_escape_stays_as_it_is() -> None:
+    values = {"number": 1.5, "count": 0, "switch": False, "nothing": None, "list": [1, [], "$x"]}
+    assert escaped(values) == values

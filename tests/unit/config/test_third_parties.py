@@ -92,6 +92,8 @@ def test_a_run_is_not_changed_behind_its_back(overrides: list[str], key: str) ->
         "exp_manager.summary_writer_kwargs={flush_secs: 10, max_queue: 5}",
         f"+{CURVES}.tags=[a, b]",
         f"+{CURVES}.settings={{api_key: something}}",
+        f"+{CURVES}.settings={{api_key: something, base_url: 'https://host'}}",
+        f"+{CURVES}.settings={{}}",
         f"{CALLBACK}.save_top_k=-1",
         f"{CALLBACK}.filename='run {{step}}'",
         "trainer.enable_progress_bar=false",
