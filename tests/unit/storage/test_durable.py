@@ -220,3 +220,22 @@ def test_a_read_that_fails_is_told_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error") as caught:
         durable.measure(tmp_path / "memory")
     assert caught.value.filename == str(tmp_path / "memory")
+
+
+def test_what_is_forced_to_the_disk_has_left_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync of a file whose last bytes Python still holds would force nothing of them."""
+    synced: dict[str, int] = {}
+
+    def note(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        synced[name] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    durable.write_whole(tmp_path / "whole", "text")
+    durable.write_manifest(tmp_path, {"a": durable.Entry(num_bytes=1, sha256="b")})
+    with RunFolder.hold(tmp_path / "run"):
+        assert synced[".run.lock"] == (tmp_path / ".run.lock").stat().st_size > 0
+    assert synced[durable.partial(tmp_path / "whole").name] == 4
+    assert synced[durable.MANIFEST] == (tmp_path / durable.MANIFEST).stat().st_size > 0
