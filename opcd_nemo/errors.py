@@ -112,6 +112,14 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; nothing was updated."""
 
 
+class MismatchError(RuntimeError):
+    """What was sampled is not what the student would sample; nothing was updated."""
+
+
+class EngineError(RuntimeError):
+    """A rollout engine's server is lost, or answers what cannot be; nothing was updated."""
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are intact."""
 

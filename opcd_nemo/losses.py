@@ -45,6 +45,11 @@ BAD_TOKENS = ("loss/nan_tokens", "loss/infinite_tokens")
 """Counted in the statistics of a loss that is not finite."""
 CAPTURED_MASS = "loss/captured_mass"
 """Probability on the k tokens of a top-k loss, under the model that chose them."""
+MISMATCH, MISMATCH_K3 = "rollout/mismatch", "rollout/mismatch_k3"
+"""Of what an engine sampled: see `mismatch`."""
+_COMPARED_TOKENS = (
+    32  # of a micro-batch: a head product of few rows; stale weights are 1.6 nats off
+)
 LossSum = tuple[torch.Tensor, Stats]
 """A weighted sum over response tokens, and its statistics, in nats."""
 
@@ -172,6 +177,31 @@ class HardLabelLoss:
             weight_N=tokens.weight_N,
         )
         return _weighted("loss/nll", loss_N, tokens.weight_N)
+
+
+@torch.no_grad()
+def mismatch(
+    head: Head, target_ids_N: torch.Tensor, sampled_logprob_N: torch.Tensor, temperature: float
+) -> Stats:
+    """How far an engine's log-probabilities are from the trainer's, in nats a token.
+
+    `rollout/mismatch` is the mean of the trainer's less the engine's, `rollout/mismatch_k3` of
+    r - 1 - log r with r = p_trainer / p_engine, which estimates KL(engine || trainer). At most
+    `_COMPARED_TOKENS` of the tokens are looked at, evenly apart. Collective over tp.
+    """
+    some = slice(None, None, max(1, -(-len(target_ids_N) // _COMPARED_TOKENS)))
+    trainer_N = linear_token_logprob(
+        head.hidden_NH[some],
+        head.weight_VH,
+        target_ids_N[some],
+        temperature=temperature or 1.0,  # greedy answers have the plain distribution's
+        group=head.group,
+        num_valid_columns=head.num_valid_columns,
+    )
+    gap_N = trainer_N.double() - sampled_logprob_N[some].double()
+    gap, k3 = torch.stack([gap_N.sum(), (gap_N.exp() - 1 - gap_N).sum()]).tolist()
+    count = float(len(gap_N))
+    return Stats({MISMATCH: (gap, count), MISMATCH_K3: (k3, count)})
 
 
 def _weighted(

@@ -12,13 +12,14 @@ from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.programs import load_chat
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.context.sources import Context
+from opcd_nemo.distributed.devices import choose_device
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.errors import UserError
 from opcd_nemo.export.provenance import as_context, read_provenance
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import ChatTokenizer
 from opcd_nemo.model.language_model import LanguageModel, choose_dtype
-from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.engine import RolloutEngine, check_engine
 from opcd_nemo.types import Message, Prompt
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,9 @@ def open_chat(settings: DictConfig) -> Chat:
         logger.warning("%s", note)
     context = _context(source, config.system)
     dtype = choose_dtype(config.dtype, checkpoint.dtype)
+    device, _ = choose_device(config.parallel.device, 1)
+    longest, on_cpu = checkpoint.config.max_positions, device.type == "cpu"
+    check_engine(config.engine, (checkpoint.config,), longest, on_cpu=on_cpu)
     parallel = init_parallel(config.parallel, config.seed)
     model = LanguageModel(checkpoint.config, parallel, dtype)
     model.load(checkpoint)

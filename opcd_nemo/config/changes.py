@@ -15,7 +15,13 @@ RESULT_KEYS = (
     "context_hash draw"
 ).split()
 _SHOWN = 3  # files of a model
-_WITHOUT_EFFECT = ("task.max_left_out", "task.of.max_left_out", "task.draw", "task.of.draw")
+_WITHOUT_EFFECT = (
+    *("task.max_left_out", "task.of.max_left_out", "task.draw", "task.of.draw"),
+    # where servers are and how they are looked after: a sample is the same from any of them
+    *(f"engine.{name}" for name in ("urls", "launch", "python", "folder", "colocated")),
+    *(f"engine.{name}" for name in ("timeout_s", "start_timeout_s", "max_restarts")),
+    "rollout.max_mismatch",
+)
 """What is refused or changes nothing; the draw that a run has is in the origin by itself."""
 _ABSENT = "(absent)"
 Digests = Mapping[str, Mapping[str, str]]
@@ -28,7 +34,10 @@ def run_origin(config: DictConfig, context_hash: str, draw: int) -> dict[str, An
     The first version of the draw is not written: runs from before there were versions have it.
     """
     version = {} if draw == 1 else {"draw": draw}
-    return {**recorded(config), "context_hash": context_hash, **version}
+    origin = {**recorded(config), "context_hash": context_hash, **version}
+    if origin.get("rollout", {}).get("ahead") == 0:  # as in runs from before there was the key
+        del origin["rollout"]["ahead"]
+    return origin
 
 
 def check_unchanged(

@@ -58,6 +58,11 @@ def build_plug(plug: dict[str, Any], **runtime: Any) -> Any:
     return _factory("plug", plug["_target_"])(**arguments, **runtime)
 
 
+def plug_factory(key: str, plug: Mapping[str, Any]) -> Callable[..., Any]:
+    """The class or function of a checked plug."""
+    return _factory(key, plug["_target_"])
+
+
 def makes(target: str, protocol: type) -> bool:
     """Whether a checked target is a class with a protocol's methods, or returns such a class."""
     factory = _factory("plug", target)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opcd_nemo.config.changes import RESULT_KEYS
+from opcd_nemo.config.plugs import plug_factory
 from opcd_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,33 @@ def check_rules(config: TrainConfig) -> None:
         )
     if rollout.teacher_data is not None and not rollout.teacher_data.strip():
         raise UserError("rollout.teacher_data", rollout.teacher_data, "a folder, or null")
+    _check_ahead(config)
+    _check_waits(config)
     _check_changes(config.resume.allow_changes)
+
+
+def _check_waits(config: TrainConfig) -> None:
+    """Refuse a server that may take longer to start than other ranks wait for the one it keeps."""
+    start_s, waits_s = config.engine.get("start_timeout_s"), config.parallel.timeout_s
+    if start_s is not None and start_s >= waits_s:
+        allowed = f"below parallel.timeout_s={waits_s:g}"
+        raise UserError("engine.start_timeout_s", start_s, allowed)
+
+
+def _check_ahead(config: TrainConfig) -> None:
+    """Refuse to sample ahead where nothing could."""
+    if config.rollout.ahead == 0:
+        return
+    engine = config.engine
+    if not hasattr(plug_factory("engine", engine), "speaker"):
+        allowed = "0 with an engine that samples in the ranks themselves; engine=vllm samples ahead"
+        raise UserError("rollout.ahead", config.rollout.ahead, allowed)
+    if engine.get("colocated"):
+        allowed = "0 with engine.colocated=true: the servers sleep while the run trains"
+        raise UserError("rollout.ahead", config.rollout.ahead, allowed)
+    if config.rollout.sampler != "student":
+        allowed = f"0 with rollout.sampler={config.rollout.sampler}"
+        raise UserError("rollout.ahead", config.rollout.ahead, allowed)
 
 
 def _check_name(name: str) -> None:

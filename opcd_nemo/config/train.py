@@ -85,6 +85,21 @@ class RolloutConfig:
         minimum=0,
         maximum=1,
     )
+    ahead: int = doc(
+        "1: the student's engine samples a step while the step before it trains, with the weights "
+        "of that step's start",
+        minimum=0,
+        maximum=1,
+        default=0,
+    )
+    max_mismatch: float | None = doc(
+        "a run stops where the student's own samples are further than this from what the trainer "
+        "says of them (rollout/mismatch_k3, nats a token); null: it goes on",
+        above=0,
+        maximum=100,
+        default=0.1,
+        example="0.1",
+    )
 
 
 @dataclass(kw_only=True)

@@ -169,6 +169,15 @@ class Parallel:
         """The concatenation of every context-parallel rank's `values`. Collective over cp."""
         return _gather_values(values, self.cp, self.cp_group)
 
+    def from_first_of_model(self, value: Any) -> Any:
+        """The picklable value of the first rank of the ranks that share a model. Over tp and pp."""
+        for size, group in ((self.tp, self.tp_group), (self.pp, self.pp_group)):
+            if size > 1:
+                held = [value]
+                dist.broadcast_object_list(held, dist.get_global_rank(group, 0), group)
+                value = held[0]
+        return value
+
     def give_back_memory(self) -> None:
         """Return freed memory to the system: between phases of a step, large pieces lie idle."""
         if self.device.type == "cpu":

@@ -37,6 +37,14 @@ _NAME_BYTES = 200  # file systems take 255; what is not whole yet has a longer n
 # perhaps the user's classes, which restoring refuses
 _PLUGS = ("task", "retention", "context", "engine", "loss")
 
+# a stranger's file names neither a server nor a program to start: it is sampled from in process
+_BY_SERVER = "opcd_nemo.engines.vllm.VllmEngine"
+_IN_PROCESS = {
+    "_target_": "opcd_nemo.engines.megatron.MegatronEngine",
+    "max_batch_size": 32,
+    "pack": True,
+}
+
 
 def export(settings: DictConfig, default_config: Callable[[], DictConfig]) -> str:
     """Convert a model; the file, folder or repository is complete, or does not exist.
@@ -137,6 +145,8 @@ def nemo_config(config: dict[str, Any]) -> dict[str, Any]:
     """From a run's resolved values, the configuration with the class that NeMo builds."""
     plain = {key: value for key, value in config.items() if key != "context_hash"}
     plain = without_secrets(plain)  # files of earlier versions hold them
+    if plain.get("engine", {}).get("_target_") == _BY_SERVER:
+        plain["engine"] = _IN_PROCESS
     written: dict[str, Any] = escaped({**plain, "target": "opcd_nemo.trainer.model.OPCDModel"})
     return written
 

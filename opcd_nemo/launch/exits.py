@@ -11,6 +11,8 @@ import traceback
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, environment_world
 from opcd_nemo.errors import (
     CheckFailed,
+    EngineError,
+    MismatchError,
     NonFiniteError,
     ReadError,
     SaveError,
@@ -40,6 +42,8 @@ _REFUSALS = frozenset(
 )
 """What a disk or the system may say to any program that is right; the other errnos are bugs."""
 
+_IN_A_LINE = (CheckFailed, EngineError, MismatchError, NonFiniteError, ReadError, SaveError)
+
 
 def report_error(error: Exception | KeyboardInterrupt) -> int:
     """Print one line for what is no bug, a traceback for the rest; returns the exit code."""
@@ -52,7 +56,7 @@ def report_error(error: Exception | KeyboardInterrupt) -> int:
         return STOPS[type(error)]
     mistake, refused = isinstance(error, UserError), _is_refusal(error)
     told = mistake or refused
-    if not told and not isinstance(error, CheckFailed | NonFiniteError | ReadError | SaveError):
+    if not told and not isinstance(error, _IN_A_LINE):
         traceback.print_exception(error)
         return EXIT_FAILURE
     if _prints():

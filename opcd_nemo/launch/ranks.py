@@ -37,6 +37,7 @@ from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
 from opcd_nemo.launch.signals import ToRanks, in_words, stopped
+from opcd_nemo.rollout.engine import check_engine
 from opcd_nemo.storage.attempt import Nodes, ranks_here, this_attempt, this_node
 from opcd_nemo.storage.hub import OFFLINE_ENV
 from opcd_nemo.training.prepared import prepare_run
@@ -51,10 +52,14 @@ PROGRAM = ("-u", "-P", "-m", "opcd_nemo.cli")  # -P: files of this folder hide n
 
 def check_run(raw: DictConfig) -> ParallelConfig | None:
     """Check a training run's configuration and inputs; returns its layout."""
-    parallel = load_config(raw).parallel
+    config = load_config(raw)
+    parallel = config.parallel
     device, _reason = choose_device(parallel.device, ranks_here(parallel.num_ranks))
     choose_layer_spec(parallel.layer_spec, device)
-    prepare_run(raw)
+    inputs = prepare_run(raw).inputs
+    models = (inputs.student_config, inputs.teacher_config)
+    on_cpu = device.type == "cpu"
+    check_engine(config.engine, models, inputs.longest_tokens, on_cpu=on_cpu)
     return parallel
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+from opcd_nemo.config.plugs import plug_factory
 from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.types import Prompt, Sample
 
 
@@ -32,3 +34,33 @@ class RolloutEngine(Protocol):
         prefix_ids: Sequence[int] = (),
     ) -> list[Sample]:
         """One continuation a prompt, in order; prompts may share `prefix_ids` at their start."""
+
+
+@runtime_checkable
+class ThreadedEngine(RolloutEngine, Protocol):
+    """An engine whose samples a thread may draw while the ranks train."""
+
+    def speaker(self) -> RolloutEngine | None:
+        """The engine at the weights that it holds, of which no call is collective.
+
+        None on ranks that do not speak to it: they are given what the others have sampled.
+        """
+
+
+def check_engine(
+    plug: Mapping[str, Any], models: Sequence[ModelConfig], longest: int, *, on_cpu: bool
+) -> None:
+    """Let an engine whose class has a `check` look for what it needs, before a model loads.
+
+    Args:
+        plug: the engine of a configuration.
+        models: that it samples from.
+        longest: a prompt and its answer, in tokens.
+        on_cpu: whether the run is on CPUs.
+
+    Raises:
+        UserError: a server is not there, or does not fit.
+    """
+    check = getattr(plug_factory("engine", plug), "check", None)
+    if check is not None:
+        check(plug, models, longest, on_cpu=on_cpu)

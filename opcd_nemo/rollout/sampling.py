@@ -12,10 +12,15 @@ import torch
 from opcd_nemo.config.sampling import Sampling
 
 
+def row_seed(seed: int, step: int, index: int) -> int:
+    """What one sequence's random numbers are made from, below 2 ** 63."""
+    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def row_uniforms(seed: int, step: int, index: int, count: int) -> torch.Tensor:
     """The `count` uniform numbers of one sequence: a pure function of (seed, step, index)."""
-    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(row_seed(seed, step, index))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

@@ -123,6 +123,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         values |= strategy.save_times(time.monotonic() - seconds)
         for phase in watch.wall_s:
             values[f"time/{phase}_s"] = watch.wall_s[phase] - before[0].get(phase, 0.0)
+        if self.run.ahead is not None:
+            values["time/ahead_s"] = self.run.ahead.sampled_s
         values.update(self._cpu_seconds(before[1], time.process_time() - cpu))
         self._show(values)
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
@@ -143,11 +145,19 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
             "context": self.context,
         }
 
+        if self.run.ahead is not None:
+            rollouts = self.run.ahead.record(self.run.parallel)
+            checkpoint["opcd"] |= {} if rollouts is None else {"rollouts": rollouts}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember what `on_train_start` needs, and the scores until then."""
         self._callback_states = checkpoint["callbacks"]
         self.validations.load(checkpoint["opcd"].get("validations", ()))
         self._best_on_disk = self.validations.best
+        rollouts = checkpoint["opcd"].get("rollouts")
+        ahead, parallel = self.run.ahead, self.run.parallel
+        if ahead is not None and rollouts is not None:
+            ahead.restore(rollouts, parallel.share(self.run.prompts_per_step))
 
     def on_train_start(self) -> None:
         """Tell the checkpoint callback what it keeps: NeMo's forgets folders named `.ckpt`.

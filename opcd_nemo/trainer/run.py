@@ -29,7 +29,7 @@ from opcd_nemo.distributed.launcher import (
     environment_number,
     environment_world,
 )
-from opcd_nemo.errors import NonFiniteError, ReadError
+from opcd_nemo.errors import MismatchError, NonFiniteError, ReadError
 from opcd_nemo.evaluation.forecast import Forecast
 from opcd_nemo.evaluation.report import gib, peak_rss_kib, peak_rss_of
 from opcd_nemo.evaluation.summary import Outcome, summary_lines, write_report
@@ -57,7 +57,9 @@ def train(raw: DictConfig) -> Path:
 
     Raises:
         UserError: a key is wrong, before a model loads.
-        NonFiniteError: a loss or gradient is not finite; the last checkpoint is intact.
+        NonFiniteError, MismatchError: a loss or gradient is not finite, or what was sampled is not
+            the student's; the last checkpoint is intact.
+        EngineError: a rollout engine's server is lost; the last checkpoint is intact.
         SaveError: a checkpoint could not be written; earlier checkpoints are intact.
         StoppedBySignal: SIGTERM or SIGUSR1 came; a checkpoint is saved.
         StoppedByFile: the folder has a file STOP; a checkpoint is saved.
@@ -122,7 +124,7 @@ def _fit(
 ) -> None:
     try:
         trainer.fit(model, ckpt_path=continued)
-    except NonFiniteError:  # met by every rank, which can still publish together
+    except (MismatchError, NonFiniteError):  # met by every rank, which can still publish together
         strategy.finish_save()
         raise
     finally:

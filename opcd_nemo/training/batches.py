@@ -9,7 +9,7 @@ Shape letters: `T` stream tokens, `N` response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,6 +41,8 @@ class DistillBatch:
     teacher: tuple[TeacherStream, ...]
     target_ids_N: torch.Tensor
     weight_N: torch.Tensor
+    sampled_logprob_N: torch.Tensor | None
+    """Of the targets, by the engine that sampled them; None where the teacher has."""
 
     def __post_init__(self) -> None:
         """Check that both sides predict the same tokens."""
@@ -75,6 +77,7 @@ def make_distill_batches(
     teacher_prefix: Sequence[int] | None,
     stream_multiple: int = 1,
     equal_streams: bool = False,
+    of_student: bool = True,
 ) -> list[DistillBatch]:
     """This rank's micro-batches. Collective over dp, through `sum_over_ranks`.
 
@@ -89,6 +92,7 @@ def make_distill_batches(
             None when no teacher scores.
         stream_multiple: streams are padded to a multiple of this (`LanguageModel.split_multiple`).
         equal_streams: pad the student's streams alike, as pipeline stages need.
+        of_student: whether the student has sampled, so that its engine can be compared.
     """
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     counts = torch.tensor([len(rollouts), tokens], dtype=torch.float64, device=device)
@@ -99,6 +103,7 @@ def make_distill_batches(
         rows = rollouts[start : start + micro_batch_size]
         row_weights = weights[start : start + micro_batch_size]
         targets = [token for row in rows for token in row.response_ids]
+        logprobs = [logprob for row in rows for logprob in row.sampled_logprobs]
         weight = [w for w, row in zip(row_weights, rows, strict=True) for _ in row.response_ids]
         batches.append(
             DistillBatch(
@@ -111,6 +116,9 @@ def make_distill_batches(
                 teacher=_teacher_streams(rows, teacher_prefix, device, stream_multiple),
                 target_ids_N=torch.tensor(targets, device=device),
                 weight_N=torch.tensor(weight, dtype=torch.float32, device=device),
+                sampled_logprob_N=torch.tensor(logprobs, dtype=torch.float32, device=device)
+                if of_student
+                else None,
             )
         )
     return _pad_alike(batches) if equal_streams else batches
@@ -118,15 +126,7 @@ def make_distill_batches(
 
 def _pad_alike(batches: list[DistillBatch]) -> list[DistillBatch]:
     longest = max(batch.student.packing.stream_tokens for batch in batches)
-    return [
-        DistillBatch(
-            student=pad_stream(batch.student, longest),
-            teacher=batch.teacher,
-            target_ids_N=batch.target_ids_N,
-            weight_N=batch.weight_N,
-        )
-        for batch in batches
-    ]
+    return [replace(batch, student=pad_stream(batch.student, longest)) for batch in batches]
 
 
 def _teacher_streams(

@@ -15,6 +15,7 @@ from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.model.language_model import DTYPES, LanguageModel
 from opcd_nemo.rollout.collect import SamplerName
 from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.training.ahead import Ahead
 from opcd_nemo.training.inputs import Inputs
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.step import Phase, Run
@@ -63,7 +64,16 @@ def build_run(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Run:
         anchors_per_step=round(batching.global_batch_size * rollout.anchor_fraction),
         micro_batch_size=batching.micro_batch_size,
         aggregation="token_mean" if batching.aggregation == "token_mean" else "sequence_mean",
+        max_mismatch=rollout.max_mismatch,
+        ahead=_ahead(config) if rollout.ahead else None,
     )
+
+
+def _ahead(config: TrainConfig) -> Ahead:
+    """Steps after a planned checkpoint or a validation are sampled with the present weights."""
+    saved = config.exp_manager["checkpoint_callback_params"]["every_n_train_steps"]
+    numbers = (saved, config.evaluation.every_n_steps)
+    return Ahead([number for number in numbers if number], config.trainer["max_steps"])
 
 
 def build_evaluator(config: TrainConfig, inputs: Inputs, parallel: Parallel) -> Evaluator:

@@ -49,6 +49,8 @@ class Inputs:
     prefix_ids: tuple[int, ...]
     samples_of: Mapping[str, Any] | None
     """With `rollout.teacher_data`: what the samples of that folder are a function of."""
+    longest_tokens: int = 0
+    """Of a prompt with its answer, among those that were looked at."""
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -99,7 +101,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
     task: Task = build_plug(config.task)
     with _about("retention._target_", config.retention["_target_"]):
         retention: Task = build_plug(config.retention)
-    _check_prompts(config, task, retention, conversation)
+    longest = _check_prompts(config, task, retention, conversation)
     _check_wrong_context(config, task, conversation)
     return Inputs(
         student=student,
@@ -111,6 +113,7 @@ def open_inputs(config: TrainConfig, world_size: int) -> Inputs:
         conversation=conversation,
         prefix_ids=shared_prefix(task, conversation, config.evaluation.num_questions),
         samples_of=_samples_of(config, conversation),
+        longest_tokens=longest,
     )
 
 
@@ -228,8 +231,13 @@ def check_stages(config: TrainConfig, models: dict[str, ModelConfig]) -> None:
 
 def _check_prompts(
     config: TrainConfig, task: Task, retention: Task, conversation: Conversation
-) -> None:
-    """Render the longest turns of the first episodes; every turn is checked when rendered."""
+) -> int:
+    """Render the longest turns of the first episodes; every turn is checked when rendered.
+
+    Returns:
+        The tokens of the longest with its answer.
+    """
+    longest = 0
     evaluation, batch = config.evaluation, config.batching.global_batch_size
     anchors = round(batch * config.rollout.anchor_fraction)
     questions: list[tuple[str, int, Callable[[int], list[Episode]]]] = [
@@ -273,6 +281,8 @@ def _check_prompts(
                 conversation.check_fits(student, new_tokens)
             with _about("context._target_", config.context["_target_"]):
                 conversation.check_fits(teacher, new_tokens)
+            longest = max(longest, len(student), len(teacher))
+    return longest + new_tokens
 
 
 def wrong_source(config: TrainConfig, source: ContextSource) -> ContextSource | None:

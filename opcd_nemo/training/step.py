@@ -25,16 +25,17 @@ import torch
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import NonFiniteError
-from opcd_nemo.losses import BAD_TOKENS, Loss, TokenTargets
+from opcd_nemo.errors import MismatchError, NonFiniteError
+from opcd_nemo.losses import BAD_TOKENS, MISMATCH, MISMATCH_K3, Loss, TokenTargets, mismatch
 from opcd_nemo.metrics import Stats, Stopwatch
 from opcd_nemo.model.context_parallel import Indices
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.collect import SamplerName, collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
-from opcd_nemo.rollout.engine import RolloutEngine
+from opcd_nemo.rollout.engine import RolloutEngine, ThreadedEngine
 from opcd_nemo.tasks import Episode, Task
+from opcd_nemo.training.ahead import Ahead
 from opcd_nemo.training.batches import Aggregation, DistillBatch, make_distill_batches
 from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
@@ -69,6 +70,8 @@ class Run:
     anchors_per_step: int
     micro_batch_size: int
     aggregation: Aggregation
+    max_mismatch: float | None = None
+    ahead: Ahead | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def phase_of(self, step: int) -> Phase:
@@ -80,10 +83,15 @@ def distill_step(run: Run, step: int) -> Stats:
     """Update the student once and return the global statistics. Collective over the world.
 
     Raises:
-        NonFiniteError: on every rank, before any parameter changes.
+        NonFiniteError, MismatchError: on every rank, before any parameter changes.
+        EngineError, UserError: on ranks whose engine cannot sample.
     """
     with run.watch.phase("rollout"):
-        rollouts = _rollouts(run, run.phase_of(step).sampler, step)
+        rollouts = None if run.ahead is None else run.ahead.take(step, run.parallel)
+        if rollouts is None:
+            rollouts = _rollouts(run, run.phase_of(step).sampler, step)
+        if run.ahead is not None:
+            _begin_next(run, run.ahead, step)
     return learn(run, rollouts, step)
 
 
@@ -91,14 +99,18 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> Stats:
     """Phases 2 to 4 with this rank's rollouts, as `distill_step`. Collective over the world."""
     phase = run.phase_of(step)
     with run.watch.phase("teacher"):
-        batches = distill_batches(run, run.parallel.gather_over_cp(rollouts), phase.loss)
+        everybodys = run.parallel.gather_over_cp(rollouts)
+        batches = distill_batches(run, everybodys, phase.loss, phase.sampler)
         scores = teacher_scores(run, batches, phase.loss)
     with run.watch.phase("student"):
         run.parallel.give_back_memory()
         run.optimizer.zero_grad()
         stats = accumulate_gradients(run, batches, scores, phase.loss)
     stats.add(_rollout_stats(run.parallel, rollouts))
+    if run.ahead is not None:
+        stats.add(_behind(run.parallel, rollouts, step))
     stats = over_ranks(run.parallel, stats)
+    _stop_if_other_weights(stats, run.max_mismatch)
     _stop_if_not_finite(stats)  # before the optimizer: the weights stay those of the last good step
     with run.watch.phase("optimizer"):
         stats.add(run.optimizer.step())
@@ -138,12 +150,41 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
         num_anchors=num_anchors,
         prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
     )
-    if sampler == "student" or run.teacher.is_updated:
+    if run.ahead is None and (sampler == "student" or run.teacher.is_updated):
         engine.release_weights()  # backward needs the memory; packed weights would go stale
     return rollouts
 
 
-def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[DistillBatch]:
+def _begin_next(run: Run, ahead: Ahead, step: int) -> None:
+    """Let the engine sample the next step with this step's weights, while this step trains."""
+    engine, next_step = run.engines["student"], step + 1
+    if not ahead.is_wanted(next_step) or run.phase_of(next_step).sampler != "student":
+        return
+    assert isinstance(engine, ThreadedEngine)
+    engine.load_weights(step)
+    speaker, (episodes, num_anchors) = engine.speaker(), _episodes(run, next_step)
+    if speaker is None:
+        ahead.begin(next_step, None)
+        return
+    ahead.begin(
+        next_step,
+        lambda: collect_rollouts(
+            speaker,
+            "student",
+            episodes,
+            run.conversation,
+            run.sampling,
+            seed=run.seed,
+            step=next_step,
+            first_index=run.parallel.share(run.prompts_per_step).start,
+            num_anchors=num_anchors,
+        ),
+    )
+
+
+def distill_batches(
+    run: Run, rollouts: Sequence[Rollout], loss: Loss, sampler: SamplerName = "student"
+) -> list[DistillBatch]:
     """The micro-batches of these rollouts, which all ranks of cp have. Collective over dp."""
     parallel = run.parallel
     return make_distill_batches(
@@ -155,6 +196,7 @@ def distill_batches(run: Run, rollouts: Sequence[Rollout], loss: Loss) -> list[D
         teacher_prefix=run.teacher.prefix_ids if loss.needs_teacher else None,
         stream_multiple=run.student.split_multiple,
         equal_streams=parallel.pp > 1,
+        of_student=sampler == "student",
     )
 
 
@@ -182,13 +224,16 @@ def accumulate_gradients(
 
     def weighted(head: Head, responses: Indices, index: int) -> tuple[torch.Tensor, Stats]:
         batch = batches[index]
-        return loss(
+        targets = batch.target_ids_N[responses]
+        value, stats = loss(
             head,
             run.teacher.head(scores[index]) if scores else None,
-            TokenTargets(
-                target_ids_N=batch.target_ids_N[responses], weight_N=batch.weight_N[responses]
-            ),
+            TokenTargets(target_ids_N=targets, weight_N=batch.weight_N[responses]),
         )
+        if batch.sampled_logprob_N is not None:
+            sampled = batch.sampled_logprob_N[responses]
+            stats.add(mismatch(head, targets, sampled, run.sampling.temperature))
+        return value, stats
 
     return run.student.forward_backward(
         run.optimizer.ddp, [batch.student for batch in batches], weighted
@@ -212,6 +257,14 @@ def _rollout_stats(parallel: Parallel, rollouts: Sequence[Rollout]) -> Stats:
     )
 
 
+def _behind(parallel: Parallel, rollouts: Sequence[Rollout], step: int) -> Stats:
+    """How many steps the weights were behind that sampled; counted as `_rollout_stats`."""
+    if not parallel.is_last_stage:
+        return Stats()
+    behind = float(sum(step - rollout.weights_version for rollout in rollouts))
+    return Stats({"rollout/steps_behind": (behind, float(len(rollouts)))})
+
+
 def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
     """The sum over data-parallel ranks, known on every rank. Collective over the world."""
     counted = parallel.is_last_stage and parallel.tp_rank == 0
@@ -219,6 +272,19 @@ def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
     for sums in parallel.gather_objects(stats.sums if counted else {}):
         total.add(Stats(sums))
     return total
+
+
+def _stop_if_other_weights(stats: Stats, limit: float | None) -> None:
+    """Stop every rank when what was sampled is not the student's, before the optimizer."""
+    if limit is None or MISMATCH_K3 not in stats.sums:
+        return
+    k3 = stats.mean(MISMATCH_K3)
+    if k3 > limit:
+        raise MismatchError(
+            f"{MISMATCH_K3} is {k3:.3g} nats, above rollout.max_mismatch={limit:g}, and "
+            f"{MISMATCH} {stats.mean(MISMATCH):.3g}: the engine samples with other weights or "
+            "another temperature than the student's; stopped before the optimizer step"
+        )
 
 
 def _stop_if_not_finite(stats: Stats) -> None:

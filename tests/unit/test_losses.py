@@ -19,6 +19,7 @@ from opcd_nemo.losses import (
     Loss,
     TokenTargets,
     TopKLoss,
+    mismatch,
 )
 from opcd_nemo.model.head import Head
 from tests.error_limits import check, relative_error
@@ -217,3 +218,23 @@ def test_a_top_k_that_is_no_divergence_is_refused(kind: Any, k: int, tail: Any) 
     assert (refused.value.key, refused.value.value) == (
         ("loss.tail", tail) if k == 256 else ("loss.k", k)
     )
+
+
+def test_a_mismatch_is_the_gap_of_log_probabilities_and_its_k3() -> None:
+    torch.manual_seed(0)
+    head = Head(hidden_NH=torch.randn(3, 4), weight_VH=torch.randn(7, 4), num_valid_columns=6)
+    targets = torch.tensor([0, 5, 2])
+    logits = (head.hidden_NH @ head.weight_VH.T)[:, :6] / 0.5
+    engine = logits.log_softmax(-1)[torch.arange(3), targets] + torch.tensor([0.0, 0.1, -1.6])
+    found = mismatch(head, targets, engine, 0.5)
+    assert found.mean("rollout/mismatch") == pytest.approx(0.5, abs=1e-5)
+    k3 = (math.exp(-0.1) - 1 + 0.1 + math.exp(1.6) - 1 - 1.6) / 3
+    assert found.mean("rollout/mismatch_k3") == pytest.approx(k3, rel=1e-4)
+
+
+def test_a_mismatch_looks_at_some_tokens_evenly_apart() -> None:
+    head = Head(hidden_NH=torch.zeros(70, 4), weight_VH=torch.zeros(7, 4), num_valid_columns=7)
+    ids, engine = torch.zeros(70, dtype=torch.long), torch.zeros(70)
+    found = mismatch(head, ids, engine, 0.0)  # greedy
+    assert found.sums["rollout/mismatch"][1] == 24
+    assert found.mean("rollout/mismatch") == pytest.approx(-math.log(7))

@@ -354,3 +354,17 @@ def test_a_program_of_another_kind_is_no_plug(target: str) -> None:
 def test_a_checkpoint_has_a_name_of_its_folder_that_a_later_start_finds(name: str) -> None:
     key = "exp_manager.checkpoint_callback_params.filename"
     assert refused(f"{key}={name}").key == key
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("rollout.ahead=1", "rollout.ahead=1; allowed: 0 with an engine that samples in the ranks"),
+        ("engine=vllm rollout.ahead=1 engine.colocated=true", "0 with engine.colocated=true"),
+        ("engine=vllm rollout.ahead=1 method=sft", "0 with rollout.sampler=teacher"),
+        ("engine=vllm engine.start_timeout_s=600", "below parallel.timeout_s=600"),
+        ("engine=vllm engine.max_restarts=-1", "a whole number >= 0"),
+    ],
+)
+def test_an_engine_of_servers_is_refused_what_it_cannot_do(words: str, line: str) -> None:
+    assert line in str(refused(*words.split()))

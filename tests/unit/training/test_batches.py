@@ -237,3 +237,12 @@ def test_a_prefix_must_leave_a_token() -> None:
     assert not starts_with((1, 2), (1, 2))
     assert not starts_with((1, 2), ())
     assert not starts_with((2, 1, 3), (1,))
+
+
+def test_the_engines_log_probabilities_stand_beside_what_the_student_sampled() -> None:
+    rollouts = random_rollouts(random.Random(0), 5)
+    found = [batch.sampled_logprob_N for batch in distill(rollouts, equal_streams=True)]
+    assert torch.cat([each for each in found if each is not None]).tolist() == pytest.approx(
+        [logprob for rollout in rollouts for logprob in rollout.sampled_logprobs]
+    )
+    assert distill(rollouts, of_student=False)[0].sampled_logprob_N is None

@@ -1,0 +1,398 @@
+"""Rollouts by vLLM servers beside the training processes; weights go through files in memory.
+
+    load_weights   every stage writes its tensors, one rank a server has it read them (collective)
+    generate       one rank of a tp x pp group asks, a request a prompt; the others get the answers
+    sample         the part of `generate` that is no collective: a thread may sample a step ahead
+
+A sample is a function of the weights, the seed, the step and the prompt's index: a server that dies
+is started again, and what it had not answered is asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.engines.keeper import start_keeper
+from opcd_nemo.engines.megatron import BatchSize
+from opcd_nemo.engines.vllm_launch import Launched, find_python
+from opcd_nemo.engines.vllm_server import Refused, Server, ServerLost
+from opcd_nemo.engines.vllm_settings import (
+    Restarts,
+    Seconds,
+    StartSeconds,
+    check_settings,
+    describe,
+)
+from opcd_nemo.engines.vllm_site import Site, hold
+from opcd_nemo.engines.vllm_weights import check_room, names_of, write_stage
+from opcd_nemo.errors import EngineError, UserError
+from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.rollout.sampling import row_seed
+from opcd_nemo.storage import heartbeat
+from opcd_nemo.types import Prompt, Sample
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+_TICK_S = 10.0  # how often a silent server is looked after
+_TOLD_S = 60.0  # how often a long rollout is told of
+
+
+class VllmEngine:
+    """The engine of `conf/engine/vllm.yaml`."""
+
+    check = staticmethod(check_settings)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        eos_ids: Sequence[int],
+        *,
+        urls: list[str],
+        launch: bool,
+        python: str | None,
+        flags: list[str],
+        folder: str,
+        colocated: bool,
+        max_batch_size: BatchSize,
+        timeout_s: Seconds,
+        start_timeout_s: StartSeconds,
+        max_restarts: Restarts,
+    ) -> None:
+        """Generate with the weights of `model`; `load_weights` speaks to a server first.
+
+        Args:
+            model: whose present weights are used.
+            eos_ids: token ids that end a response.
+            urls: servers, as http://host:port or unix:/path; those that serve `model` are used.
+            launch: start a server on this machine, and end it with the run.
+            python: of the environment with vLLM, with `launch`; null: that of `make vllm`, else
+                the run's.
+            flags: further words for the server, with `launch`.
+            folder: where weights are written for the servers to read; in memory if it can be.
+            colocated: servers share the run's GPUs, and sleep while it trains.
+            max_batch_size: answers that a rank asks for together.
+            timeout_s: of silence.
+            start_timeout_s: of a start.
+            max_restarts: of a server in a run.
+        """
+        self._model, self._eos, self._parallel = model, sorted(eos_ids), model.parallel
+        self._urls, self._launch, self._python, self._flags = urls, launch, python, flags
+        self._root, self._colocated, self._width = Path(folder), colocated, max_batch_size
+        self._timeout_s, self._start_s = timeout_s, start_timeout_s
+        self._max_restarts = max_restarts
+        # the next are known when a server has been met
+        self._folder, self._token, self._with_head = self._root, "", False
+        self._writers: list[int] = []
+        self._sites: dict[int, Site] = {}
+        self._pushes = 0
+        self.weights_version = -1
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank speaks for its tp x pp group."""
+        return self._parallel.tp_rank == self._parallel.pp_rank == 0
+
+    # ------------------------------------------------------------------ weights
+
+    def load_weights(self, version: int) -> None:
+        """Give the servers the model's present weights. Collective over the world.
+
+        Raises:
+            UserError: on every rank: no server that can be used, or no room for the weights.
+            EngineError: on every rank: a server does not take them.
+        """
+        if not self._writers:
+            self._meet()
+        elif version == self.weights_version and all(self._on_all(self._is_held)):
+            return  # unless the engine of another model has used the server since
+        self._pushes += 1
+        name, label = f"{self._token}-{self._pushes}", f"{self._token}:{version}"
+        self._on_all(lambda: self._make_room(name))
+        written = self._on_all(lambda: self._write(name))
+        self._check_names(written)
+        for index, site in self._sites.items():
+            site.weights = (self._place(self._writers[index], name), label)
+        self._on_all(lambda: self._each_of_mine(Site.push))
+        self.weights_version = version
+
+    def release_weights(self) -> None:
+        """Let servers that share the GPUs sleep until `load_weights`. Collective over the world."""
+        self.weights_version = -1
+        if self._colocated and self._writers:
+            self._parallel.barrier()  # a request to a server that sleeps waits for ever
+            self._on_all(lambda: self._each_of_mine(lambda site: site.server.sleep()))
+
+    def _each_of_mine(self, act: Callable[[Site], None]) -> None:
+        """Do something with the servers that this rank is the first to use."""
+        for index, site in self._sites.items():
+            if self._writers[index] == self._parallel.dp_rank:
+                act(site)
+
+    def _is_held(self) -> bool:
+        return all(site.is_held for site in self._sites.values())
+
+    def _place(self, replica: int, name: str) -> Path:
+        return self._folder / f"replica={replica}" / name
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank's replica is the first to use some server."""
+        return self._parallel.dp_rank in self._writers
+
+    def _make_room(self, name: str) -> None:
+        if not (self._speaks and self._writes):
+            return
+        place = self._place(self._parallel.dp_rank, name)
+        place.parent.mkdir(exist_ok=True)
+        for old in place.parent.iterdir():  # the server has read them
+            shutil.rmtree(old)
+        world = self._parallel.world_size
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        copies = -(-len(set(self._writers)) * here // world)  # of this machine
+        check_room(self._root, self._model, copies=copies, with_head=self._with_head)
+        place.mkdir()
+
+    def _write(self, name: str) -> list[str]:
+        if not self._writes:
+            return []
+        parallel = self._parallel
+        place = self._place(parallel.dp_rank, name)
+        writes = parallel.tp_rank == 0
+        return write_stage(self._model, place, writes=writes, with_head=self._with_head)
+
+    def _check_names(self, written: Sequence[Sequence[str]]) -> None:
+        """Refuse to send a part: a server would keep the rest, with a warning in its log."""
+        expected = names_of(self._model, with_head=self._with_head)
+        copies = len(set(self._writers))
+        counts = Counter(name for names in written for name in names)
+        wrong = sorted(name for name in expected | set(counts) if counts[name] != copies)
+        if wrong:
+            raise EngineError(
+                f"engine.folder={self._folder}: {len(wrong)} tensors are not written once a "
+                f"server, {wrong[0]} the first; no server was given any"
+            )
+
+    # ------------------------------------------------------------------ servers
+
+    def _meet(self) -> None:
+        """Find or start the servers, and say which replica writes for which. Collective."""
+        names = self._on_all(lambda: (os.getpid(), secrets.token_hex(4)))
+        shape = self._model.config
+        self._folder = self._root / f"opcd-{names[0][0]}-{shape.num_layers}x{shape.hidden_size}"
+        self._token = names[0][1]
+        rank = self._parallel.rank
+        urls, self._with_head = self._on_all(lambda: self._open() if rank == 0 else ([], False))[0]
+        users = users_of(len(urls), self._parallel.dp)
+        self._writers = [each[0] for each in users]
+        if self._speaks:
+            mine = {i: url for i, url in enumerate(urls) if self._parallel.dp_rank in users[i]}
+        else:
+            mine = {}
+        self._on_all(lambda: self._open_sites(mine))
+
+    def _open(self) -> tuple[list[str], bool]:
+        """On rank 0: this model's servers, for this run alone; whether some have a head to fill."""
+        fresh = not self._folder.exists()  # else a teacher's engine shares the student's servers
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        urls = self._urls
+        if self._launch:
+            launched = self._launched()
+            urls = [launched.url]
+            if fresh:
+                try:
+                    launched.start(self._start_s)
+                except ServerLost as lost:
+                    allowed = "a server that starts; engine.flags are vLLM's words"
+                    raise UserError("engine.launch", True, allowed, problem=str(lost)) from lost
+        else:
+            if fresh:
+                start_keeper(self._folder)
+            for url in urls:
+                hold(url, self._root)
+        served = {url: describe(Server(url), self._start_s) for url in urls}
+        fit = [url for url in urls if served[url].difference(self._model.config) is None]
+        if not fit:
+            differs = served[urls[0]].difference(self._model.config)
+            raise UserError("engine.urls", urls, "a server of this model", problem=differs)
+        return fit, not all(served[url].model.tied_embeddings for url in fit)
+
+    def _launched(self) -> Launched:
+        python = find_python(self._python)
+        return Launched(self._folder, self._model, python, width=self._width, flags=self._flags)
+
+    def _open_sites(self, urls: Mapping[int, str]) -> None:
+        for index, url in urls.items():
+            server = Server(url)
+            served = describe(server, self._start_s)
+            folder = self._folder / f"server={index}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._sites[index] = Site(
+                server,
+                served,
+                folder,
+                self._launched() if self._launch else None,
+                max_restarts=self._max_restarts,
+                start_s=self._start_s,
+            )
+
+    def _on_all(self, act: Callable[[], Value]) -> list[Value]:
+        """What `act` returns on every rank, or the first error of any. Over the world."""
+        value: Any = None
+        error: Exception | None = None
+        try:
+            value = act()
+        except (UserError, EngineError) as caught:
+            error = caught
+        except (ServerLost, Refused) as lost:
+            error = EngineError(str(lost))
+        results = self._parallel.gather_objects((value, error))
+        for _, failed in results:
+            if failed is not None:
+                raise failed
+        return [each for each, _ in results]
+
+    # ------------------------------------------------------------------ answers
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        prefix_ids: Sequence[int] = (),
+    ) -> list[Sample]:
+        """One continuation a prompt, in order. Collective over tp and pp.
+
+        `prefix_ids` are the server's own affair: it keeps what prompts share.
+
+        Raises:
+            EngineError, UserError: as of `sample`, on every rank of the group.
+        """
+        found: tuple[list[Sample], Exception | None] = ([], None)
+        if self._speaks:
+            try:
+                found = (self.sample(prompts, sampling, seed=seed, step=step), None)
+            except (EngineError, UserError) as error:
+                found = ([], error)
+        samples: list[Sample]
+        samples, failed = self._parallel.from_first_of_model(found)
+        if failed is not None:
+            raise failed
+        return samples
+
+    def speaker(self) -> Speaker | None:
+        """What a thread may sample with, until the next `load_weights`; None where none speaks."""
+        return Speaker(self, self.weights_version) if self._speaks else None
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int
+    ) -> list[Sample]:
+        """What `generate` returns, on the rank that speaks alone; from any thread.
+
+        Raises:
+            EngineError: a server is lost for good, or answers what cannot be.
+            UserError: a prompt and its answer are too long for the servers.
+        """
+        sites = list(self._sites.values())
+        for site in sites:
+            site.check_length(max((len(each.token_ids) for each in prompts), default=0), sampling)
+        found: dict[int, Sample] = {}
+        while len(found) < len(prompts):
+            try:
+                self._ask(sites, prompts, sampling, (seed, step), found)
+            except ServerLost as lost:
+                next(site for site in sites if site.server.url == lost.url).bring_back(lost)
+        return [found[index] for index in range(len(prompts))]
+
+    def _ask(
+        self,
+        sites: Sequence[Site],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        numbers: tuple[int, int],
+        found: dict[int, Sample],
+    ) -> None:
+        """Ask what is not found yet, each prompt by a request of its own; take answers as they end.
+
+        Raises:
+            ServerLost: of the first server that fails; what was found stays.
+        """
+
+        def one(index: int) -> Sample:
+            prompt = prompts[index]
+            seed = row_seed(*numbers, prompt.index)
+            site = sites[index % len(sites)]
+            return site.answer(prompt.token_ids, sampling, seed=seed, eos_ids=self._eos)
+
+        for site in sites:
+            site.check_awake()
+        pool = ThreadPoolExecutor(self._width)
+        missing = [index for index in range(len(prompts)) if index not in found]
+        waiting: dict[Future[Sample], int] = {pool.submit(one, index): index for index in missing}
+        heard = told = time.monotonic()
+        try:
+            while waiting:
+                done, _ = wait(waiting, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    found[waiting.pop(future)] = future.result()
+                heard = time.monotonic() if done else heard
+                if not done:
+                    for site in sites:
+                        site.check_alive(time.monotonic() - heard, self._timeout_s)
+                heartbeat.touch()
+                if waiting and time.monotonic() - told > _TOLD_S:
+                    told = time.monotonic()
+                    logger.info("rollout: %d of %d answers", len(found), len(prompts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for site in sites:
+                site.server.give_up()
+        for site in sites:
+            site.server.expect(site.version)
+
+
+class Speaker:
+    """The engine as a thread of the rank that speaks has it: no call is collective."""
+
+    def __init__(self, engine: VllmEngine, version: int) -> None:
+        """Sample with the version that the servers hold."""
+        self._engine, self.weights_version = engine, version
+
+    def load_weights(self, version: int) -> None:
+        """The version that is held, or the caller has a fault."""
+        assert version == self.weights_version
+
+    def release_weights(self) -> None:
+        """Nothing: the engine releases."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        prefix_ids: Sequence[int] = (),
+    ) -> list[Sample]:
+        """As `VllmEngine.sample`."""
+        return self._engine.sample(prompts, sampling, seed=seed, step=step)
+
+
+def users_of(num_servers: int, dp: int) -> list[list[int]]:
+    """The data-parallel ranks that use each server: blocks of both, as nodes have them."""
+    return [
+        [r for r in range(dp) if i * dp < (r + 1) * num_servers and r * num_servers < (i + 1) * dp]
+        for i in range(num_servers)
+    ]

@@ -1,0 +1,341 @@
+"""One vLLM server, spoken to over HTTP: what it is, its weights, its answers.
+
+Nothing of vLLM is imported: the server has an environment of its own, with its versions of torch
+and transformers. docs/engines.md has the calls, and the versions of vLLM that they are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import math
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from opcd_nemo.config import limits
+from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.errors import EngineError, UserError
+from opcd_nemo.formats.huggingface import read_hf_config
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.types import Sample
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = {"0.17": "read", "0.20": "read", "0.29": "read", "0.32": "run"}
+"""The versions of vLLM whose calls are these: run against them, or only read in their sources."""
+_CALL_S = 60.0  # of a call that computes nothing
+_RELOAD_S = 1800.0  # 70B of weights out of a slow folder
+_SHOWN = 200  # letters of what a server says
+_SOCKET = "unix:"
+_RESTART = "; a server that does not take weights must be restarted"
+
+
+class ServerLost(Exception):
+    """The server does not answer, or cannot any more: a restart may help."""
+
+    def __init__(self, url: str, words: str) -> None:
+        self.url, self.words = url, words
+        super().__init__(f"{url}: {words}")
+
+
+class Refused(Exception):
+    """The server answers, and refuses."""
+
+    def __init__(self, path: str, status: int, text: str) -> None:
+        self.status = status
+        said = " ".join(text.split())
+        super().__init__(f"{path} answers {status}: {said[:_SHOWN]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server says of its model: its name, the longest sequence, its folder and shape."""
+
+    name: str
+    max_tokens: int
+    folder: Path
+    model: ModelConfig
+
+    def difference(self, model: ModelConfig) -> str | None:
+        """Where another model computes in another way; a head of its own and ends do not count."""
+        for field in fields(model):
+            name, other = field.name, getattr(model, field.name)
+            if name in ("tied_embeddings", "max_positions", "eos_token_ids"):
+                continue
+            if other != getattr(self.model, name):
+                return f"{name}={getattr(self.model, name)}, the run's model has {other}"
+        return None
+
+
+class _SocketFile(http.client.HTTPConnection):
+    """A connection to a server that listens at a socket file."""
+
+    def __init__(self, path: str, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Server:
+    """A server at an address: `http://host:port`, or `unix:/path` of its socket file."""
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet."""
+        self.url = url
+        self._open: set[http.client.HTTPConnection] = set()
+
+    def ask(self, path: str, body: Any = None, *, timeout_s: float | None = _CALL_S) -> Any:
+        """What the server answers to a call: JSON, or None where the answer is empty.
+
+        Args:
+            path: of the call.
+            body: None: GET, else POST with this as JSON (`{}`: without any).
+            timeout_s: between two bytes of the answer; None: for ever.
+
+        Raises:
+            ServerLost: no answer, half of one, or a failure of the server's own.
+            Refused: any other status than 200.
+        """
+        link = self._connection(timeout_s)
+        self._open.add(link)
+        try:
+            link.request(
+                "GET" if body is None else "POST",
+                path,
+                json.dumps(body) if body else None,
+                {"Content-Type": "application/json"} if body else {},
+            )
+            answer = link.getresponse()
+            text = answer.read(limits.RECORD_BYTES).decode(errors="replace")
+            if answer.length:  # `read` is silent about an end that comes too soon
+                raise OSError(f"ends {answer.length} bytes too soon")
+        except (OSError, http.client.HTTPException) as error:
+            words = str(error) or type(error).__name__
+            raise ServerLost(self.url, f"{path}: {words}") from error
+        finally:
+            self._open.discard(link)
+            link.close()
+        if answer.status != http.client.OK:
+            refused = Refused(path, answer.status, text)
+            if answer.status >= http.client.INTERNAL_SERVER_ERROR:
+                raise ServerLost(self.url, str(refused))
+            raise refused
+        if not text.strip():
+            return None
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise EngineError(f"{self.url}{path}: answers no JSON: {text[:_SHOWN]!r}") from error
+
+    def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
+        if self.url.startswith(_SOCKET):
+            return _SocketFile(self.url.removeprefix(_SOCKET), timeout_s)
+        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
+
+    def give_up(self) -> None:
+        """End every call that waits for an answer; those that wait get `ServerLost`."""
+        for link in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):
+                link.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait until the server can be asked.
+
+        Raises:
+            ServerLost: it is not there, or not ready, after `timeout_s`.
+        """
+        ends = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.ask("/health")
+                return
+            except (ServerLost, Refused) as error:
+                if time.monotonic() >= ends:
+                    raise ServerLost(self.url, str(error)) from error
+            time.sleep(min(1.0, max(0.0, ends - time.monotonic())))
+
+    # ------------------------------------------------------------------ what it is
+
+    def describe(self) -> Served:
+        """What is served, by a vLLM whose calls are known.
+
+        Raises:
+            UserError: another version, or no server for this.
+            ServerLost: as of `ask`.
+        """
+        try:
+            version = str(self._field("/version", "version"))
+            known = VERSIONS.get(".".join(version.split(".")[:2]))
+            if known is None:
+                raise self._bad(f"is vLLM {version}", f"vLLM {', '.join(VERSIONS)}")
+            if known == "read":
+                logger.warning("%s: the calls of vLLM %s were read, never run", self.url, version)
+            _ = self.is_asleep  # without the developer's mode there is no such call
+            (first, *_) = self._field("/v1/models", "data")
+            folder = Path(str(first["root"]))
+            longest = int(first["max_model_len"])
+        except (Refused, LookupError, TypeError, ValueError) as error:
+            allowed = "a vLLM server that VLLM_SERVER_DEV_MODE=1 lets take weights"
+            raise self._bad(str(error), allowed) from None
+        if not (folder / "config.json").is_file():
+            allowed = "a server whose model is a folder that this machine sees"
+            raise self._bad(f"serves {folder}, which is no folder here", allowed)
+        return Served(str(first["id"]), longest, folder, read_hf_config(folder))
+
+    def _bad(self, problem: str, allowed: str) -> UserError:
+        return UserError("engine.urls", self.url, allowed, problem=problem)
+
+    def _field(self, path: str, name: str, answer: Any = None) -> Any:
+        """A field of an answer, which is asked for where it is not given."""
+        answer = self.ask(path) if answer is None else answer
+        if not isinstance(answer, dict) or name not in answer:
+            raise EngineError(f"{self.url}{path}: answers without {name}: no vLLM is known to")
+        return answer[name]
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether a request would wait for ever; `ServerLost`, `Refused` as of `ask`."""
+        return bool(self._field("/is_sleeping", "is_sleeping"))
+
+    @property
+    def held(self) -> str | None:
+        """The version of the weights that the server holds; None: this vLLM does not tell."""
+        try:
+            return str(self._field("/weight_info", "weight_version"))
+        except Refused as refused:
+            if refused.status == http.client.NOT_FOUND:
+                return None
+            raise
+
+    # ------------------------------------------------------------------ weights
+
+    def take(self, folder: Path, version: str) -> None:
+        """Read the weights of a folder, forget what was computed with others, take the version.
+
+        Raises:
+            ServerLost: it refuses them; what it holds now ends it at the next request.
+            EngineError: it still answers requests of others.
+        """
+        asleep = self.is_asleep
+        try:
+            if asleep:
+                self.ask("/wake_up?tags=weights", {}, timeout_s=_RELOAD_S)
+            arguments = {"weights_path": str(folder)}
+            body = {"method": "reload_weights", "kwargs": arguments}
+            self.ask("/collective_rpc", body, timeout_s=_RELOAD_S)
+            if asleep:
+                self.ask("/wake_up", {}, timeout_s=_RELOAD_S)
+        except Refused as refused:
+            raise ServerLost(self.url, f"{refused}{_RESTART}") from None
+        except ServerLost as lost:
+            raise ServerLost(self.url, f"{lost.words}{_RESTART}") from None
+        answer = self.ask("/reset_prefix_cache", {})
+        if answer is not None and not self._field("/reset_prefix_cache", "success", answer):
+            raise EngineError(
+                f"{self.url}: new weights were sent while it answers the requests of another "
+                "program; let each run have servers of its own"
+            )
+        with contextlib.suppress(Refused):  # versions before 0.29 have no such call
+            self.ask("/update_weight_version", {"new_version": version})
+        self.expect(version)
+
+    def expect(self, version: str) -> None:
+        """Make sure that the server holds these weights, where it can tell.
+
+        Raises:
+            EngineError: others.
+        """
+        held = self.held
+        if held not in (None, version):
+            raise EngineError(
+                f"{self.url}: holds weights {held}, not {version}: another run gave it its own, or "
+                "it was started anew; let each run have servers of its own"
+            )
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next `take`."""
+        self.ask("/sleep?level=2&mode=wait", {}, timeout_s=_RELOAD_S)
+
+    # ------------------------------------------------------------------ answers
+
+    def answer(
+        self,
+        name: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+    ) -> Sample:
+        """Continue one prompt; the call waits as long as the server thinks.
+
+        Raises:
+            EngineError: the server refuses the prompt, or answers what cannot be.
+            ServerLost: it has ended.
+        """
+        body = {
+            "model": name,
+            "prompt": list(prompt_ids),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": seed,
+            "stop_token_ids": list(eos_ids),
+            "ignore_eos": True,  # the run's ends alone, not those of the server's folder
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # the server may have no tokenizer
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+        }
+        try:
+            answer = self.ask("/v1/completions", body, timeout_s=None)
+        except Refused as refused:
+            raise EngineError(f"{self.url}{refused}") from None
+        try:
+            return _sample(answer["choices"][0], list(prompt_ids), eos_ids, vocab_size)
+        except (LookupError, TypeError, ValueError) as error:
+            words = f"the answer cannot be: {error}"
+            raise EngineError(f"{self.url}: {words}") from error
+
+
+def _sample(choice: Any, prompt_ids: list[int], eos_ids: Sequence[int], vocab_size: int) -> Sample:
+    """The sample in an answer; ValueError says what is wrong with it."""
+    if choice["prompt_token_ids"] != prompt_ids:
+        raise ValueError("it is another prompt's (prompt_token_ids)")
+    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    reason = choice["finish_reason"]
+    if reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason={reason}")
+    if not 1 <= len(ids) == len(logprobs):
+        raise ValueError(f"{len(ids)} tokens and {len(logprobs)} log-probabilities")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"token {token!r} is not in the vocabulary of {vocab_size}")
+    if not all(type(each) in (int, float) and math.isfinite(each) for each in logprobs):
+        raise ValueError("a log-probability is no number, as where weights are not finite")
+    ended = reason == "stop"
+    if ended != (ids[-1] in eos_ids) or any(token in eos_ids for token in ids[:-1]):
+        raise ValueError(f"finish_reason={reason} beside the end tokens {list(eos_ids)}")
+    return Sample(
+        response_ids=tuple(ids),
+        logprobs=tuple(map(float, logprobs)),
+        finish_reason="eos" if ended else "length",
+    )

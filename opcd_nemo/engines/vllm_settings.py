@@ -1,0 +1,130 @@
+"""What `engine=vllm` takes, and the checks of it that need no model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from opcd_nemo.config.doc import Doc
+from opcd_nemo.config.train import MOST_WAIT_S
+from opcd_nemo.engines.vllm_launch import find_python
+from opcd_nemo.engines.vllm_server import Served, Server, ServerLost
+from opcd_nemo.errors import UserError
+from opcd_nemo.formats.shape import ModelConfig
+from opcd_nemo.storage.attempt import this_node
+
+Seconds = Annotated[
+    float,
+    Doc(
+        words="a server that finishes no answer for so many seconds is taken for hung",
+        minimum=1,
+        maximum=MOST_WAIT_S,
+    ),
+]
+StartSeconds = Annotated[
+    float,
+    Doc(
+        words="seconds that a server may take until it can be asked",
+        minimum=1,
+        maximum=MOST_WAIT_S,
+    ),
+]
+Restarts = Annotated[
+    int,
+    Doc(
+        words="how often a run bears the loss of a server: with launch it starts the server again, "
+        "else it waits for it",
+        minimum=0,
+        maximum=1000,
+    ),
+]
+_URL = re.compile(r"http://[^/:\s]+:\d+|unix:/\S+")
+
+
+def check_settings(
+    arguments: Mapping[str, Any], models: Sequence[ModelConfig], longest: int, *, on_cpu: bool
+) -> None:
+    """Refuse servers that are not there, or cannot be used, before a model loads.
+
+    Args:
+        arguments: of the engine's constructor, as YAML gives them.
+        models: that the run samples from.
+        longest: a prompt and its answer, in tokens.
+        on_cpu: whether the run is on CPUs, and its servers with it.
+
+    Raises:
+        UserError: one line with the server, what it said and what to do.
+    """
+    _check_words(arguments)
+    folder = Path(arguments["folder"])
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(
+            "engine.folder", str(folder), "a folder that is there and can be written to"
+        )
+    if arguments["launch"]:
+        if (node := this_node()) is not None and node.count > 1:
+            allowed = "false on several nodes: their script starts a server each (engine.urls)"
+            raise UserError("engine.launch", True, allowed)
+        find_python(arguments["python"])
+        return
+    served = {url: describe(Server(url)) for url in arguments["urls"]}
+    for url, each in served.items():
+        _check_served(url, each, models, longest, on_cpu)
+    for model in models:
+        if all(each.difference(model) for each in served.values()):
+            problem = f"none serves a model of {model.num_layers} layers and {model.hidden_size}"
+            raise UserError("engine.urls", list(served), "a server of each model", problem=problem)
+
+
+def _check_words(arguments: Mapping[str, Any]) -> None:
+    urls, launch = arguments["urls"], arguments["launch"]
+    for name in ("urls", "flags"):
+        value = arguments[name]
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise UserError(f"engine.{name}", value, "a list of texts")
+    for url in urls:
+        if _URL.fullmatch(url) is None:
+            raise UserError("engine.urls", urls, "http://host:port or unix:/path of a socket file")
+    if len(set(urls)) < len(urls):
+        raise UserError("engine.urls", urls, "each server once")
+    if launch == bool(urls):
+        allowed = "false with engine.urls" if launch else "true, or engine.urls=[http://host:port]"
+        raise UserError("engine.launch", launch, allowed)
+    for name, off in (("python", None), ("flags", [])):
+        if not launch and arguments[name] != off:
+            allowed = f"{'null' if off is None else off} with engine.launch=false"
+            raise UserError(f"engine.{name}", arguments[name], allowed)
+
+
+def _check_served(
+    url: str, served: Served, models: Sequence[ModelConfig], longest: int, on_cpu: bool
+) -> None:
+    differences = [served.difference(model) for model in models]
+    if None not in differences:
+        problem = f"serves another model, {served.folder}: {differences[0]}"
+        raise UserError("engine.urls", url, "servers of the run's models", problem=problem)
+    if on_cpu and served.model.tied_embeddings:
+        # reloaded weights reach only what a file names: docs/engines.md
+        problem = f"serves {served.folder}, whose head is its embedding: a CPU keeps the old head"
+        allowed = "a folder with tie_word_embeddings=false and a head; or engine.launch=true"
+        raise UserError("engine.urls", url, allowed, problem=problem)
+    if served.max_tokens < longest:
+        problem = f"takes {served.max_tokens} tokens, a prompt and its answer {longest}"
+        raise UserError("engine.urls", url, f"--max-model-len {longest} or more", problem=problem)
+
+
+def describe(server: Server, wait_s: float = 0.0) -> Served:
+    """What a server serves, once it is ready.
+
+    Raises:
+        UserError: it is not there, or no vLLM that is known.
+    """
+    try:
+        server.wait_until_ready(wait_s)
+        return server.describe()
+    except ServerLost as lost:
+        allowed = "a vLLM server that runs (docs/engines.md has the command), or engine.launch=true"
+        raise UserError("engine.urls", server.url, allowed, problem=lost.words) from lost
