@@ -26,8 +26,8 @@ from opcd_nemo.tasks.games.boards import STEPS
 THREADS = 2
 TREES = {"play": 28, "write": 20}  # of a step
 SHORT_TREES = 12  # of each kind and step, where writing is taught
-PARTS = 4  # of a step's trees, each padded to one length
-HIDDEN = 0.8  # of the trees: symbols of their own
+PARTS = 4  # of a step's trees, all padded to the same length
+HIDDEN = 0.8  # share of the trees with random symbols
 LEARNING_RATE = 2e-3
 MATRIX_LEARNING_RATE = 0.02  # of Muon
 

@@ -32,7 +32,7 @@ def open_sides(config: TrainConfig) -> tuple[Side, Side]:
     """Student and teacher, without weights.
 
     Raises:
-        UserError: a file is missing or not what it should be.
+        UserError: a file is missing or malformed.
     """
     student = open_side(config.student.path)
     teacher = student if config.teacher.path is None else open_side(config.teacher.path)

@@ -122,7 +122,7 @@ class RecordedEngine:
         step: int,
         prefix_ids: Sequence[int] = (),
     ) -> list[Sample]:
-        """The recorded samples, or new ones, which are recorded. Collective over tp and pp."""
+        """The recorded samples, or new samples, which are recorded. Collective over tp and pp."""
         keys = [_key(prompt, sampling, seed) for prompt in prompts]
         known = self._read(step)
         if all(key in known for key in keys):

@@ -1,4 +1,4 @@
-"""From the words of a command line to a configuration; what Hydra refuses becomes one line."""
+"""From the words of a command line to a configuration; Hydra's refusals become lines."""
 
 from __future__ import annotations
 

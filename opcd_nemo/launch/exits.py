@@ -1,4 +1,4 @@
-"""How a program ends: its exit code, and what it says of an error."""
+"""How a program ends: its exit code, and the text of an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # by a signal, nothing is lost: start the same command again
 EXIT_DO_NOT_RESTART = 93  # somebody wants the run to end
-EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell says of Ctrl-C
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports Ctrl-C
 STOPS: dict[type[Exception], int] = {
     StoppedBySignal: EXIT_STOPPED,
     StoppedByFile: EXIT_DO_NOT_RESTART,
@@ -46,7 +46,7 @@ _IN_A_LINE = (CheckFailed, EngineError, MismatchError, NonFiniteError, ReadError
 
 
 def report_error(error: Exception | KeyboardInterrupt) -> int:
-    """Print one line for what is no bug, a traceback for the rest; returns the exit code."""
+    """Print a line for an expected error, a traceback for a bug; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("stopped by Ctrl-C\n")
         return EXIT_INTERRUPTED

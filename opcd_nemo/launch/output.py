@@ -13,7 +13,7 @@ LOG = "opcd_nemo"  # the parent of every module's logger
 
 
 class _LastingOutput(io.TextIOWrapper):
-    """Text output that goes nowhere once nothing takes it.
+    """Text output that is dropped once nothing takes it.
 
     The reader is gone (`opcd train ... | head`), the terminal is, or the disk is full.
     """

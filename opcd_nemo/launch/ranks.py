@@ -80,7 +80,7 @@ def run_in_ranks(
         words: the command's name and its overrides, with which the ranks are started.
         load_main: imports and returns what a rank does (heavy imports stay out of the launcher).
         config_name: a file of `conf/`, without its ending.
-        check: what the launcher looks at, and the layout to start; None: there is nothing to start.
+        check: checks in the launcher and returns the layout to start; None: nothing is started.
     """
     overrides = words[1:]
     if is_rank():
@@ -111,7 +111,7 @@ def run_alone(
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """End this process with what `run` returns, or with one line or traceback of its error."""
+    """End this process with what `run` returns, or with the line or traceback of its error."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages
     keep_few_kernels()
     quiet_imports()
@@ -119,7 +119,7 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
     show_log(first_rank=os.environ.get("RANK", "0") == "0")
     try:
         code = run()
-    except (Exception, KeyboardInterrupt) as error:  # the interpreter must not end on its own
+    except (Exception, KeyboardInterrupt) as error:  # the interpreter must not end by itself
         code = report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -137,7 +137,7 @@ def keep_few_kernels() -> None:
 
 
 def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_name: str) -> int:
-    """Do a rank's part; returns 0, or raises what ended it.
+    """Do a rank's part; returns 0, or raises the error that ended the rank.
 
     Raises:
         UserError: a key is wrong, or the environment makes this rank one of another world.
@@ -145,13 +145,13 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     end_with_parent()
     if launcher_has_ended():  # before the kernel knew of this rank
         raise RuntimeError("the launcher of this rank has ended")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the launcher says it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher reports Ctrl-C
     # from a watchdog: the rank shows what each thread is doing, and dies
     faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     if LAUNCHER_PID_ENV in os.environ or os.environ.get("RANK", "0") != "0":
-        # what the files hold is said once: by the launcher, which opens them first
+        # notes about files are shown once, by the launcher, which opens the files first
         for name in ("tasks.splits", "formats", "training.inputs"):
             logging.getLogger(f"opcd_nemo.{name}").setLevel(logging.ERROR)
     main = load_main()
@@ -161,7 +161,7 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
     nemo_logging.setLevel(logging.ERROR)
     quiet_libraries()
 
-    failures: list[Exception] = []  # Hydra must not see them: it prints the whole command again
+    failures: list[Exception] = []  # not for Hydra, which prints the command again
 
     def task(config: DictConfig) -> None:
         try:
@@ -171,7 +171,7 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
 
     @record
     def run() -> None:
-        config = compose(config_name, overrides)  # its errors are one line, Hydra's own are not
+        config = compose(config_name, overrides)  # its errors are a line, Hydra's pages
         _check_world(config.parallel.num_ranks)
         sys.argv[1:] = [as_override(word) for word in overrides]
         hydra_runner(config_path=str(CONF), config_name=config_name)(task)()
@@ -201,9 +201,9 @@ def quiet_libraries() -> None:
 def _checked(
     overrides: Sequence[str], check: LaunchCheck, config_name: str
 ) -> tuple[int, ParallelConfig | None]:
-    """The exit code of the check, and the layout to start where there is one.
+    """The exit code of the check, and the layout to start, if any.
 
-    A child checks: what it imports for that (engines, Megatron) is not held beside the ranks.
+    A child process checks: its imports (engines, Megatron) take no memory beside the ranks.
     """
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
@@ -224,7 +224,7 @@ def _check(
     """Send the layout of a configuration that is in order, or report and exit."""
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # the launcher says it
+        signal.signal(number, signal.SIG_DFL)  # the launcher reports the signal
     try:
         parallel = check(compose(config_name, overrides))
         if parallel is not None:
@@ -289,7 +289,7 @@ def launch_ranks(words: Sequence[str], parallel: ParallelConfig, number: int = 0
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     for name in ("torch", *filter(_is_torchs, logging.root.manager.loggerDict)):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # some have levels of their own
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # some loggers have other levels
     try:
         with ToRanks(settings.nproc_per_node) as signals:
             elastic_launch(settings, sys.executable)(*PROGRAM, *words)
@@ -328,7 +328,7 @@ def _report_failure(failures: dict[int, ProcessFailure], received: int, node: No
 
 
 def needs_one_connection(parallel: ParallelConfig) -> bool:
-    """Whether Megatron relies on the order of kernels in one hardware queue.
+    """Whether Megatron relies on the order of kernels in a single hardware queue.
 
     It lets communication of tensor and context parallelism start before the computation that
     hides it: on GPUs before Blackwell that takes `CUDA_DEVICE_MAX_CONNECTIONS=1`.
@@ -367,7 +367,7 @@ def _rendezvous(
 
 
 def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed on its own.
+    """The rank that failed first, not because of another rank.
 
     A process that ends without an exception leaves no time of its own; the exceptions of the
     others, who lost their peer, are later than its end though earlier than its discovery.

@@ -52,7 +52,7 @@ def stopped(number: int) -> StoppedBySignal:
 
 
 def in_words(number: int) -> str:
-    """A signal that has ended a process, and what may have sent it where that is not plain."""
+    """A signal that has ended a process, and its likely sender if the sender is not plain."""
     try:
         name = signal.Signals(number).name
     except ValueError:
@@ -64,10 +64,10 @@ class ToRanks:
     """Hands a launcher's signals to its ranks, and remembers them; a context manager.
 
     Attributes:
-        received: the last signal that asked for a stop; 0: none.
+        received: the last signal that asked for a stop; 0: no signal.
     """
 
-    _NUMBERS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: a rank shows what it does, and dies
+    _NUMBERS = (*STOP_SIGNALS, signal.SIGUSR2)  # SIGUSR2: a rank prints its stacks and ends
 
     def __init__(self, num_ranks: int) -> None:
         """`num_ranks`: of this machine."""
@@ -94,5 +94,5 @@ class ToRanks:
                     found += 1
         if number in STOP_SIGNALS:
             self.received = number
-            if found < self._num_ranks:  # the others are not started yet, and would not hear of it
+            if found < self._num_ranks:  # other ranks have not started and would miss it
                 raise stopped(number)

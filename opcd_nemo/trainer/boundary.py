@@ -16,7 +16,7 @@ from opcd_nemo.errors import StoppedByFile, StoppedBySignal
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.trainer.strategy import MegatronStrategy
 
-STOP_FILE = "STOP"  # in the run's folder, put there by hand: it ends the run for good
+STOP_FILE = "STOP"  # in the run's folder, created by hand: the file ends the run for good
 
 
 class StepBoundary(pl.Callback):
@@ -53,9 +53,9 @@ class StepBoundary(pl.Callback):
         self._received = number
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Publish what every rank has written; stop when one has a signal. Collective."""
+        """Publish what every rank has written; stop when a rank has a signal. Collective."""
         strategy = self._strategy
-        if launcher_has_ended():  # nobody would read how this rank ends, nor start it again
+        if launcher_has_ended():  # nobody would read how this rank ends, nor start the run again
             os.kill(os.getpid(), signal.SIGKILL)
         # rank 0 alone looks: a shared disk may show the file to one node a step before another
         # a disk that does not say is no file, and must not end this rank alone

@@ -41,7 +41,7 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
     """The student as a reshardable package, written by all ranks, read in place by each."""
 
     def save_to(self, model: Any, save_path: str) -> None:
-        """Write the model's student and what is known of it. Collective over the world.
+        """Write the model's student and its provenance. Collective over the world.
 
         Raises:
             UserError: another ending than `.nemo`.
@@ -76,12 +76,12 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
     ) -> Any:
         """The model of a package on the layout of `trainer`, or of the configuration without one.
 
-        A frozen teacher is again the base model; one that follows the student starts as it.
+        A frozen teacher is again the base model; an updated teacher starts as a copy of the student.
 
         Args:
             calling_cls: a class of OPCDModel's.
-            restore_path: a `.nemo`, or a folder that one was unpacked to.
-            override_config_path: a whole configuration (or its file) in place of the stored one.
+            restore_path: a `.nemo`, or a folder that a `.nemo` was unpacked to.
+            override_config_path: a whole configuration (or its file), in place of the stored values.
             map_location: None, or the device of the layout.
             strict: True: every tensor of the model, and no other.
             return_config: return the configuration and build nothing.

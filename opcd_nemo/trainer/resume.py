@@ -57,11 +57,11 @@ def continue_from(
     parallel: Parallel,
     loops: Mapping[str, Any],
 ) -> Path | None:
-    """The checkpoint to continue from, when that is asked for. Collective over the world.
+    """The checkpoint to continue from, if the run is to continue. Collective over the world.
 
     Args:
         run_folder: of the run.
-        prepared: the run as it is configured now.
+        prepared: the run as configured now.
         parallel: its ranks.
         loops: what this version of Lightning stores of its loop of steps.
 
@@ -110,7 +110,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _cut(folder: Path, num_steps: int, parallel: Parallel) -> None:
-    """Let the record of the run's steps end where the run goes on. Collective over the world."""
+    """Let the record of the run's steps end where the run continues. Collective over the world."""
     metrics = folder / METRICS
 
     def cut() -> None:

@@ -76,7 +76,7 @@ class MegatronStrategy(DDPStrategy):
 
         Args:
             parallel: the groups.
-            run_folder: who must hold it for checkpoints to be published. None: a program that saves
+            run_folder: must be held for checkpoints to be published. None: a program that saves
                 what it wants where it wants, and keeps no record of steps.
             async_save: write checkpoints while training goes on.
             filename: of checkpoints, with `{step}` in it.
@@ -151,7 +151,7 @@ class MegatronStrategy(DDPStrategy):
             self.finish_save()
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of a step is in the run's folder, whoever saves it."""
+        """The path of a step's checkpoint in the run's folder, whoever saves the checkpoint."""
         return self.run_folder.path / "checkpoints" / checkpoint_name(self._filename, step)
 
     @property
@@ -239,7 +239,7 @@ class MegatronStrategy(DDPStrategy):
 
 
 def _reopen_epoch(fit_loop: dict[str, Any]) -> None:
-    """Let a run that has finished go on when it is given more steps.
+    """Let a finished run continue when it is given more steps.
 
     A whole run is one epoch of Lightning's. A checkpoint that is saved after the last step counts
     that epoch as done, and Lightning would train nothing.

@@ -1,4 +1,4 @@
-"""The maps that are trained on, and those that the demonstrations keep for themselves."""
+"""The maps for training, and the maps that the demonstrations keep for validation and test."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def room(num_maps: int, map_seed: int) -> GameTask:
 
 
 def training_maps() -> list[Maps]:
-    """Maps of both games, but for those that the demonstrations keep for validation and test."""
+    """Maps of both games, without the demonstrations' validation and test maps."""
     lakes = [(4, 4, 8, 80, 0.3), (4, 3, 8, 20, 0.07), (4, 5, 8, 20, 0.07), (4, 2, 8, 5, 0.06)]
     lakes.append((3, 2, 5, 5, 0.05))
     found = [

@@ -40,7 +40,7 @@ def new_weights(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Weights
 
 
 def _begin_alike(embedding: Tensor, tokenizer: Tokenizer) -> None:
-    """Let tokens begin near those that share a character or the start of a word with them."""
+    """Let tokens begin near tokens that share a character or the start of a word with them."""
     stems: dict[str, Tensor] = {}
     vocabulary = tokenizer.get_vocab()
     for token, index in sorted(vocabulary.items(), key=lambda entry: entry[1]):
@@ -170,7 +170,7 @@ class Batch:
 
 
 def make_batch(trees: Sequence[Tree]) -> Batch:
-    """Lay every tree out as its trunk and then its answers, each of which sees its own past."""
+    """Lay every tree out as its trunk and then its answers; an answer sees its past alone."""
     B, S = len(trees), max(tree.num_tokens for tree in trees)
     ids, positions, branch = (torch.zeros(B, S, dtype=torch.long) for _ in range(3))
     fork = torch.full((B, S), S)

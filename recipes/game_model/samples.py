@@ -1,7 +1,7 @@
-"""What the model is trained on: trees of tokens, whose answers share what stands before them.
+"""Training data of the model: trees of tokens, whose answers share the tokens before them.
 
-The direction of an answer is the best there is. Its letter is what the notes say, and where they
-are silent one of those that no note is on.
+An answer's direction is a best move. The answer's letter comes from the notes. Where the notes
+are silent, the letter is one that no note names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKS = {  # of what is seen: the note that tells of it, and its words
     "box": ("goal", "push"),
     "target": ("goal", " onto"),
 }
-OUTCOMES = {  # the words before a symbol in an outcome, and those of its note
+OUTCOMES = {  # the words before a symbol in an outcome, and the words of its note
     " stepped on": "never step on",
     " reached": "reach",
     " every": "push",
@@ -92,11 +92,11 @@ class Sampler:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special ones."""
+        """Text of token ids, without special tokens."""
         return str(self._tokenizer.decode(ids))
 
     def lesson(self, rng: Random, num_boards: int, *, hidden: bool) -> Tree:
-        """Notes, and first boards with a player anywhere: each the prompt of a game of its own."""
+        """Notes, and first boards with a player anywhere: each is the prompt of a separate game."""
         maps = rng.choices(self._maps, [one.weight for one in self._maps])[0]
         setting = draw_setting(rng, maps.boards[0], maps.rounds, hidden=hidden)
         known, notes = draw_notes(rng, setting)
@@ -293,14 +293,14 @@ def draw_notes(rng: Random, setting: Setting) -> tuple[set[str], list[str]]:
 
 
 def said(rng: Random, move: Direction, setting: Setting, known: set[str]) -> str:
-    """Direction, then letter: the noted one, or one that no note is on."""
+    """Direction, then letter: the noted letter, or a letter that no note names."""
     unknown = [letter for d, letter in setting.controls.items() if d not in known]
     letter = setting.controls[move] if move in known else rng.choice(unknown)
     return f"{move} [{letter}]"
 
 
 def before_an_end(rng: Random, start: Board) -> tuple[Board, Direction]:
-    """A board of a game that one move may end, and such a move."""
+    """A board that a single move may end, and such a move."""
     board = rng.choice(last_boards(start))
     return board, rng.choice(ending_moves(board))
 

@@ -24,7 +24,7 @@ DIRECTIONS = tuple(STEPS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A game with its own letters and symbols."""
+    """A game with its letters and symbols."""
 
     controls: Mapping[Direction, str]
     symbols: Mapping[str, str]
@@ -65,7 +65,7 @@ def make_setting(letters: Sequence[str], symbols: Mapping[str, str], rounds: int
 def draw_setting(
     rng: Random, board: Board, rounds: int, *, hidden: bool, unseen: bool = False
 ) -> Setting:
-    """Draw letters, and symbols where they are `hidden`; `unseen` ones are held out."""
+    """Draw letters, and symbols where they are `hidden`; `unseen`: from the held-out ones."""
     usual = LAKE_LETTERS if isinstance(board, FrozenLake) else ROOM_LETTERS
     while held_out("controls", letters := rng.sample(LETTERS, 4)) != unseen:
         pass
@@ -163,7 +163,7 @@ def ending_moves(board: Board) -> list[Direction]:
 
 @cache
 def last_boards(start: Board) -> list[Board]:
-    """Boards of a game that one move may win or lose."""
+    """Boards of a game that a single move may win or lose."""
     return [b for boards in open_boards(start).values() for b in boards if ending_moves(b)]
 
 
