@@ -76,12 +76,12 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
     ) -> Any:
         """The model of a package on the layout of `trainer`, or of the configuration without one.
 
-        A frozen teacher is again the base model; an updated teacher starts as a copy of the student.
+        A frozen teacher is again the base model; an updated teacher starts as the student.
 
         Args:
             calling_cls: a class of OPCDModel's.
             restore_path: a `.nemo`, or a folder that a `.nemo` was unpacked to.
-            override_config_path: a whole configuration (or its file), in place of the stored values.
+            override_config_path: a whole configuration (or its file), in place of the stored one.
             map_location: None, or the device of the layout.
             strict: True: every tensor of the model, and no other.
             return_config: return the configuration and build nothing.
