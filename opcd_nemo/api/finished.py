@@ -11,8 +11,7 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.summary import SUMMARY, table_of
 from opcd_nemo.formats.locate import read_json
 from opcd_nemo.metrics import METRICS, read_metrics
-
-PAGE = "report.html"
+from opcd_nemo.report.run_page import PAGE
 
 
 @dataclass(frozen=True, slots=True)

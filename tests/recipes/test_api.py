@@ -47,6 +47,7 @@ print(json.dumps({
     "folders": [str(each.folder) for each in (first, second, third)],
     "losses": [[line["loss/reverse_kl"] for line in each.metrics] for each in (second, third)],
     "table": first.table,
+    "page": first.report(show=False).stat().st_size,
     "answers": [*answers, model.chat("What is a violin?")],
     "with_context": model.chat("What is a violin?", with_context=True),
     "too_long": too_long,
@@ -90,6 +91,7 @@ def test_runs_of_a_process_follow_each_other(found: dict[str, object]) -> None:
     names = [Path(folder).name for folder in found["folders"]]
     assert names == ["distill-1", "distill-2", "distill-3"]
     assert "after training" in found["table"]
+    assert found["page"] > 10_000
 
 
 def test_a_loaded_model_survives_a_run(found: dict[str, object]) -> None:

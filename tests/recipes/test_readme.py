@@ -25,6 +25,7 @@ def distill(student, **arguments):
 
 
 opcd_nemo.distill = distill
+opcd_nemo.FinishedRun.report.__kwdefaults__["show"] = False  # no browser
 """
 
 
