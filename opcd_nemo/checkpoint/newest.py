@@ -121,7 +121,9 @@ def surplus(folder: Path, num_kept: int, kept_steps: Collection[int]) -> list[Pa
         return []
     named = [path for path in folder.glob(f"*{_ENDING}") if path.name[0] != "."]
     found = sorted((path for path in named if step_of(path) >= 0), key=step_of)
-    return [path for path in found[:-num_kept] if step_of(path) not in kept_steps]
+    return [
+        path for path in found[: max(len(found) - num_kept, 0)] if step_of(path) not in kept_steps
+    ]
 
 
 def find_damage(path: Path, parallel: Parallel) -> str | None:

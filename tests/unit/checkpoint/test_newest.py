@@ -130,7 +130,8 @@ def test_over_three_jobs_no_more_checkpoints_stay_than_are_kept(tmp_path: Path) 
             assert best in left
             assert max(left) == step or step == best
     assert left == [3, 33, 40, 44]
-    assert surplus(tmp_path, -1, ()) == []
+    assert surplus(tmp_path, -1, ()) == surplus(tmp_path, 4, ()) == surplus(tmp_path, 9, ()) == []
+    assert len(surplus(tmp_path, 0, ())) == 4
     assert [path.name for path in surplus(tmp_path, 1, (40,))] == ["step=3.ckpt", "step=33.ckpt"]
 
 
@@ -153,6 +154,12 @@ def test_a_checkpoint_has_the_name_of_the_key(tmp_path: Path) -> None:
     save(tmp_path, 7).rename(tmp_path / "run-step=7-b.ckpt")
     assert of_step(tmp_path, 7).name == "run-step=7-b.ckpt"
     assert of_step(tmp_path, 70).name == "step=70.ckpt"
+
+
+def test_a_checkpoint_before_the_first_step_is_one(tmp_path: Path) -> None:
+    assert newest(tmp_path, ALONE, from_scratch=False) is None
+    save(tmp_path, 0)
+    assert newest(tmp_path, ALONE, from_scratch=False) == tmp_path / "step=0.ckpt"
 
 
 def test_a_run_that_has_saved_nothing_begins(tmp_path: Path) -> None:
