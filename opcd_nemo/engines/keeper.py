@@ -33,7 +33,7 @@ def start_keeper(
 
     Args:
         folder: is removed when this process ends.
-        words: the log and the command, where there is a server.
+        words: the log and the command, if a server is to be started.
         environment: of the server; None: this process's.
     """
     reader, _writer = os.pipe()  # its end is this process's: nobody closes it before

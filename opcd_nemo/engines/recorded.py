@@ -30,7 +30,7 @@ _SHOWN = 60
 
 
 def check_samples(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Refuse a folder whose samples are another teacher's, or were drawn in another way.
+    """Refuse a folder whose samples are another teacher's, or were drawn differently.
 
     Args:
         folder: of the samples; it may not exist yet.
@@ -64,7 +64,7 @@ def _short(value: object) -> str:
 
 
 class RecordedEngine:
-    """An engine whose samples are kept; only for weights that never change.
+    """An engine that keeps its samples; only for weights that never change.
 
     A sample belongs to its step and index, its prompt and the sampling: when any of these differs,
     it is drawn anew. Any layout reads what any other has written. Only files that existed when the

@@ -324,7 +324,7 @@ class VllmEngine:
         numbers: tuple[int, int],
         found: dict[int, Sample],
     ) -> None:
-        """Ask what is not found yet, each prompt by a request of its own; take answers as they end.
+        """Send every prompt without an answer in a separate request; take answers as they end.
 
         Raises:
             ServerLost: of the first server that fails; what was found stays.

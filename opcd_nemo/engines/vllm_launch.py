@@ -37,7 +37,7 @@ def find_python(given: str | None) -> str:
     """The Python whose environment has a vLLM of a known version.
 
     Raises:
-        UserError: there is none.
+        UserError: no such Python is found.
     """
     own = str(_OWN_VENV.absolute()) if _OWN_VENV.exists() else sys.executable
     python = given or own
@@ -68,7 +68,7 @@ class Launched:
             model: what is served.
             python: of an environment with vLLM.
             width: answers that are generated together.
-            flags: further words of vLLM's, after those that are given here.
+            flags: further words of vLLM's, after the words of this module.
         """
         self._folder, self._python = folder, python
         self._on_cpu = model.parallel.device.type == "cpu"
@@ -76,7 +76,7 @@ class Launched:
         self.log = Path(tempfile.gettempdir()) / f"opcd-vllm-{folder.name}.log"
         self._words = [*server_words(model, width, on_cpu=self._on_cpu), *flags]
         config = hf_config(model.config, model.dtype)
-        if self._on_cpu:  # a tied head would keep its old weights there: docs/engines.md
+        if self._on_cpu:  # a tied head would keep its old weights in vLLM: docs/engines.md
             config["tie_word_embeddings"] = False
         self._shapes, self._dtype = tensor_shapes(parse_config(config, "config.json")), model.dtype
         self._served = folder / "model"
@@ -85,7 +85,7 @@ class Launched:
             write_json(self._served / "config.json", config)
 
     def start(self, timeout_s: float) -> Server:
-        """Start the server, after one before it has been ended; wait until it can be asked.
+        """Start the server, after ending an earlier server; wait until the server answers.
 
         Raises:
             ServerLost: it has ended, or is not ready after so long.
@@ -137,7 +137,7 @@ class Launched:
             time.sleep(0.5)
 
     def _end(self) -> None:
-        """End the server that there is, whichever rank has started it."""
+        """End the running server, whichever rank has started it."""
         with suppress(FileNotFoundError, ProcessLookupError, ValueError):
             pid = int(self._pid_file.read_text())
             os.kill(pid, signal.SIGTERM)

@@ -56,7 +56,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says of its model: its name, the longest sequence, its folder and shape."""
+    """A server's facts about its model: name, longest sequence, folder and shape."""
 
     name: str
     max_tokens: int
@@ -104,7 +104,7 @@ class Server:
             timeout_s: between two bytes of the answer; None: for ever.
 
         Raises:
-            ServerLost: no answer, half of one, or a failure of the server's own.
+            ServerLost: no answer, half an answer, or a failure inside the server.
             Refused: any other status than 200.
         """
         link = self._connection(timeout_s)
@@ -150,10 +150,10 @@ class Server:
                 link.sock.shutdown(socket.SHUT_RDWR)
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Wait until the server can be asked.
+        """Wait until the server answers.
 
         Raises:
-            ServerLost: it is not there, or not ready, after `timeout_s`.
+            ServerLost: the server is absent, or not ready, after `timeout_s`.
         """
         ends = time.monotonic() + timeout_s
         while True:
@@ -181,7 +181,7 @@ class Server:
                 raise self._bad(f"is vLLM {version}", f"vLLM {', '.join(VERSIONS)}")
             if known == "read":
                 logger.warning("%s: the calls of vLLM %s were read, never run", self.url, version)
-            _ = self.is_asleep  # without the developer's mode there is no such call
+            _ = self.is_asleep  # without the developer's mode the server has no such call
             (first, *_) = self._field("/v1/models", "data")
             folder = Path(str(first["root"]))
             longest = int(first["max_model_len"])
@@ -279,7 +279,7 @@ class Server:
         eos_ids: Sequence[int],
         vocab_size: int,
     ) -> Sample:
-        """Continue one prompt; the call waits as long as the server thinks.
+        """Continue a prompt; the call waits as long as the server computes.
 
         Raises:
             EngineError: the server refuses the prompt, or answers what cannot be.
@@ -298,7 +298,7 @@ class Server:
             "repetition_penalty": 1.0,
             "seed": seed,
             "stop_token_ids": list(eos_ids),
-            "ignore_eos": True,  # the run's ends alone, not those of the server's folder
+            "ignore_eos": True,  # the run's ends alone, not the ends of the server's folder
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # the server may have no tokenizer

@@ -47,7 +47,7 @@ _URL = re.compile(r"http://[^/:\s]+:\d+|unix:/\S+")
 def check_settings(
     arguments: Mapping[str, Any], models: Sequence[ModelConfig], longest: int, *, on_cpu: bool
 ) -> None:
-    """Refuse servers that are not there, or cannot be used, before a model loads.
+    """Refuse servers that do not answer, or cannot be used, before a model loads.
 
     Args:
         arguments: of the engine's constructor, as YAML gives them.
@@ -56,7 +56,7 @@ def check_settings(
         on_cpu: whether the run is on CPUs, and its servers with it.
 
     Raises:
-        UserError: one line with the server, what it said and what to do.
+        UserError: a line with the server, its answer and what to do.
     """
     _check_words(arguments)
     folder = Path(arguments["folder"])
@@ -120,7 +120,7 @@ def describe(server: Server, wait_s: float = 0.0) -> Served:
     """What a server serves, once it is ready.
 
     Raises:
-        UserError: it is not there, or no vLLM that is known.
+        UserError: the server does not answer, or is no vLLM of a known version.
     """
     try:
         server.wait_until_ready(wait_s)

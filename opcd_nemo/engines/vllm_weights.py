@@ -16,7 +16,7 @@ from opcd_nemo.formats.shape import tensor_shapes
 from opcd_nemo.formats.sharding import hf_tensors
 from opcd_nemo.model.language_model import LanguageModel
 
-BUCKET_BYTES = 1 << 30  # a rank holds so much beside its shard, or one tensor
+BUCKET_BYTES = 1 << 30  # a rank holds so much beside its shard, or a single tensor
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _GIB = 1 << 30
 
@@ -31,9 +31,9 @@ def check_room(folder: Path, model: LanguageModel, *, copies: int, with_head: bo
 
     Args:
         folder: where they are written.
-        model: whose weights.
+        model: the model that has the weights.
         copies: servers of this machine that are given a copy each.
-        with_head: whether a tied head is written as a tensor of its own.
+        with_head: whether a tied head is written as a separate tensor.
 
     Raises:
         UserError: with the bytes needed.
@@ -54,13 +54,13 @@ def check_room(folder: Path, model: LanguageModel, *, copies: int, with_head: bo
 
 @torch.no_grad()
 def write_stage(model: LanguageModel, folder: Path, *, writes: bool, with_head: bool) -> list[str]:
-    """Write this stage's tensors into a folder that is there. Collective over tp.
+    """Write this stage's tensors into an existing folder. Collective over tp.
 
     Args:
         model: whose present weights are written.
-        folder: of one version.
+        folder: of a single version of the weights.
         writes: whether this is the rank of its stage that writes; the others only take part.
-        with_head: write a tied head as a tensor of its own: a server whose head is one.
+        with_head: write a tied head as a separate tensor, as the server has it.
 
     Returns:
         The names that were written.

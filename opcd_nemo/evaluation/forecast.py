@@ -1,4 +1,4 @@
-"""What a run may hope for, said before its hours: gain in proportion to the in-context gap.
+"""A forecast before a run's hours: the gain is proportional to the in-context gap.
 
 Source: the published law of on-policy self-distillation (arXiv 2605.30070), which is linear in the
 gap with slopes of 0.66 to 1.51 over two model families and sizes of 0.6B to 8B.

@@ -13,9 +13,9 @@ from opcd_nemo.evaluation.evaluator import Answer, Evaluation
 from opcd_nemo.evaluation.statistics import SHARE, compare, estimate, internalised, pass_at_k
 
 Unit = Callable[[str], str]
-"""What the play of a uid is a repetition of: games on one map are no independent questions."""
+"""What the play of a uid repeats: games on the same map are no independent questions."""
 Value = Callable[[Sequence[Answer]], float]
-"""Of the samples of one question."""
+"""A number from the samples of a question."""
 
 
 def mean_of(number: Callable[[Answer], float]) -> Value:
@@ -72,7 +72,7 @@ def paired(first: Evaluation, second: Evaluation, unit: Unit) -> dict[str, Any]:
 
 
 def on_questions_of(evaluation: Evaluation, other: Evaluation) -> Evaluation:
-    """The answers to the questions that another evaluation asked, too."""
+    """The answers to the questions that another evaluation asked as well."""
     asked = {answer.uid for answer in other.answers}
     return Evaluation(answers=tuple(a for a in evaluation.answers if a.uid in asked))
 

@@ -52,7 +52,7 @@ class ValidationHistory:
         """The first validation that found too little retention.
 
         Raises:
-            UserError: the base model's score, whose share decides, is missing or 0.
+            UserError: the base model's score, of which a share decides, is missing or 0.
         """
         if self.min_retention is None:
             return None

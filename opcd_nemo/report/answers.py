@@ -42,7 +42,7 @@ class ShownAnswer:
 
 
 def shown_answer(answer: Answer) -> ShownAnswer:
-    """An answer with what is said of it."""
+    """An answer with remarks about it."""
     kind = verdict(answer)
     words = {
         "right": "right",
@@ -96,7 +96,7 @@ class Question:
 def side_by_side(
     rows: Mapping[str, Evaluation], words: Mapping[str, str], most: int
 ) -> list[Question]:
-    """The first questions, each with the first answer of every row that has one."""
+    """The first questions, each with the first answer of every row that has an answer."""
     answers = {name: evaluation.by_question for name, evaluation in rows.items()}
     found = []
     for uid, samples in list(next(iter(answers.values())).items())[:most]:

@@ -1,4 +1,4 @@
-"""`opcd report`: the page of a run or a pipeline anew, or one page of several runs."""
+"""`opcd report`: the page of a run or a pipeline anew, or a page that compares several runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_page(words: Sequence[str]) -> Path:
     """Write the page that the words of the command ask for; returns its path.
 
     Raises:
-        UserError: no folder, one that holds no finished run, or a file that cannot be written.
+        UserError: no folder, a folder without a finished run, or a file that cannot be written.
     """
     targets = [word.removeprefix("to=") for word in words if word.startswith("to=")]
     folders = [Path(word).expanduser() for word in words if not word.startswith("to=")]

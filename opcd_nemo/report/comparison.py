@@ -64,7 +64,7 @@ def _row(name: str, run: RunRecord) -> dict[str, Any]:
 
 
 def _difference(words: str, first: RunRecord, other: RunRecord) -> dict[str, str] | None:
-    """The other's student minus the first's, where both were asked the same questions."""
+    """The other run's student minus the first run's, if both were asked the same questions."""
     student, against = (run.evaluations["student", "task"] for run in (other, first))
     if list(student.by_question) != list(against.by_question):
         return None

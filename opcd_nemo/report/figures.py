@@ -115,7 +115,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _steps(low: float, high: float) -> list[float]:
-    """Whole steps for the axis: the first, the last, and round ones that are not close to them."""
+    """Whole steps for the axis: the first, the last, and round steps that are not close to them."""
     inner = [x for x in ticks(low, high) if low + (high - low) / 8 < x < high - (high - low) / 8]
     return [low, *(x for x in inner if x == int(x)), high] if high > low else [low]
 

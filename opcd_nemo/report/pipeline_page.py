@@ -47,12 +47,12 @@ _NOTES = 12
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder is a pipeline's, or of one of its rounds."""
+    """Whether a folder is a pipeline's, or a round's."""
     return (folder / ORIGIN).is_file() or (folder / RANKED).is_file()
 
 
 def pipeline_page(folder: Path) -> str:
-    """The page of a pipeline that has a table, or of one of its rounds.
+    """The page of a pipeline that has a table, or of a round of it.
 
     Raises:
         UserError: the pipeline has not come so far, or a file is not as it was written.
@@ -62,7 +62,7 @@ def pipeline_page(folder: Path) -> str:
         problem = f"has no {SUMMARY}: the stage evaluate writes it"
         raise UserError("opcd report", folder, allowed, problem=problem)
     summary = read_object(folder / SUMMARY, {"rows": dict, "method": str}, _REMEDY)
-    # the table of the last round stands in the pipeline's own folder, its files in the round's
+    # the last round's table is in the pipeline's folder, its other files in the round's
     number_of_round = number(summary, "round")
     round_folder = folder / f"round={number_of_round:.0f}" if number_of_round else folder
     files = round_folder if round_folder.is_dir() else folder

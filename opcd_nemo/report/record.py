@@ -142,19 +142,19 @@ def is_number(value: Any) -> bool:
 
 
 def pick(record: Any, *names: str) -> Any:
-    """A value of nested records; None where there is none."""
+    """A value of nested records; None if it is absent."""
     for name in names:
         record = record.get(name) if isinstance(record, Mapping) else None
     return record
 
 
 def number(record: Any, *names: str) -> float | None:
-    """A number of nested records; None where there is none."""
+    """A number of nested records; None if it is absent."""
     value = pick(record, *names)
     return value if is_number(value) else None
 
 
 def mapping(run: RunRecord, *names: str) -> Mapping[str, Any]:
-    """A record of the summary; an empty one where there is none."""
+    """A record of the summary; empty if it is absent."""
     found = pick(run.summary, *names)
     return found if isinstance(found, Mapping) else {}

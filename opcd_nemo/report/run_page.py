@@ -1,4 +1,4 @@
-"""The page of one run: what came out, with what certainty, and the answers behind it."""
+"""The page of a run: its result, the certainty of the result, and the answers behind it."""
 
 from __future__ import annotations
 

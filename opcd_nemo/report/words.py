@@ -36,7 +36,7 @@ NOTHING = Shown(value="-")
 
 
 def shown(estimate: Any, form: str = ".2f") -> Shown:
-    """A record of value, low and high; a dash where there is no value."""
+    """A record of value, low and high; a dash without a value."""
     value, low, high = (number(estimate, name) for name in ("value", "low", "high"))
     if value is None:
         return NOTHING

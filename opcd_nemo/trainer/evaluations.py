@@ -1,4 +1,4 @@
-"""What is asked before and after training: the table's rows, the controls, and what they cost."""
+"""Evaluations before and after training: the table's rows, the controls, and their costs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ROWS: Mapping[str, tuple[SamplerName, str, bool]] = {
 
 
 class RunEvaluations:
-    """The evaluations of one run; every method is collective over the world.
+    """The evaluations of a run; every method is collective over the world.
 
     Attributes:
         scores: task and retention by row.
