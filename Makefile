@@ -94,8 +94,9 @@ check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, 
 	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* .ci/run
 	$(BIN)/hadolint Dockerfile
 
-docs: $(DEV) ## write docs/configuration.md from the dataclasses that check the configuration
+docs: $(DEV) ## write docs/configuration.md from the dataclasses that check the configuration, and draw docs/method.svg
 	$(BIN)/python -m opcd_nemo.cli.reference > docs/configuration.md
+	$(BIN)/python docs/method_picture.py
 
 format: $(DEV) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .

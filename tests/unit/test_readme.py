@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,14 @@ def test_a_table_of_numbers_names_its_entry() -> None:
     for block in blocks(README):
         if block.text.startswith("|") and re.search(r"\d\.\d", block.text):
             assert block.log, block.text
+
+
+def test_the_picture_is_what_its_program_draws(tmp_path: Path) -> None:
+    program = tmp_path / "method_picture.py"
+    program.write_text((ROOT / "docs/method_picture.py").read_text(encoding="utf-8"))
+    runpy.run_path(str(program), run_name="__main__")
+    drawn = (tmp_path / "method.svg").read_text(encoding="utf-8")
+    assert drawn == (ROOT / "docs/method.svg").read_text(encoding="utf-8")
 
 
 def test_a_number_is_quoted_as_it_rounds() -> None:
