@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+_QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
+
 
 class Stats:
-    """Named (sum, count) pairs: only sums travel, a mean exists when it is printed."""
+    """Named (sum, count) pairs: only sums travel, a mean exists when it is printed.
 
-    def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None) -> None:
-        """Start from given sums."""
+    `samples` are the few numbers of which quantiles are wanted, by name.
+    """
+
+    def __init__(
+        self,
+        sums: Mapping[str, tuple[float, float]] | None = None,
+        samples: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Start from given sums and samples."""
         self.sums = dict(sums or {})
+        self.samples = {name: list(values) for name, values in (samples or {}).items()}
 
     def add(self, other: Stats) -> None:
         """Add another's sums and counts to this one."""
         for name, (value, count) in other.sums.items():
             mine = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (mine[0] + value, mine[1] + count)
+        for name, values in other.samples.items():
+            self.samples.setdefault(name, []).extend(values)
 
     def mean(self, name: str) -> float:
         """The mean under `name`."""
@@ -28,8 +41,23 @@ class Stats:
         return value / count if count else 0.0
 
     def means(self) -> dict[str, float]:
-        """Every mean, by name."""
-        return {name: self.mean(name) for name in sorted(self.sums)}
+        """Every mean, by name, and the quantiles of the samples: `<name>/p90`."""
+        of_samples = {
+            f"{name}/{word}": value
+            for name, values in self.samples.items()
+            for word, value in quantiles(values).items()
+        }
+        return {name: self.mean(name) for name in sorted(self.sums)} | of_samples
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The smallest values that so great a share of the values does not exceed, by their words."""
+    ordered = sorted(values)
+    return {
+        word: float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+        for word, share in _QUANTILES.items()
+        if ordered
+    }
 
 
 class Stopwatch:

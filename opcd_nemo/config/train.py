@@ -249,6 +249,14 @@ class EvaluationConfig:
         maximum=MOST_STEPS,
         default=20,
     )
+    token_statistics_every_n_steps: int = doc(
+        "after every n steps the entropies of student and teacher, the overlap of their likeliest "
+        "tokens and the tokens with most divergence, on a few answers of the step; 0: only before "
+        "and after training",
+        minimum=0,
+        maximum=MOST_STEPS,
+        default=0,
+    )
     wrong_context: Any = doc(
         "the wrong context of the controls, another task's; null: the context with its words in "
         "random places",

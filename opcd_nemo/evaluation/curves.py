@@ -32,8 +32,12 @@ _PANELS = (
     Panel(
         title="Length of answers",
         unit="tokens an answer",
-        caption="Mean over the answers that the student learned from in a step.",
-        metrics={"rollout/response_tokens": "tokens"},
+        caption="Over the answers that the student learned from in a step.",
+        metrics={
+            "rollout/response_tokens": "mean",
+            "length/p10": "shortest tenth below",
+            "length/p90": "longest tenth above",
+        },
     ),
     Panel(
         title="Gradient norm",
@@ -55,6 +59,23 @@ _PANELS = (
         unit="share",
         caption="Probability on the k tokens of the top-k loss, under the model that chose them.",
         metrics={CAPTURED_MASS: "captured"},
+    ),
+    Panel(
+        title="Entropy",
+        unit="nats a token",
+        caption="Of the next token, on a few answers of a step; a student's that falls to 0 is "
+        "certain of everything.",
+        metrics={"tokens/student_entropy": "student", "tokens/teacher_entropy": "teacher"},
+    ),
+    Panel(
+        title="Agreement",
+        unit="share",
+        caption="Of the teacher's five likeliest tokens how many are the student's, and how much "
+        "of the divergence falls on the 20 token types with most of it.",
+        metrics={
+            "tokens/top_overlap": "likeliest tokens in common",
+            "tokens/heaviest_share": "divergence on the heaviest 20",
+        },
     ),
     Panel(
         title="Validation",

@@ -13,6 +13,7 @@ from typing import Any
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.evaluation.statistics import pass_at_k
+from opcd_nemo.metrics import quantiles
 from opcd_nemo.rollout.collect import collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
@@ -21,6 +22,8 @@ from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.types import Rollout, Split
 
 logger = logging.getLogger(__name__)
+# of long reasoning; distilling a rich context makes them rare (arXiv 2607.02234)
+_REFLECTION = re.compile(r"\b(?:wait|but|alternatively|however|hmm|actually)\b", re.IGNORECASE)
 ANSWER = {
     "uid": str,
     "sample": int,
@@ -120,14 +123,22 @@ class Evaluation:
             for k in range(1, num_samples + 1)
         }
 
+    @property
+    def reflection_words(self) -> float:
+        """The mean number of words with which a model doubts what it has just said."""
+        return self._mean(lambda answer: len(_REFLECTION.findall(answer.text)))
+
     def record(self) -> dict[str, Any]:
         """The numbers of the evaluation, for people and for JSON."""
+        lengths = [float(answer.num_tokens) for answer in self.answers]
         return {
             "score": self.score,
             "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
             "format_failure_rate": self.format_failure_rate,
             "response_tokens": self.response_tokens,
             "leakage_rate": self.leakage_rate,
+            "reflection_words": self.reflection_words,
+            **{f"response_tokens_{word}": value for word, value in quantiles(lengths).items()},
         }
 
     def _mean(self, value: Callable[[Answer], float]) -> float:

@@ -49,7 +49,13 @@ _NOT_COMPARED = (
     # of single runs; folders from before have no such keys
     *(
         f"evaluation.{name}"
-        for name in ("controls", "num_control_questions", "wrong_context", "min_gap")
+        for name in (
+            "controls",
+            "min_gap",
+            "num_control_questions",
+            "token_statistics_every_n_steps",
+            "wrong_context",
+        )
     ),
 )
 

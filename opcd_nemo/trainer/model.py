@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from opcd_nemo.trainer.strategy import LightningStepAdapter, MegatronStrategy
 from opcd_nemo.training.build import build_evaluator, build_run
 from opcd_nemo.training.prepared import PreparedRun, prepare_run
 from opcd_nemo.training.step import distill_step
-from opcd_nemo.types import Split
+from opcd_nemo.training.token_scores import MOST_ANSWERS, score_answers, token_statistics
+from opcd_nemo.types import Rollout, Split
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         self._callback_states: dict[str, Any] = {}
         self._max_steps = config.trainer["max_steps"]
         self._every_n_steps = config.evaluation.every_n_steps
+        self._token_steps = config.evaluation.token_statistics_every_n_steps
         self._best_on_disk: Validation | None = None
 
     @property
@@ -114,7 +117,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         step = self.trainer.global_step  # the loader counts from 0 in a continued run
         watch = self.run.watch
         before = (dict(watch.wall_s), dict(watch.cpu_s))
-        stats: Stats = self.optimizers().step(closure=lambda: distill_step(self.run, step))
+        kept: list[Rollout] = []
+        stats: Stats = self.optimizers().step(closure=lambda: distill_step(self.run, step, kept))
         seconds = time.perf_counter() - started
         values = stats.means()
         response_tokens = stats.sums["rollout/response_tokens"][0]
@@ -126,6 +130,8 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         if self.run.ahead is not None:
             values["time/ahead_s"] = self.run.ahead.sampled_s
         values.update(self._cpu_seconds(before[1], time.process_time() - cpu))
+        if self._token_steps and (step + 1) % self._token_steps == 0:
+            values |= self._token_statistics(kept)
         self._show(values)
         if self._every_n_steps and (step + 1) % self._every_n_steps == 0:
             values.update(self._validate(step + 1))
@@ -215,6 +221,13 @@ class OPCDModel(ModelPT):  # type: ignore[misc]  # nemo is untyped
         for values in self.run.parallel.gather_objects({**spent, "step": total}):
             sums.add(Stats({f"cpu/{phase}_s": (s, 1.0) for phase, s in values.items()}))
         return {name: value for name, (value, _) in sums.sums.items()}
+
+    def _token_statistics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Of a few of the step's answers, after its update; on rank 0. Collective."""
+        shown = self.run.parallel.gather_over_dp(rollouts[:MOST_ANSWERS])
+        records = score_answers(self.run, shown)
+        statistics = token_statistics(records) if records else {}
+        return {f"tokens/{name}": value for name, value in statistics.items()}
 
     def _show(self, values: dict[str, float]) -> None:
         loss = next(name for name in values if name.startswith("loss/") and name != CAPTURED_MASS)

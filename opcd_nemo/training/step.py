@@ -79,8 +79,10 @@ class Run:
         return self.warmup if step < self.warmup_steps else self.phase
 
 
-def distill_step(run: Run, step: int) -> Stats:
+def distill_step(run: Run, step: int, kept: list[Rollout] | None = None) -> Stats:
     """Update the student once and return the global statistics. Collective over the world.
+
+    This rank's rollouts are added to `kept`, for who wants to look at them afterwards.
 
     Raises:
         NonFiniteError, MismatchError: on every rank, before any parameter changes.
@@ -92,6 +94,8 @@ def distill_step(run: Run, step: int) -> Stats:
             rollouts = _rollouts(run, run.phase_of(step).sampler, step)
         if run.ahead is not None:
             _begin_next(run, run.ahead, step)
+    if kept is not None:
+        kept += rollouts
     return learn(run, rollouts, step)
 
 
@@ -253,7 +257,8 @@ def _rollout_stats(parallel: Parallel, rollouts: Sequence[Rollout]) -> Stats:
             "rollout/response_tokens": (tokens, count),
             "rollout/eos_rate": (ended, count),
             "rollout/logprob": (logprob, tokens),
-        }
+        },
+        {"length": [float(len(rollout.response_ids)) for rollout in rollouts]},
     )
 
 
@@ -269,8 +274,8 @@ def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
     """The sum over data-parallel ranks, known on every rank. Collective over the world."""
     counted = parallel.is_last_stage and parallel.tp_rank == 0
     total = Stats()
-    for sums in parallel.gather_objects(stats.sums if counted else {}):
-        total.add(Stats(sums))
+    for each in parallel.gather_objects((stats.sums, stats.samples) if counted else ({}, {})):
+        total.add(Stats(*each))
     return total
 
 

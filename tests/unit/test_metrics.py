@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd_nemo.metrics import METRICS, Stats, Stopwatch, metric_line, read_metrics
+from opcd_nemo.metrics import METRICS, Stats, Stopwatch, metric_line, quantiles, read_metrics
 from opcd_nemo.storage.run_folder import RunFolder
 
 
@@ -54,3 +54,16 @@ def test_record_is_read_back_and_appended_to(tmp_path: Path) -> None:
 def test_missing_name_is_an_error() -> None:
     with pytest.raises(KeyError):
         Stats().mean("a")
+
+
+def test_quantiles_are_values_that_were_there_and_add_up_over_ranks() -> None:
+    whole = Stats({"a": (1.0, 1.0)}, {"length": [3.0, 9.0]})
+    whole.add(Stats({}, {"length": [float(n) for n in range(10, 18)], "b": []}))
+    assert whole.means() == {
+        "a": 1.0,
+        "length/p10": 3.0,
+        "length/p50": 12.0,
+        "length/p90": 16.0,
+        "length/max": 17.0,
+    }
+    assert quantiles([4]) == dict.fromkeys(("p10", "p50", "p90", "max"), 4.0)

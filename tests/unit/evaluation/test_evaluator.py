@@ -167,6 +167,11 @@ def test_the_rates_are_those_of_the_answers() -> None:
         "format_failure_rate": found.format_failure_rate,
         "response_tokens": found.response_tokens,
         "leakage_rate": found.leakage_rate,
+        "reflection_words": 0.0,
+        **{
+            f"response_tokens_{word}": float(length)
+            for word, length in {"p10": 2, "p50": 3, "p90": 21, "max": 21}.items()
+        },
     }
 
 
