@@ -38,6 +38,7 @@ def check_rules(config: TrainConfig) -> None:
         )
     _check_teacher(config)
     _check_evaluation(config.evaluation)
+    _check_trained_controls(config)
     _check_stop(config)
     _check_checkpoints(config)
     if rollout.teacher_data is not None and rollout.sampler != "teacher":
@@ -182,10 +183,25 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
             phrases,
             "a list of one phrase or more, each with a word in it",
         )
-    if evaluation.wrong_context is not None and "wrong_context" not in evaluation.controls:
-        target = evaluation.wrong_context["_target_"]
-        allowed = "null without wrong_context among evaluation.controls"
-        raise UserError("evaluation.wrong_context._target_", target, allowed)
+    if evaluation.wrong_context is None and "trained_wrong_context" in evaluation.controls:
+        allowed = "a context with the control trained_wrong_context, as context@evaluation."
+        raise UserError("evaluation.wrong_context", None, f"{allowed}wrong_context=pirate")
+
+
+def _check_trained_controls(config: TrainConfig) -> None:
+    """Refuse a control whose teacher would be the student as it is."""
+    student, teacher = config.student, config.teacher
+    if (
+        "trained_without_context" in config.evaluation.controls
+        and teacher.path is None
+        and student.keep_layers is None
+    ):
+        raise UserError(
+            "evaluation.controls",
+            config.evaluation.controls,
+            "no trained_without_context where the teacher has the student's weights",
+            problem="without a context such a teacher is the student's own start",
+        )
 
 
 def _check_stop(config: TrainConfig) -> None:

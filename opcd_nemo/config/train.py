@@ -28,7 +28,8 @@ DTYPES = ("bf16", "fp32")
 MOST_WAIT_S = 30 * 86_400  # a month; clusters end jobs sooner
 MOST_LAYERS = 10_000
 _SAMPLERS = ("student", "teacher")
-CONTROLS = ("wrong_context", "context_returned")
+TRAINED_CONTROLS = ("trained_wrong_context", "trained_without_context")
+CONTROLS = ("wrong_context", "context_returned", *TRAINED_CONTROLS)
 
 
 @dataclass(kw_only=True)
@@ -239,7 +240,8 @@ class EvaluationConfig:
     )
     controls: list[str] = doc(
         "rows that show what did it: the teacher with a wrong context; the trained student with "
-        "the context given back",
+        "the context given back; and, each for the price of another run, students of a teacher "
+        "with a wrong context, or with none",
         choices=CONTROLS,
         default_factory=list,
     )

@@ -28,7 +28,7 @@ ANSWER = {
     "uid": str,
     "sample": int,
     "text": str,
-    "score": float,
+    "score": float | bool,  # files from before have a judge's true
     "answered": bool,
     "num_tokens": int,
     "leaked": bool,
@@ -61,6 +61,7 @@ class Answer:
         """Read a stored answer; files written before answers had a question show the uid."""
         given = {"question": record["uid"], **record}
         transcript = record.get("transcript")
+        given["score"] = float(given["score"])
         return Answer(
             **{name: given[name] for name in (*ANSWER, "question")},
             transcript=transcript if isinstance(transcript, str) else None,
@@ -292,7 +293,7 @@ class Evaluator:
                     question=turns_of[index][0].question,
                     sample=sample,
                     text=text,
-                    score=episode.score(),
+                    score=float(episode.score()),  # a judge may say true
                     answered=episode.answered,
                     num_tokens=sum(map(len, replies)),
                     leaked=self._leakage.search(text) is not None,

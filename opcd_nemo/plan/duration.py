@@ -39,6 +39,7 @@ class Duration:
     evaluations: float
     start: float
     steps: int
+    runs: int = 1
 
     @property
     def step_s(self) -> float:
@@ -48,7 +49,7 @@ class Duration:
     @property
     def run_s(self) -> float:
         """The whole run."""
-        return self.start + self.steps * self.step_s + self.evaluations
+        return self.start + self.runs * (self.steps * self.step_s + self.evaluations)
 
 
 def run_duration(work: Work, accelerator: Accelerator) -> Duration:
@@ -70,6 +71,7 @@ def run_duration(work: Work, accelerator: Accelerator) -> Duration:
         evaluations=evaluation_seconds(work, accelerator),
         start=accelerator.start_s,
         steps=work.steps,
+        runs=1 + work.trained_controls,
     )
 
 

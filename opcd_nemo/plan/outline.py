@@ -11,7 +11,7 @@ import yaml
 
 from opcd_nemo.config.plugs import build_plug
 from opcd_nemo.config.programs import PlanConfig
-from opcd_nemo.config.train import TrainConfig
+from opcd_nemo.config.train import TRAINED_CONTROLS, TrainConfig
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import read_json
@@ -172,6 +172,7 @@ def _work(
 ) -> Work:
     loss, evaluation = build_plug(config.loss), config.evaluation
     every, steps = evaluation.every_n_steps, config.trainer["max_steps"]
+    trained = set(evaluation.controls) & set(TRAINED_CONTROLS)
     return Work(
         student=models[0],
         teacher=models[1],
@@ -191,7 +192,8 @@ def _work(
         evaluated=evaluation.num_questions * evaluation.samples_per_question,
         retained=evaluation.num_retention * evaluation.samples_per_question,
         validations=steps // every if every else 0,
-        controlled=len(evaluation.controls)
+        trained_controls=len(trained),
+        controlled=(len(evaluation.controls) - len(trained))
         * min(evaluation.num_control_questions, evaluation.num_questions)
         * evaluation.samples_per_question,
     )

@@ -87,6 +87,7 @@ class Work:
     retained: int
     validations: int
     controlled: int = 0  # answers of controls, each after reading a context
+    trained_controls: int = 0  # further runs
 
     @property
     def rows(self) -> int:

@@ -29,6 +29,13 @@ PAGE = "report.html"
 _QUESTIONS = 12
 _CHANGED = 6
 _ORDER = ("base", "wrong_context", "in_context", "student", "context_returned")
+_PARTS = ("task", "retention")
+_NUMBERS = {
+    "score": ".2f",
+    "format_failure_rate": ".2f",
+    "leakage_rate": ".2f",
+    "response_tokens": ".1f",
+}
 _DIFFERENCES = {
     "student - base": "what training brought, without context",
     "in_context - base": "what the context gives the teacher",
@@ -102,31 +109,39 @@ def _result(run: RunRecord) -> dict[str, Any]:
 
 
 def _rows(run: RunRecord) -> list[dict[str, Any]]:
-    rows = []
-    for row in _ORDER:
+    rows = [_trained_control(run, name) for name in mapping(run, "trained_controls")]
+    for row in reversed(_ORDER):
         evaluation = run.evaluations.get((row, "task"))
         if evaluation is None:
             continue
         numbers = {
-            name: shown(estimate(run, row, "task", name), form)
-            for name, form in (
-                ("score", ".2f"),
-                ("format_failure_rate", ".2f"),
-                ("leakage_rate", ".2f"),
-                ("response_tokens", ".1f"),
-            )
+            name: shown(estimate(run, row, "task", name), form) for name, form in _NUMBERS.items()
         }
         known = row in ROWS
-        rows.append(
+        rows.insert(
+            0,
             {
                 "name": row,
                 "words": LABELS[row],
                 "questions": len(evaluation.by_question),
                 "retention": shown(estimate(run, row, "retention", "score")) if known else NOTHING,
                 **numbers,
-            }
+            },
         )
     return rows
+
+
+def _trained_control(run: RunRecord, name: str) -> dict[str, Any]:
+    """A row of another run's student."""
+    where = ("trained_controls", name)
+    task, retention = (pick(run.summary, *where, part, "intervals") for part in _PARTS)
+    return {
+        "name": "wrong_context",
+        "words": LABELS.get(name, name),
+        "questions": len(run.evaluations["student", "task"].by_question),
+        "retention": shown(pick(retention, "score")),
+        **{number: shown(pick(task, number), form) for number, form in _NUMBERS.items()},
+    }
 
 
 def _notes(run: RunRecord) -> dict[str, Any]:

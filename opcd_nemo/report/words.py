@@ -14,6 +14,8 @@ LABELS = {
     "student": "after training, without context",
     "wrong_context": "control: teacher with a wrong context",
     "context_returned": "control: trained student, context given back",
+    "trained_wrong_context": "control: trained by a teacher with a wrong context",
+    "trained_without_context": "control: trained by the teacher without context",
 }
 SHORT = {"base": "before", "in_context": "teacher with context", "student": "after"}
 

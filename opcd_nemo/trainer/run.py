@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from opcd_nemo.storage.durable import describe, naming
 from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
 from opcd_nemo.storage.run_folder import RunFolder
 from opcd_nemo.trainer.boundary import StepBoundary
+from opcd_nemo.trainer.controls import add_controls, prepare_controls
 from opcd_nemo.trainer.evaluations import RunEvaluations
 from opcd_nemo.trainer.model import OPCDModel
 from opcd_nemo.trainer.resume import DONE, continue_from, make_way
@@ -68,6 +71,7 @@ def train(raw: DictConfig) -> Path:
     _, world_size = environment_world()
     prepared = prepare_run(raw, world_size)
     config = prepared.config
+    controls = prepare_controls(raw, config, world_size)
     parallel = init_parallel(config.parallel, config.seed)
     logger.info("%s; student: %s", _first_line(parallel), config.student.dtype)
     if (every := config.evaluation.every_n_steps) > (steps := config.trainer["max_steps"]):
@@ -75,13 +79,30 @@ def train(raw: DictConfig) -> Path:
         logger.info(words, every, steps)
     folder = Path(config.exp_manager["exp_dir"]) / config.name
     with RunFolder.hold(folder, parallel) as run_folder:
-        _train(prepared, parallel, run_folder, started)
+        digest = _train(prepared, parallel, run_folder, started)
+        if controls:
+            _train_controls(controls, parallel, run_folder)
+        # a cluster's script takes this file, no exit code, for success
+        on_rank_0(parallel, lambda: run_folder.write(DONE, f"{digest}\n"))
     return folder
 
 
-def _train(
-    prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, started: float
+def _train_controls(
+    controls: Mapping[str, PreparedRun], parallel: Parallel, run_folder: RunFolder
 ) -> None:
+    """Do the runs of the controls, each alone in memory, and add their rows to the report."""
+    for name, control in controls.items():
+        gc.collect()  # trainer and model name each other, and hold gigabytes
+        parallel.give_back_memory()
+        logger.info("training the control %s", name)
+        with RunFolder.hold(run_folder.path / name, parallel) as of_control:
+            _train(control, parallel, of_control, time.perf_counter())
+    unit = next(iter(controls.values())).inputs.task.unit_of
+    on_rank_0(parallel, lambda: add_controls(run_folder, controls, unit))
+
+
+def _train(prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, started: float) -> str:
+    """One run from its first evaluation to its report; returns the weights' digest on rank 0."""
     checkpoints = prepared.config.exp_manager["checkpoint_callback_params"]
     strategy = MegatronStrategy(
         parallel,
@@ -114,9 +135,7 @@ def _train(
         package = run_folder.path / f"{run_folder.path.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         logger.info("written: %s", package)
-    digest = "" if model.summary is None else model.summary["weights_sha256"]  # on rank 0
-    # a cluster's script takes this file, no exit code, for success
-    on_rank_0(parallel, lambda: run_folder.write(DONE, f"{digest}\n"))
+    return "" if model.summary is None else str(model.summary["weights_sha256"])
 
 
 def _fit(

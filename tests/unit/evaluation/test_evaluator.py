@@ -31,7 +31,7 @@ REPLIES = ("yes", "no", "hm", "yes, by my experience")
 
 
 def judge(reply: str) -> float | None:
-    return None if reply == "hm" else float(reply.startswith("yes"))
+    return None if reply == "hm" else reply.startswith("yes")  # a bool, as verifiers say
 
 
 TASK = QuestionTask(
@@ -106,6 +106,7 @@ def test_answers_are_in_the_tasks_order_with_their_samples_side_by_side() -> Non
 def test_an_answer_that_was_stored_without_its_question_is_read() -> None:
     stored = asdict(answer("test/a", 0, 1.0))
     assert Answer.from_record(stored) == answer("test/a", 0, 1.0)
+    assert Answer.from_record({**stored, "score": True}).score is not True  # as judges once said
     del stored["question"]
     assert Answer.from_record(stored).question == "test/a"
 
@@ -156,6 +157,7 @@ def test_retention_is_asked_of_its_own_task_with_its_own_length() -> None:
 def test_the_rates_are_those_of_the_answers() -> None:
     found = evaluate()
     texts = [answer.text for answer in found.answers]
+    assert {type(answer.score) for answer in found.answers} == {float}
     assert set(texts) == set(REPLIES)
     assert found.score == sum(text.startswith("yes") for text in texts) / 28
     assert found.format_failure_rate == texts.count("hm") / 28
@@ -245,6 +247,16 @@ def test_a_game_is_answered_when_every_turn_names_an_action() -> None:
         ("min_retention=0", "a number > 0 and <= 1, or null"),
         ("min_retention=1.1", "a number > 0 and <= 1, or null"),
         ("min_retention=half", "a number > 0 and <= 1, or null"),
+        ("min_gap=2", "a number >= 0 and <= 1, or null"),
+        (
+            "controls=[right_context]",
+            "a list of wrong_context, context_returned, trained_wrong_context, "
+            "trained_without_context, each at most once",
+        ),
+        (
+            "controls=[trained_without_context]",
+            "no trained_without_context where the teacher has the student's weights",
+        ),
         ("leakage_phrases=[]", "a list of one phrase or more, each with a word in it"),
         ("leakage_phrases=[a,.]", "a list of one phrase or more, each with a word in it"),
     ],

@@ -203,3 +203,12 @@ def test_numbers_in_words() -> None:
 def test_the_configuration_is_flat(run: Path) -> None:
     assert read_run(run).config == {"name": "run", "optim.lr": 5e-05}
     assert HOSTILE in read_run(run).evaluations["base", "task"].answers[0].text
+
+
+def test_a_control_that_was_trained_has_its_row(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads(read(folder / "summary.json"))
+    summary["trained_controls"] = {"trained_wrong_context": summary["evaluation"]["base"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = read(write_page([str(folder)]))
+    assert page.index("context given back") < page.index("trained by a teacher with a wrong")
