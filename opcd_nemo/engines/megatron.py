@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from opcd_nemo.config.doc import Doc
 from opcd_nemo.config.limits import MOST_SEQUENCES
 from opcd_nemo.config.sampling import Sampling
-from opcd_nemo.model.attention import DecodeAttention, KeyValue, KVCache
+from opcd_nemo.model.attention import DecodeAttention, KVCache
 from opcd_nemo.model.packing import Stream, pack, starts_with
+from opcd_nemo.model.varlen import KeyValue
 from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from opcd_nemo.model.attention import KeyValue, Packing, causal_attention
+from opcd_nemo.model.attention import Packing
+from opcd_nemo.model.varlen import KeyValue, Piece, Pieces, attend_pieces, causal_attention
 
 Indices = slice | torch.Tensor
 
@@ -86,6 +87,15 @@ class _Piece:
     is_row: bool  # else of the shared prefix
     is_padding: bool
 
+    def of_keys(self, shared: tuple[range, ...]) -> Piece:
+        """The same by the keys that it sees; `shared` are those of the shared prefix."""
+        before = shared if self.is_row and not self.is_padding else ()
+        return Piece(
+            queries=self.queries.stop - self.queries.start,
+            keys=(*before, range(self.keys.start, self.keys.stop)),
+            sees_held=not self.is_padding,
+        )
+
 
 class SplitAttention:
     """State of a packed stream of which this rank has a share: training and scoring.
@@ -113,13 +123,27 @@ class SplitAttention:
         self._share, self._gather, self._prefix = share, gather, prefix
         self._shared = packing.prefix_tokens
         self._pieces = list(_pieces(packing, share))
+        held = 0 if not prefix else len(next(iter(prefix.values()))[0])
+        shared = (range(packing.prefix_tokens),) if packing.prefix_tokens else ()
+        self._launch = Pieces(
+            tuple(piece.of_keys(shared) for piece in self._pieces),
+            held,
+            packing.stream_tokens,
+            packing.device,
+        )
 
     def attend(
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
-        """Attention output [T, A, D] of this rank's tokens; the stream's padding gets zeros."""
+        """Attention output [T, A, D] of this rank's tokens.
+
+        The stream's padding gets zeros, on a GPU its own.
+        """
         mine = torch.stack((k_TGD, v_TGD), dim=1)
         k_TGD, v_TGD = self._share.in_order(self._gather(mine)).unbind(1)
+        if q_TAD.device.type != "cpu":
+            prefix = None if self._prefix is None else self._prefix[layer]
+            return attend_pieces(q_TAD, k_TGD, v_TGD, self._launch, prefix)
         # a rank that has nothing but padding takes part in every collective of backward
         nothing = q_TAD[:0].sum() + k_TGD[:0].sum() + v_TGD[:0].sum()
         held = [] if self._prefix is None else [self._prefix[layer]]

@@ -39,7 +39,6 @@ from opcd_nemo.formats.sharding import (
 from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.metrics import Stats
 from opcd_nemo.model.attention import (
-    KeyValue,
     KVCache,
     PackedAttention,
     Packing,
@@ -50,10 +49,12 @@ from opcd_nemo.model.gpt import build_module, transformer_config
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
 from opcd_nemo.model.packing import Stream, TokenBatch
+from opcd_nemo.model.varlen import KeyValue
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
 _FP8_ROWS = 16
+_STREAM_STEP = 128  # tokens
 HeadLoss = Callable[[Head, Indices, int], tuple[torch.Tensor, Stats]]
 
 
@@ -153,9 +154,16 @@ class LanguageModel:
 
     @property
     def split_multiple(self) -> int:
-        """Lengths of streams that are trained or scored, over all of cp, are multiples of this."""
+        """Lengths of streams that are trained or scored, over all of cp, are multiples of this.
+
+        On a GPU there are few lengths then: freed memory fits the next stream, and what libraries
+        and compilers make for a shape serves again.
+        """
         cp = self.parallel.cp
-        return self.stream_multiple if cp == 1 else cp * math.lcm(2, self.stream_multiple)
+        multiple = self.stream_multiple
+        if self.parallel.device.type != "cpu":
+            multiple = math.lcm(multiple, _STREAM_STEP)
+        return multiple if cp == 1 else cp * math.lcm(2, multiple)
 
     def share(self, batch: TokenBatch) -> StreamShare:
         """What this rank has of a stream that is trained or scored."""
@@ -201,7 +209,7 @@ class LanguageModel:
 
     def local_response_indices(self, batch: TokenBatch) -> Indices:
         """Which of a batch's response tokens are predicted by tokens of this rank."""
-        return self.share(batch).find(batch.predict_index_N)[0]
+        return batch.predicted_by(self.share(batch))[0]
 
     def split_stream(self, batch: TokenBatch, prefix: dict[int, KeyValue] | None = None) -> Stream:
         """This rank's share of a packed batch, whose attention is collective over cp."""
@@ -272,7 +280,7 @@ class LanguageModel:
         """Hidden states [N, H], of this rank's tokens and the others'. Collective over cp."""
         if self.parallel.cp == 1:
             return hidden_TH[batch.predict_index_N]
-        responses, tokens = self.share(batch).find(batch.predict_index_N)
+        responses, tokens = batch.predicted_by(self.share(batch))
         hidden_NH = hidden_TH.new_zeros(len(batch.predict_index_N), hidden_TH.shape[1])
         hidden_NH[responses] = hidden_TH[tokens]
         return self.parallel.sum_over_cp(hidden_NH)
@@ -310,7 +318,7 @@ class LanguageModel:
             out = model(*self.split_stream(batch))
 
             def loss_of(out: torch.Tensor) -> Any:
-                responses, predicting = self.share(batch).find(batch.predict_index_N)
+                responses, predicting = batch.predicted_by(self.share(batch))
                 hidden = self._whole_stream(out)[predicting]
                 value, stats = loss(self.head(hidden), responses, index)
                 total.add(stats)

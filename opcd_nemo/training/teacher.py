@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from opcd_nemo.config.train import TeacherConfig
-from opcd_nemo.model.attention import KeyValue
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.language_model import LanguageModel
+from opcd_nemo.model.varlen import KeyValue
 from opcd_nemo.training.batches import DistillBatch
 
 

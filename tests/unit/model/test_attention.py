@@ -12,17 +12,16 @@ import torch.nn.functional as F
 
 from opcd_nemo.model.attention import (
     DecodeAttention,
-    KeyValue,
     KVCache,
     PackedAttention,
     Packing,
     Rotary,
-    causal_attention,
     masked_products,
     rotate,
     shared_prefix_tokens,
 )
 from opcd_nemo.model.packing import pack
+from opcd_nemo.model.varlen import KeyValue, causal_attention
 from tests.error_limits import check, relative_error
 from tests.tiny import LLAMA3_ROPE, model_config
 

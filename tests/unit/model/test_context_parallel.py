@@ -10,8 +10,9 @@ import torch
 
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
-from opcd_nemo.model.attention import KeyValue, PackedAttention, Packing
+from opcd_nemo.model.attention import PackedAttention, Packing
 from opcd_nemo.model.context_parallel import SplitAttention, StreamShare
+from opcd_nemo.model.varlen import KeyValue
 from tests.error_limits import check, relative_error
 
 HEADS, GROUPS, SIZE = 4, 2, 8
