@@ -48,6 +48,8 @@ def work(**changes: Any) -> Work:
         "max_batch_size": 32,
         "packs_weights": False,
         "chunk_tokens": 128,
+        "top_k": 0,
+        "transformer_engine": False,
         "steps": 50,
         "evaluated": 50,
         "retained": 64,

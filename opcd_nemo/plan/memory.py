@@ -8,7 +8,7 @@ project's layers: gated MLP, grouped queries, RMSNorm that keeps its input, no d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.sharding import padded_ffn_size, padded_vocab_size
@@ -27,6 +27,8 @@ from opcd_nemo.plan.work import (
 
 GIB = 2**30
 _SAMPLING_BYTES = 28  # a vocabulary entry: fp32 logits, kept ones, probabilities; fp64 sum, copies
+_TOP_K_SCRATCH = 1 << 25  # entries of a whole vocabulary's rows at once, on a GPU
+_TOP_K_BYTES = 120  # a chosen entry: values, indices and gradients of both models
 _TRANSIENT = ("activations", "logits chunk", "sampling", "teacher's hidden states")
 
 
@@ -80,21 +82,17 @@ def _scaled(parts: dict[str, float], accelerator: Accelerator) -> dict[str, floa
 
 
 def _phases(work: Work, accelerator: Accelerator) -> dict[str, dict[str, float]]:
-    held = _held(work)
-    weights = held["student weights"] if work.packs_weights else 0.0
-    head = _head_weight(work) if work.packs_weights else 0.0
+    held, scores = _held(work), _scores_held(work)
+    packed = {}
+    if work.packs_weights:
+        packed = {"packed weights": held["student weights"] + _head_weight(work)}
+    gradients = {"gradients": 4.0 * largest_stage(work.student, work.layout)}
     return {
-        "rollout": {
-            **held,
-            **_decoding(work, accelerator, work.rows),
-            "packed weights": weights + head,
-        },
-        "evaluation": {
-            **held,
-            **_decoding(work, accelerator, -(-work.evaluated // work.layout.dp)),
-            "packed weights": weights + head,
-        },
-        "student": {**held, **_training(work, accelerator)},
+        "rollout": {**held, **_rollout(work, accelerator), **packed},
+        "evaluation": {**held, **_evaluation(work, accelerator), **packed},
+        "teacher": {**held, **scores, **_scoring(work, accelerator)},
+        "student": {**held, **gradients, **scores, **_training(work, accelerator)},
+        "optimizer": {**held, **gradients, **scores},
     }
 
 
@@ -122,39 +120,63 @@ def _key_values(work: Work, tokens: float, *, of_teacher: bool) -> float:
     return tokens * layers * key_value_width(model, work.layout.tp) * BYTES[dtype]
 
 
-def _decoding(work: Work, accelerator: Accelerator, rows: int) -> dict[str, float]:
-    """Cache and sampling of the sequences that decode together, over all pipeline groups."""
+def _rollout(work: Work, accelerator: Accelerator) -> dict[str, float]:
+    """Who samples for training, as many sequences as a step has."""
+    of_teacher = work.samples_from_teacher
+    return _decoding(work, accelerator, work.rows, work.tokens.max_new, of_teacher=of_teacher)
+
+
+def _evaluation(work: Work, accelerator: Accelerator) -> dict[str, float]:
+    """The fuller of student without and teacher with context, with the longest answers asked."""
+    rows = -(-work.evaluated // work.layout.dp)
+    longest = max(work.tokens.max_new, work.tokens.retention_max_new)
+    both = (
+        _decoding(work, accelerator, rows, longest, of_teacher=of_teacher)
+        for of_teacher in (False, True)
+    )
+    return max(both, key=lambda parts: sum(parts.values()))
+
+
+def _decoding(
+    work: Work, accelerator: Accelerator, rows: int, longest: int, *, of_teacher: bool
+) -> dict[str, float]:
+    """Cache, prompts and sampling of the sequences that decode together, over pipeline groups.
+
+    A row that ends makes its group's cache anew, a layer at a time.
+    """
     layout, tokens = work.layout, work.tokens
     together = min(rows, work.max_batch_size * layout.pp)
-    length = max(tokens.prompt, tokens.teacher_prompt) + max(
-        tokens.max_new, tokens.retention_max_new
-    )
-    cache = max(
-        _key_values(work, together * length, of_teacher=of_teacher) for of_teacher in (False, True)
-    )
     group = -(-together // layout.pp)
-    sampling = group * work.student.vocab_size * _SAMPLING_BYTES
+    length = (tokens.teacher_prompt if of_teacher else tokens.prompt) + longest
+    cache = _key_values(work, together * length, of_teacher=of_teacher)
+    model = work.teacher if of_teacher else work.student
+    stream = prompt_stream(work, group, with_context=of_teacher)
     return {
         "KV cache": cache,
-        "sampling": sampling,
-        "activations": _prefill(work, accelerator, group),
+        "sampling": group * model.vocab_size * _SAMPLING_BYTES,
+        "activations": max(
+            _pass(work, stream, accelerator, of_teacher=of_teacher),
+            cache / model.num_layers,
+        ),
     }
 
 
-def _prefill(work: Work, accelerator: Accelerator, rows: int) -> float:
-    """What one layer holds at a time without gradient: its widest tensors."""
+def _pass(work: Work, stream: Stream, accelerator: Accelerator, *, of_teacher: bool) -> float:
+    """What a pass without gradient holds at its widest, in a layer's feed-forward part.
+
+    Gate and value, the activated gate, a copy of value and their product: five times the channels;
+    beside them the embedding, two residuals and a norm's output. Without a fused kernel the scores
+    of attention may be wider.
+    """
     layout = work.layout
-    sides = (
-        (work.student, work.student_dtype, prompt_stream(work, rows, with_context=False)),
-        (work.teacher, work.teacher_dtype, prompt_stream(work, rows, with_context=True)),
-    )
-    sizes = []
-    for model, dtype, stream in sides:
-        ffn = padded_ffn_size(model, layout.tp) / layout.tp
-        size = stream.tokens * (2 * model.hidden_size + 3 * ffn) * BYTES[dtype]
-        scores = 0.0 if accelerator.fused_attention else 2 * _scores(model, stream, layout.tp) * 4
-        sizes.append(max(size, scores))
-    return max(sizes)
+    model = work.teacher if of_teacher else work.student
+    size = BYTES[work.teacher_dtype if of_teacher else work.student_dtype]
+    ffn = padded_ffn_size(model, layout.tp) / layout.tp
+    hidden = 4 * model.hidden_size / _sequence_shards(work)
+    widest = stream.tokens * (5 * ffn + hidden) * size
+    if accelerator.fused_attention:
+        return widest
+    return max(widest, 2 * _scores(model, stream, layout.tp) * 4)
 
 
 def _scores(model: ModelConfig, stream: Stream, tp: int) -> float:
@@ -165,44 +187,80 @@ def _scores(model: ModelConfig, stream: Stream, tp: int) -> float:
     return heads * pairs
 
 
+def _scores_held(work: Work) -> dict[str, float]:
+    """What the teacher says of all response tokens: they wait for the student."""
+    predicted = _predicted(work)
+    whole = work.layout.cp if work.layout.cp > 1 else 0  # of one, before a rank takes its own
+    tokens = (work.num_microbatches + whole) * predicted
+    size = tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
+    return {"teacher's hidden states": work.needs_teacher * size}
+
+
+def _predicted(work: Work) -> float:
+    """Response tokens of a micro-batch that this rank predicts."""
+    rows = min(work.layout.micro_batch_size, work.trained_rows)
+    return rows * work.tokens.max_new / work.layout.cp
+
+
+def _scoring(work: Work, accelerator: Accelerator) -> dict[str, float]:
+    """The teacher's pass over a micro-batch."""
+    if not work.needs_teacher:
+        return {}
+    stream = teacher_stream(work, work.tokens.max_new)
+    share = replace(stream, unshared=stream.unshared / work.layout.cp)
+    return {"activations": _pass(work, share, accelerator, of_teacher=True)}
+
+
 def _training(work: Work, accelerator: Accelerator) -> dict[str, float]:
-    """Gradients, what backward needs of the micro-batches in flight, and the loss."""
-    layout = work.layout
+    """What backward needs of the micro-batches in flight, and the loss or a layer's backward."""
+    layout, size = work.layout, BYTES[work.student_dtype]
     stream = student_stream(work, work.tokens.max_new)
-    predicted = stream.rows * work.tokens.max_new / layout.cp
+    tokens = stream.tokens / layout.cp
     in_flight = min(layout.pp, work.num_microbatches)
     kept = work.student.num_layers / layout.pp * layer_activations(work, stream, accelerator)
-    if layout.recompute_mlp:  # of one layer at a time
-        kept += _mlp_channels(work) * stream.tokens / layout.cp * BYTES[work.student_dtype]
-    whole = layout.cp if layout.cp > 1 else 0  # of one micro-batch, before this rank takes its own
-    scores = (work.num_microbatches + whole) * predicted * work.teacher.hidden_size
+    # the embedding and the last norm's output
+    kept += 2 * tokens * work.student.hidden_size / _sequence_shards(work) * size
+    loss = _loss(work, _predicted(work))
+    # a layer's MLP that is computed again, with its gradients; at last the embedding's gradient
+    again = 2 * _mlp_channels(work) * tokens * size + in_flight * kept
+    last = max(again, _tied_gradients(work, _predicted(work)))
     return {
-        "gradients": 4.0 * largest_stage(work.student, layout),
         "activations": in_flight * kept,
-        "teacher's hidden states": work.needs_teacher * scores * BYTES[work.teacher_dtype],
-        "logits chunk": _loss(work, predicted) + _teacher_pass(work),
+        "logits chunk": max(loss, last - in_flight * kept),
     }
 
 
 def layer_activations(work: Work, stream: Stream, accelerator: Accelerator) -> float:
     """Bytes that one layer keeps of a stream for its backward pass, on this rank.
 
-    Inputs of both norms and of the first linears (whole, or a tp share of the norms' under sequence
-    parallelism), queries, keys, values, the attention's output, and four times the gated channels.
-    Without a fused kernel the fp32 softmax, its copy in the model's dtype and a mask, too. Of all
-    but keys and values a rank of cp has its share.
+    | what | times |
+    |---|---|
+    | inputs and outputs of norms; under sequence parallelism over tp | 4 H, see below |
+    | rotated queries, the attention's output; queries before their norm | 2 or 3 A D |
+    | rotated keys, values; keys before their norm | 2 or 3 G D |
+    | gate and value, the activated gate, their product | 4 F; 0 where computed again |
+
+    With Transformer Engine a norm is part of the linears after it: where the MLP is computed again,
+    so is the output of its norm, and 3 H are left.
+
+    Without a fused kernel the fp32 softmax, its copy in the model's dtype and a mask, too. Rows
+    that see a start before them have copies of its keys and values, in place of the stream's; so
+    have the two stretches of a rank of cp, of all keys before them. Of all else it has its share.
     """
     model, layout, size = work.student, work.layout, BYTES[work.student_dtype]
-    queries = query_width(model, layout.tp)
-    hidden = 4 * model.hidden_size / _sequence_shards(work)
+    queries = query_width(model, layout.tp) * (2 + model.qk_norm)
+    own_norm = layout.recompute_mlp and work.transformer_engine
+    hidden = (3 if own_norm else 4) * model.hidden_size / _sequence_shards(work)
     mlp = 0.0 if layout.recompute_mlp else _mlp_channels(work)
     keys = key_value_width(model, layout.tp)
-    repeated = stream.rows * (stream.before + stream.shared + stream.unshared)
-    kept = stream.tokens / layout.cp * (hidden + 2 * queries + mlp + keys) * size
-    if not accelerator.fused_attention or layout.cp > 1:
-        kept += repeated * keys * size  # rows see the shared start
+    seen = stream.rows * (stream.before + stream.shared + stream.unshared)
+    tokens = stream.tokens / layout.cp
+    kept = tokens * (hidden + queries + mlp + keys * model.qk_norm / 2) * size
     if accelerator.fused_attention:
-        return kept
+        if layout.cp > 1:  # an early and a late chunk of 2 cp
+            seen *= (2 * layout.cp + 1) / (2 * layout.cp)
+        return kept + (seen if layout.cp > 1 else max(seen, tokens)) * keys * size
+    kept += (tokens + seen) * keys * size
     return kept + _scores(model, stream, layout.tp) / layout.cp * (4 + size + 1)
 
 
@@ -222,19 +280,31 @@ def _head_weight(work: Work) -> float:
 
 
 def _loss(work: Work, predicted: float) -> float:
-    """Logits of both models in chunks, the head's gradient, and the embedding's beside it."""
+    """Logits of both models in chunks, hidden states and the head with their gradients.
+
+    A loss over the top k has besides the logits two copies in the model's dtype and two in fp32: of
+    all rows where tp shards the vocabulary, else of a few at once.
+    """
     layout, size = work.layout, BYTES[work.student_dtype]
     columns = padded_vocab_size(work.student.vocab_size, layout.tp) / layout.tp
     chunk = min(predicted, work.chunk_tokens)
     logits = chunk * columns * (size + work.needs_teacher * BYTES[work.teacher_dtype])
-    summed = 4 if predicted > work.chunk_tokens else size
-    gradient = columns * work.student.hidden_size * summed
-    tied = work.student.tied_embeddings and layout.pp == 1
-    return logits + gradient + tied * columns * work.student.hidden_size * size
+    if work.top_k:
+        at_once = chunk * columns if layout.tp > 1 else min(chunk * columns, _TOP_K_SCRATCH)
+        logits += at_once * (2 * size + 2 * 4) + chunk * work.top_k * _TOP_K_BYTES
+    states = 2 * predicted * work.student.hidden_size * size
+    return states + _head_gradient(work, predicted) + logits
 
 
-def _teacher_pass(work: Work) -> float:
-    """Nothing of the teacher's forward is left but its hidden states; its stream is as wide."""
-    stream = teacher_stream(work, work.tokens.max_new)
-    tokens = stream.tokens / work.layout.cp
-    return tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
+def _head_gradient(work: Work, predicted: float) -> float:
+    """The head's, whose sum over several chunks is in fp32."""
+    columns = padded_vocab_size(work.student.vocab_size, work.layout.tp) / work.layout.tp
+    size = 4 if predicted > work.chunk_tokens else BYTES[work.student_dtype]
+    return columns * work.student.hidden_size * size
+
+
+def _tied_gradients(work: Work, predicted: float) -> float:
+    """At the end of backward: a tied head's gradient, the embedding's and their sum."""
+    if not work.student.tied_embeddings or work.layout.pp > 1:
+        return 0.0
+    return _head_gradient(work, predicted) + 2 * _head_weight(work)

@@ -37,9 +37,9 @@ def outline(config: TrainConfig, settings: PlanConfig) -> tuple[Work, str]:
         inputs = open_inputs(config, config.parallel.num_ranks)
         models = inputs.student_config, inputs.teacher_config
         tokens = _rendered(config, settings, inputs)
-        return _work(config, settings, models, tokens), "models and prompts as they are"
+        return work_of(config, settings, models, tokens), "models and prompts as they are"
     models, where = model_shapes(config, settings.student_config, settings.teacher_config)
-    work = _work(config, settings, models, _given(config, settings))
+    work = work_of(config, settings, models, _given(config, settings))
     return work, f"shapes from {where}, lengths as given in plan"
 
 
@@ -164,12 +164,17 @@ def _tokens(
     )
 
 
-def _work(
+def work_of(
     config: TrainConfig,
     settings: PlanConfig,
     models: tuple[ModelConfig, ModelConfig],
     tokens: Tokens,
 ) -> Work:
+    """The work of a run of these models (student, teacher) and lengths.
+
+    Raises:
+        UserError: the layout does not fit the ranks or the batch.
+    """
     loss, evaluation = build_plug(config.loss), config.evaluation
     every, steps = evaluation.every_n_steps, config.trainer["max_steps"]
     trained = set(evaluation.controls) & set(TRAINED_CONTROLS)
@@ -188,6 +193,8 @@ def _work(
         max_batch_size=config.engine["max_batch_size"],
         packs_weights=bool(config.engine.get("pack")) and config.parallel.device in ("auto", "cpu"),
         chunk_tokens=config.loss["chunk_tokens"],
+        top_k=config.loss.get("k", 0),
+        transformer_engine=config.parallel.layer_spec == "te",
         steps=steps,
         evaluated=evaluation.num_questions * evaluation.samples_per_question,
         retained=evaluation.num_retention * evaluation.samples_per_question,

@@ -82,6 +82,8 @@ class Work:
     max_batch_size: int  # sequences decoded together
     packs_weights: bool
     chunk_tokens: int
+    top_k: int  # of the loss; 0: over the whole vocabulary
+    transformer_engine: bool
     steps: int
     evaluated: int  # test questions
     retained: int

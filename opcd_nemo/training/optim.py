@@ -70,6 +70,7 @@ class StudentOptimizer:
         model.megatron_config.no_sync_func = self.ddp.no_sync  # reduce after the last micro-batch
         model.megatron_config.grad_scale_func = self.optimizer.scale_loss
         model.megatron_config.finalize_model_grads_func = reduce_gradients
+        self.release_gradients()  # the first step samples before it trains, as every other
 
     def release_gradients(self) -> None:
         """Free the gradient buffers, 4 bytes a parameter, until `zero_grad` makes them anew."""
