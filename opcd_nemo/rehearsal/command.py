@@ -20,9 +20,10 @@ from opcd_nemo.launch.exits import EXIT_FAILURE
 from opcd_nemo.plan.outline import layout_of
 from opcd_nemo.rehearsal.compare import mismatches
 from opcd_nemo.rehearsal.devices import compiled_guard
+from opcd_nemo.rehearsal.planned import planned_bytes
 from opcd_nemo.rehearsal.rank import Task
-from opcd_nemo.rehearsal.report import rehearsal_report
-from opcd_nemo.rehearsal.shapes import read_rehearsal, shapes_of
+from opcd_nemo.rehearsal.report import fullest_gib, rehearsal_report
+from opcd_nemo.rehearsal.shapes import lengths_of, read_rehearsal, shapes_of
 from opcd_nemo.rehearsal.wheels import unpacked
 from opcd_nemo.training.inputs import check_stages
 
@@ -35,33 +36,47 @@ def rehearse(words: Sequence[str]) -> int:
     Raises:
         UserError: a key is wrong, or g++ or a package is missing.
     """
+    memory_gib = read_rehearsal(words)[2].memory_gib
+    results = []
+    for task, path in tasks_of(words):
+        result = play(task, path)
+        if result is None:
+            return EXIT_FAILURE
+        results.append(result)
+    found = mismatches(results)
+    logger.info("%s", rehearsal_report(results, memory_gib, found, planned_bytes(words)))
+    return EXIT_FAILURE if found or fullest_gib(results) > memory_gib else 0
+
+
+def tasks_of(words: Sequence[str]) -> list[tuple[Task, list[str]]]:
+    """What each rank that is played is told, and the folders before its installed packages.
+
+    Raises:
+        UserError: a key is wrong, or g++ or a package is missing.
+    """
     config, settings, accelerator = read_rehearsal(words)
     _check_run(config, settings)
     ranks = _ranks(settings, config.parallel)
     path = _path(settings)
     compiled_guard()
-    response = settings.response_tokens or config.rollout.sampling.max_new_tokens
-    results = []
-    for rank in ranks:
-        task = Task(
-            rank=rank,
-            world_size=config.parallel.num_ranks,
-            words=list(words),
-            layers=settings.layers,
-            lengths=(settings.prompt_tokens, settings.context_tokens, response),
-            tokens=settings.tokens,
-            gpu=accelerator.name,
-            memory_gib=accelerator.memory_gib,
-            per_node=accelerator.ranks_per_node,
-            with_te=settings.transformer_engine is not None,
+    return [
+        (
+            Task(
+                rank=rank,
+                world_size=config.parallel.num_ranks,
+                words=list(words),
+                layers=settings.layers,
+                lengths=lengths_of(config, settings),
+                tokens=settings.tokens,
+                gpu=accelerator.name,
+                memory_gib=accelerator.memory_gib,
+                per_node=accelerator.ranks_per_node,
+                with_te=settings.transformer_engine is not None,
+            ),
+            path,
         )
-        result = _play(task, path)
-        if result is None:
-            return EXIT_FAILURE
-        results.append(result)
-    found = mismatches(results)
-    logger.info("%s", rehearsal_report(results, accelerator.memory_gib, found))
-    return EXIT_FAILURE if found else 0
+        for rank in ranks
+    ]
 
 
 def _check_run(config: TrainConfig, settings: RehearseConfig) -> None:
@@ -117,7 +132,7 @@ def _path(settings: RehearseConfig) -> list[str]:
     return folders
 
 
-def _play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
+def play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
     """The result of a rank's process; None where it failed, which is said."""
     inherited = os.environ.get("PYTHONPATH", "")
     environment = os.environ | {

@@ -21,14 +21,23 @@ Event = dict[str, Any]
 def mismatches(results: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each group and each pair of ranks that would wait for ever.
 
+    And for each line of code that lets a collective go on and never waits for it: what it writes
+    may not be there yet when it is read, and what it reads may be overwritten.
+
     Args:
         results: of ranks of the same world, as `rank.py` writes them.
     """
-    found = []
+    found = list(_forgotten(results))
     for one, other in combinations(sorted(results, key=lambda result: result["rank"]), 2):
         lines = [*_of_groups(one, other), *_of_pair(one, other)]
         found += lines or list(_of_order(one, other))
     return found
+
+
+def _forgotten(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        for name, count in result["never_waited_for"].items():
+            yield f"rank {result['rank']} never waits for {count} x {name}"
 
 
 def _of_groups(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:

@@ -9,10 +9,8 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from opcd_nemo.rehearsal import devices
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
     from opcd_nemo.rehearsal.recorder import Recorder
     from opcd_nemo.rehearsal.tensors import Answers
     from opcd_nemo.training.step import Run
-    from opcd_nemo.types import Rollout
-
-_EOS, _PROMPT, _CONTEXT, _ANSWER = 2, 3, 7, 5  # token ids; only their number matters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +27,14 @@ class Task:
     """What a rank is told, as JSON.
 
     `words` compose the run's configuration. `layers` are those of each model; None: all.
-    `lengths` are the tokens of prompt, context and response, `tokens` those that are sampled.
+    `lengths` are those of `play.Lengths`, `tokens` those that are sampled.
     """
 
     rank: int
     world_size: int
     words: list[str]
     layers: int | None
-    lengths: tuple[int, int, int]
+    lengths: dict[str, int]
     tokens: int
     gpu: str
     memory_gib: float
@@ -79,39 +74,34 @@ def _rehearse(task: Task) -> dict[str, Any]:
     config, _, _ = read_rehearsal(task.words)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         facts = _play(task, config, recorder, answers)
-    return {**facts, **recorder.result(), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        **facts,
+        **recorder.result(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+    }
 
 
 def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers) -> dict[str, Any]:
-    """Build, sample, train two steps, save, resume, and train a third."""
+    """Build, train, sample, train, save, resume, and train a third step."""
     from opcd_nemo.distributed.groups import init_parallel
-    from opcd_nemo.rehearsal.shapes import shapes_of, unwritten
-    from opcd_nemo.training.build import build_run
-    from opcd_nemo.training.inputs import Inputs
+    from opcd_nemo.rehearsal import play
+    from opcd_nemo.rehearsal.shapes import shapes_of
     from opcd_nemo.training.step import learn
 
+    lengths = play.Lengths(**task.lengths)
     parallel = init_parallel(config.parallel, config.seed)
-    student, teacher = shapes_of(config, task.layers)
-    tokenizer: Any = SimpleNamespace(eos_ids=(_EOS,))
-    nothing: Any = SimpleNamespace(tokenizer=tokenizer)
-    inputs = Inputs(
-        student=unwritten(student),
-        student_config=student,
-        teacher=unwritten(teacher),
-        teacher_config=teacher,
-        task=nothing,
-        retention=nothing,
-        conversation=nothing,
-        samples_of=None,
-        prefix_ids=tuple(range(_CONTEXT, _CONTEXT + task.lengths[1])),
-    )
-    run = replace(build_run(config, inputs, parallel), watch=recorder)  # type: ignore[arg-type]
+    run = play.open_run(config, shapes_of(config, task.layers), parallel, lengths)
+    run = replace(run, watch=recorder)  # type: ignore[arg-type]
+    learn(run, play.rollouts(run, lengths), 0)  # what samples after it has the optimizer's moments
     with recorder.phase("rollout"):
-        _sample(task, run, config, answers)
-    for step in range(2):
-        learn(run, _rollouts(task, run), step)
+        rows = play.rows_together(run, config.engine["max_batch_size"])
+        answers.end_after(task.tokens * min(parallel.pp, rows), play.EOS)
+        play.sample(run, lengths, rows)
+        play.decode_the_last_token(run, lengths, rows)
+    learn(run, play.rollouts(run, lengths), 1)
     _save_and_resume(run, recorder)
-    learn(run, _rollouts(task, run), 2)
+    learn(run, play.rollouts(run, lengths), 2)
     return {
         "rank": parallel.rank,
         "place": {
@@ -120,50 +110,6 @@ def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers)
         },
         "layer_spec": parallel.layer_spec,
     }
-
-
-def _sample(task: Task, run: Run, config: TrainConfig, answers: Answers) -> None:
-    """Sample a few tokens with the cache of a whole answer, then let every row end."""
-    from opcd_nemo.types import Prompt
-
-    rows = min(config.engine["max_batch_size"], max(1, run.prompts_per_step // run.parallel.dp))
-    prompts = [
-        Prompt(token_ids=tuple(range(_PROMPT, _PROMPT + max(1, length))), index=row)
-        for row, length in enumerate(task.lengths[0] - row % 7 for row in range(rows))
-    ]
-    engine: Any = run.engines["student"]
-    engine.load_weights(0)
-    answers.end_after(task.tokens * min(run.parallel.pp, rows), _EOS)
-    engine.generate(prompts, run.sampling, seed=config.seed, step=0)
-    engine.release_weights()
-
-
-def _rollouts(task: Task, run: Run) -> Sequence[Rollout]:
-    """Two micro-batches of whole answers, of other lengths on other data-parallel ranks."""
-    from opcd_nemo.types import Rollout
-
-    prompt, context, response = task.lengths
-    read = tuple(range(_CONTEXT, _CONTEXT + context))
-    rollouts = []
-    for index in range(2 * run.micro_batch_size):
-        shorter = 97 * (index + run.parallel.dp_rank)
-        length = max(1, response - shorter % max(1, response // 4))
-        ids = tuple(range(_PROMPT, _PROMPT + max(1, prompt - 5 * index)))
-        rollouts.append(
-            Rollout(
-                uid=str(index),
-                question="",
-                episode_index=index,
-                turn_index=0,
-                prompt_ids=ids,
-                teacher_prompt_ids=(*read, *ids),
-                response_ids=(_ANSWER,) * length,
-                sampled_logprobs=(-1.0,) * length,
-                weights_version=0,
-                finish_reason="eos",
-            )
-        )
-    return rollouts
 
 
 def _save_and_resume(run: Run, recorder: Recorder) -> None:

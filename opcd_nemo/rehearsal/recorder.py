@@ -56,6 +56,8 @@ class Recorder(TorchDispatchMode):
         self.copies: dict[str, Counter[str]] = defaultdict(Counter)
         self.peaks: dict[str, int] = defaultdict(int)
         self.collectives: list[Collective] = []
+        self._going: dict[int, str] = {}
+        self._begun = 0
         self._live = 0
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
 
@@ -75,6 +77,7 @@ class Recorder(TorchDispatchMode):
             "copies": {phase: dict(count) for phase, count in self.copies.items()},
             "peak_bytes": dict(self.peaks),
             "collectives": [asdict(each) for each in self.collectives],
+            "never_waited_for": dict(Counter(self._going.values())),
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,6 +105,16 @@ class Recorder(TorchDispatchMode):
     def note(self, name: str, tensors: str = "", group: Any = None) -> None:
         """Note an exchange that is no operation of torch's, as of objects."""
         self._add(name, tensors, group or dist.group.WORLD, None)
+
+    def begin_wait(self, name: str) -> int:
+        """Note a collective that goes on in the background; the number is `end_wait`'s."""
+        self._begun += 1
+        self._going[self._begun] = f"{name} {site()}"
+        return self._begun
+
+    def end_wait(self, number: int) -> None:
+        """The rank waits for it."""
+        self._going.pop(number, None)
 
     def resized(self, storage: Any, size: int) -> None:
         """Follow `storage.resize_`, by which Megatron frees its gradient buffers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PHASES = ("build", "rollout", "teacher", "student", "optimizer", "save", "resume")
@@ -14,7 +14,10 @@ NOT_SHOWN = (
 
 
 def rehearsal_report(
-    results: Sequence[dict[str, Any]], memory_gib: float, mismatches: Sequence[str]
+    results: Sequence[dict[str, Any]],
+    memory_gib: float,
+    mismatches: Sequence[str],
+    planned: Mapping[str, float],
 ) -> str:
     """The whole text.
 
@@ -22,6 +25,7 @@ def rehearsal_report(
         results: of the ranks, as `rank.py` writes them.
         memory_gib: of a GPU.
         mismatches: lines of `compare.mismatches`.
+        planned: bytes of the fullest rank by phase, as `planned_bytes` gives them.
     """
     lines = ["peak GiB a phase, as the operations ask for them:"]
     lines.append(f"{'rank':>6} {'tp pp dp cp':>11}" + "".join(f"{name:>10}" for name in PHASES))
@@ -29,13 +33,17 @@ def rehearsal_report(
         place = " ".join(f"{result['place'][axis][0]:2}" for axis in ("tp", "pp", "dp", "cp"))
         peaks = "".join(f"{_gib(result['peak_bytes'].get(name, 0)):>10}" for name in PHASES)
         lines.append(f"{result['rank']:>6} {place:>11}{peaks}   {result['seconds']:.0f} s")
-    most = max(max(result["peak_bytes"].values()) for result in results) / _GIB
+    cells = "".join(f"{_gib(planned[name]) if name in planned else '-':>10}" for name in PHASES)
+    lines.append(f"{'opcd plan':>18}{cells}")
+    most = fullest_gib(results)
     lines.append(
         f"highest: {most:.2f} GiB of {memory_gib:g} GiB; layers: {results[0]['layer_spec']}"
     )
+    if most > memory_gib:
+        lines.append(f"DOES NOT FIT: {most - memory_gib:.2f} GiB more than a GPU has")
     lines += ["", *_counts(results[0]), ""]
     if mismatches:
-        lines += ["the ranks would wait for each other for ever:", *mismatches]
+        lines += ["the ranks would wait for each other for ever, or do not wait:", *mismatches]
     else:
         ranks = ", ".join(str(result["rank"]) for result in results)
         total = sum(len(result["collectives"]) for result in results)
@@ -43,7 +51,13 @@ def rehearsal_report(
     return "\n".join([*lines, NOT_SHOWN])
 
 
-def _gib(size: int) -> str:
+def fullest_gib(results: Sequence[dict[str, Any]]) -> float:
+    """The highest peak of all ranks and phases."""
+    most: int = max(max(result["peak_bytes"].values()) for result in results)
+    return most / _GIB
+
+
+def _gib(size: float) -> str:
     return f"{size / _GIB:.2f}"
 
 

@@ -1,41 +1,18 @@
-"""Models that no file holds: shapes by name or of a config.json, and weights without values."""
+"""What is played: the run, the GPU, and shapes of models by name or of a config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import torch
 
 from opcd_nemo.config.groups import split_settings
 from opcd_nemo.config.programs import RehearseConfig
 from opcd_nemo.config.train import TrainConfig, load_config
-from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
-from opcd_nemo.formats.stored_model import StoredModel
+from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import model_shapes
 from opcd_nemo.plan.planning import fill_missing
-
-
-class _Unwritten:
-    """Tensors of a model in bf16, made when they are read."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = tensor_shapes(config)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.bfloat16
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return torch.empty(self._shapes[name], dtype=torch.bfloat16)
 
 
 def read_rehearsal(words: Sequence[str]) -> tuple[TrainConfig, RehearseConfig, Accelerator]:
@@ -68,6 +45,10 @@ def shapes_of(config: TrainConfig, layers: int | None) -> tuple[ModelConfig, Mod
     return replace(student, num_layers=layers), replace(teacher, num_layers=layers)
 
 
-def unwritten(config: ModelConfig) -> StoredModel:
-    """A model of this shape that no file holds."""
-    return StoredModel(Path("rehearsed"), config, _Unwritten(config))
+def lengths_of(config: TrainConfig, settings: RehearseConfig) -> dict[str, int]:
+    """Tokens of a prompt, of the context before it and of an answer, as `play.Lengths`."""
+    return {
+        "prompt": settings.prompt_tokens,
+        "context": settings.context_tokens,
+        "response": settings.response_tokens or config.rollout.sampling.max_new_tokens,
+    }

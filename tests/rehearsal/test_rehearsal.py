@@ -53,7 +53,7 @@ def start(
         world_size=world,
         words=[*words, *(["rehearse.transformer_engine=2.16.1"] if path else [])],
         layers=2,
-        lengths=(24, 40, 48),
+        lengths={"prompt": 24, "context": 40, "response": 48},
         tokens=3,
         gpu="H100",
         memory_gib=80.0,
@@ -116,7 +116,10 @@ def test_a_token_waits_for_the_gpu_once_and_a_micro_batch_once(qwen: list[dict[s
 def test_ranks_of_a_pipeline_and_of_context_parallelism_meet(
     words: tuple[str, ...], ranks: tuple[int, ...]
 ) -> None:
-    assert mismatches([played((*QWEN, *words), rank, 16) for rank in ranks]) == []
+    results = [played((*QWEN, *words), rank, 16) for rank in ranks]
+    assert mismatches(results) == []
+    waits = [name for result in results for names in result["syncs"].values() for name in names]
+    assert not [name for name in waits if name.startswith("nonzero")]
 
 
 def test_transformer_engines_layers_train_and_resume(image: list[str]) -> None:
@@ -158,6 +161,14 @@ def test_a_collective_that_a_rank_leaves_out_is_named(qwen: list[dict[str, Any]]
     assert done.returncode == 0, done.stderr[-2000:]
     lines = mismatches([json.loads(done.stdout), qwen[1]])
     assert any("ranks 0 and 5 differ" in line and "clip_grads.py" in line for line in lines)
+
+
+def test_what_is_sent_and_never_waited_for_is_named() -> None:
+    done = start((*QWEN, *PIPELINE), 0, 16, fault="forgotten_wait")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = mismatches([json.loads(done.stdout)])
+    assert line.startswith("rank 0 never waits for ")
+    assert " x isend distributed/groups.py:" in line
 
 
 def test_tokens_that_need_a_buffer_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ PP, TP = "parallel.pipeline_model_parallel_size", "parallel.tensor_model_paralle
 @pytest.fixture(autouse=True)
 def nothing_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "compiled_guard", lambda: None)
-    monkeypatch.setattr(command, "_play", lambda *_: pytest.fail("a rank is played"))
+    monkeypatch.setattr(command, "play", lambda *_: pytest.fail("a rank is played"))
 
 
 @pytest.mark.parametrize(
@@ -64,10 +65,34 @@ def test_a_cache_that_is_no_folder_is_named(
 
 def test_a_rank_that_fails_ends_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[Any] = []
-    monkeypatch.setattr(command, "_play", lambda task, _: played.append(task))
+    monkeypatch.setattr(command, "play", lambda task, _: played.append(task))
     assert command.rehearse([RECIPE]) == 1
     (task,) = played
     assert (task.rank, task.layers, task.with_te) == (0, 2, False)
+
+
+@pytest.mark.parametrize(("gib", "code"), [(79, 0), (81, 1)])
+def test_a_rank_that_asks_for_more_than_a_gpu_has_ends_with_1(
+    gib: int, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = {
+        "rank": 0,
+        "place": dict.fromkeys(("tp", "pp", "dp", "cp"), (0, 1)),
+        "seconds": 1.0,
+        "layer_spec": "local",
+        "peak_bytes": {"student": gib * 2**30},
+        "launches": {},
+        "syncs": {},
+        "copies": {},
+        "collectives": [],
+        "never_waited_for": {},
+    }
+    monkeypatch.setattr(command, "play", lambda *_: result)
+    given = [RECIPE, "rehearse.ranks=[0]", "accelerator.memory_gib=80"]
+    assert command.rehearse(given) == code
+    (report,) = caplog.messages
+    assert ("DOES NOT FIT: 1.00 GiB more than a GPU has" in report) == bool(code)
+    assert re.search(r"opcd plan +- +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +- +-", report)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +109,8 @@ def test_how_a_rank_has_failed_is_said(
     ended = subprocess.CompletedProcess([], code, stdout="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     task = command.Task(
-        rank=3, world_size=4, words=[], layers=2, lengths=(1, 1, 1), tokens=1, gpu="a",
+        rank=3, world_size=4, words=[], layers=2, lengths={}, tokens=1, gpu="a",
         memory_gib=80.0, per_node=8, with_te=False,
     )  # fmt: skip
-    assert command._play(task, []) is None
+    assert command.play(task, []) is None
     assert caplog.messages == [words]

@@ -17,7 +17,8 @@ def event(name: str, tensors: str = "(4,) float32", **changes: Any) -> dict[str,
 
 
 def ranks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"rank": 0, "collectives": first}, {"rank": 1, "collectives": second}]
+    both = {"never_waited_for": {}}
+    return [{"rank": 0, "collectives": first, **both}, {"rank": 1, "collectives": second, **both}]
 
 
 def send(peer: int, group: str = "3") -> dict[str, Any]:
@@ -32,6 +33,12 @@ def test_the_same_collectives_in_the_same_order_meet() -> None:
     events = [event("allreduce_"), event("broadcast_")]
     alone = event("allgather_", ranks=[0, 2], group="4")
     assert mismatches(ranks([*events, alone], events)) == []
+
+
+def test_what_goes_on_and_is_never_waited_for_is_named() -> None:
+    results = ranks([], [])
+    results[1]["never_waited_for"] = {"isend groups.py:7": 2}
+    assert mismatches(results) == ["rank 1 never waits for 2 x isend groups.py:7"]
 
 
 @pytest.mark.parametrize(
