@@ -56,6 +56,7 @@ opcd_settings() {
   OPCD_MAX_RESTARTS=${OPCD_MAX_RESTARTS:-10}
   OPCD_HEARTBEAT_TIMEOUT_S=${OPCD_HEARTBEAT_TIMEOUT_S:-3600}
   OPCD_REQUEUE_AFTER_S=${OPCD_REQUEUE_AFTER_S:-120}
+  OPCD_REHEARSE=${OPCD_REHEARSE:-0}
   OPCD_MIN_FREE_GIB=${OPCD_MIN_FREE_GIB:-8}
   OPCD_MAX_CLOCK_SKEW_S=${OPCD_MAX_CLOCK_SKEW_S:-5}
   OPCD_PROBE_MIB=${OPCD_PROBE_MIB:-256}
@@ -72,6 +73,8 @@ opcd_settings() {
   done
   [[ $OPCD_MIN_GBPS =~ ^[0-9]+(\.[0-9]+)?$ ]] || opcd_refuse "OPCD_MIN_GBPS=$OPCD_MIN_GBPS:" \
     "allowed: a number, as 20 or 0.5"
+  [[ $OPCD_REHEARSE == 0 || ${DRY_RUN:-0} == 1 ]] || opcd_refuse "OPCD_REHEARSE=$OPCD_REHEARSE:" \
+    "allowed: 0, or 1 with DRY_RUN=1"
   opcd_check_number OPCD_NODES "$nodes"
   opcd_check_number OPCD_GPUS_PER_NODE "$gpus"
   opcd_check_number OPCD_RANKS_PER_NODE "$ranks"
@@ -250,7 +253,22 @@ opcd_dry_run() { # CONFIG
   mapfile -t names < <(seq -f 'node%g' 1 "$nodes")
   opcd_step "${names[@]}"
   printf '%q ' "${step[@]}" && echo
-  opcd_compose "$1"
+  opcd_compose "$1" && opcd_rehearse "$1"
+}
+
+# two layers of each model go through whole steps on GPUs that do not exist, on this machine
+opcd_rehearse() { # CONFIG
+  local python=$OPCD_PYTHON
+  [[ $OPCD_REHEARSE == 1 ]] || return 0
+  if [[ $1 != train || -n ${OPCD_STAGE_COMMAND:-} ]]; then
+    echo "# only a training run is rehearsed"
+  elif [[ -n $OPCD_IMAGE ]] && ! python=$(opcd_host_python); then
+    echo "# no Python of this machine has the project (OPCD_PYTHON_HOST): the run is not rehearsed" >&2
+  elif ! command -v g++ >/dev/null; then
+    echo "# g++ is not there: the run is not rehearsed" >&2
+  else
+    (cd "$OPCD_ROOT" && exec "$python" -m opcd_nemo.cli rehearse "${overrides[@]}")
+  fi
 }
 
 # the composed and checked configuration, where a Python for it is here

@@ -30,12 +30,16 @@ DATA = ["task.train=medmcqa/train.parquet", "task.test=medmcqa/validation.parque
 
 
 def front_door(
-    folder: Path, programs: dict[str, str], *arguments: str, **environment: str
+    folder: Path,
+    programs: dict[str, str],
+    *arguments: str,
+    without: tuple[str, ...] = (),
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script by hand in `folder`, beside programs of which these are the bodies."""
     (folder / "bin").mkdir()
     for program in Path("/usr/bin").iterdir():  # where a Slurm may be installed, too
-        if program.name not in SLURM:
+        if program.name not in (*SLURM, *without):
             (folder / "bin" / program.name).symlink_to(program)
     for name, body in programs.items():
         program = folder / "bin" / name
@@ -99,6 +103,35 @@ def test_a_dry_run_needs_no_slurm(tmp_path: Path, programs: dict[str, str]) -> N
     assert step.startswith("srun --nodes=1 --ntasks=1")
     assert "  lr: 3.0e-06" in configuration
     assert only_line(shown).startswith("# no Slurm answers: partition, account and size are not")
+
+
+@pytest.mark.parametrize(
+    ("without", "environment", "said"),
+    [
+        ((), {"OPCD_REHEARSE": "1"}, f"-m opcd_nemo.cli rehearse recipe={RECIPE} name={RECIPE}"),
+        (("g++",), {"OPCD_REHEARSE": "1"}, "# g++ is not there: the run is not rehearsed"),
+        ((), {"OPCD_REHEARSE": "0"}, None),
+    ],
+)
+def test_a_dry_run_rehearses_where_it_is_asked_to(
+    tmp_path: Path, without: tuple[str, ...], environment: dict[str, str], said: str | None
+) -> None:
+    programs = {"python": 'echo "ran $*"', "g++": "true"}
+    settings = {"OPCD_PYTHON": "python", "DRY_RUN": "1", **environment}
+    if "g++" in without:
+        del programs["g++"]
+    shown = front_door(tmp_path, programs, *DATA, without=without, **settings)
+    assert shown.returncode == 0, shown.stderr
+    lines = (shown.stdout + shown.stderr).splitlines()
+    told = [line for line in lines if line.startswith(("ran -m opcd_nemo.cli", "# g++"))]
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+
+
+def test_a_rehearsal_without_a_dry_run_is_refused(tmp_path: Path) -> None:
+    refused = front_door(tmp_path, SLURM, *DATA, OPCD_REHEARSE="1")
+    assert refused.returncode == 2
+    assert only_line(refused) == "error: OPCD_REHEARSE=1: allowed: 0, or 1 with DRY_RUN=1"
 
 
 def test_without_a_slurm_nothing_is_queued(tmp_path: Path) -> None:
