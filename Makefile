@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
 	test-rehearsal test-lanes vllm test-vllm check format golden crash-test pipeline-crash-test cluster-test image-test report-test \
 	wheel-test clean \
-	bench-rollout kernels-aot bench-kernels test-gpu bench-gpu mutation-test
+	bench-rollout kernels-aot bench-kernels test-gpu gpu-wheels rehearsal bench-gpu mutation-test
 
 LAYOUT ?= dp2
 TASK ?= brevity
@@ -39,6 +39,8 @@ MUTATION_TESTS := $(addprefix tests/unit/,checkpoint/test_newest.py cli/test_ref
 	storage $(addprefix training/test_,batches.py digests.py prepared.py) \
 	$(addprefix tasks/test_,tasks.py maths.py quantities.py draws.py choices.py rows.py))
 WHEEL := $(CURDIR)/build/wheel-test
+GPU_WHEELS := build/gpu-wheels
+MANYLINUX := _2_28 _2_27 _2_24 _2_17 2014
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -77,6 +79,9 @@ test-recipes-f-to-z: $(DEV)
 test-rehearsal: $(DEV)
 	$(PYTEST) tests/rehearsal
 
+rehearsal: $(DEV) ## every recipe for H100s, both layer specs, on fake GPUs against the plan (2 hours; goes on where it stopped)
+	$(BIN)/python -m tests.rehearsal.matrix
+
 test-lanes: ## on Python 3.12 (6 GB): all of `test`, then models and training with newer megatron-cores
 	$(MAKE) --no-print-directory VENV=.venv-3.12 PYTHON3=$(PYTHON312) test
 	$(MAKE) --no-print-directory VENV=.venv-3.12 PYTHON3=$(PYTHON312) $(CORES:%=test-core-%)
@@ -91,7 +96,7 @@ check: $(DEV) ## lint, format, types, import floors, duplicates, shell scripts, 
 	$(BIN)/lint-imports
 	$(BIN)/pylint --score=no --disable=all --enable=duplicate-code --min-similarity-lines=8 \
 		opcd_nemo kernels/opcd_kernels recipes/*.py
-	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* .ci/run
+	$(BIN)/shellcheck --external-sources slurm/*.sh tests/cluster/*.sh tests/cluster/bin/* tests/gpu/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
 docs: $(DEV) ## write docs/configuration.md from the dataclasses that check the configuration, and draw docs/method.svg
@@ -112,8 +117,19 @@ bench-kernels: $(DEV) ## time and memory of the ops on this CPU, appended to ker
 	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_divergence.py
 	OMP_NUM_THREADS=1 $(BIN)/python kernels/bench/bench_linear_divergence.py
 
-test-gpu: $(DEV) ## what only a GPU can prove (never run yet)
-	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py -v
+# nothing is installed for it: see tests/gpu/run.sh
+test-gpu: ## what only a GPU can prove, in 8 minutes, with the wheels of gpu-wheels (never run yet)
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tests/gpu/run.sh
+
+gpu-wheels: $(DEV) ## what test-gpu carries to a machine without a network (26 MiB); what fake GPUs say of its step
+	rm -rf $(GPU_WHEELS)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(MANYLINUX:%=--platform manylinux%_x86_64) --dest $(GPU_WHEELS) \
+		--requirement tests/gpu/wheels.txt --constraint <(grep -v '^megatron-core==' constraints.txt)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(GPU_WHEELS) \
+		--constraint constraints.txt antlr4-python3-runtime # omegaconf's; it has no wheel
+	test "$$(du -sm $(GPU_WHEELS) | cut -f1)" -lt 60
+	$(BIN)/python -m tests.gpu.steps rehearse
 
 bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_divergence.py --device cuda --rows 2048 --columns 151936

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=49152)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for op in options.ops:
@@ -53,7 +54,7 @@ def main() -> None:
                 providers=_providers(op, student, second),
                 repeats=options.repeats,
             )
-            report(rows, TABLE)
+            report(rows, options.table)
 
 
 def _inputs(

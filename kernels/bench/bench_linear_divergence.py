@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for dtype in (torch.float32, torch.bfloat16):
@@ -46,7 +47,7 @@ def main() -> None:
             providers=_providers(heads),
             repeats=options.repeats,
         )
-        report(rows, TABLE)
+        report(rows, options.table)
 
 
 def _providers(heads: list[Tensor]) -> dict[str, Callable[[], Callable[[], object]]]:

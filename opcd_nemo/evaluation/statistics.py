@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 _Array = NDArray[np.float64]
 _NUM_RESAMPLES = 10_000
@@ -266,7 +266,7 @@ def _effective(spread: _Spread, within: tuple[float, float]) -> tuple[float, flo
 def _by_score(spread: _Spread, within: tuple[float, float], confidence: float) -> Estimate:
     """Wilson's interval (1927) of a share of the range, with Student's t."""
     share, count = _effective(spread, within)
-    t2 = float(stats.t.ppf((1 + confidence) / 2, spread.freedom)) ** 2
+    t2 = float(_students_t().ppf((1 + confidence) / 2, spread.freedom)) ** 2
     centre = (share + t2 / (2 * count)) / (1 + t2 / count)
     half = math.sqrt(t2 * (share * (1 - share) / count + t2 / (4 * count**2))) / (1 + t2 / count)
     ends = (max(0.0, centre - half), min(1.0, centre + half))  # against rounding alone
@@ -278,11 +278,18 @@ def _score_p(spread: _Spread, within: tuple[float, float]) -> float:
     """Of the test that the middle of the range is the truth: 0, of a difference."""
     share, count = _effective(spread, within)
     distance = abs(share - 0.5) * 2 * math.sqrt(count)
-    return float(2 * stats.t.sf(distance, spread.freedom))
+    return float(2 * _students_t().sf(distance, spread.freedom))
+
+
+def _students_t() -> Any:
+    """scipy's; it is imported here, for no rank of a training run should wait for it."""
+    from scipy import stats
+
+    return stats.t
 
 
 def _by_t(mean: float, error: float, freedom: int, confidence: float) -> Estimate:
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * float(error)
+    half = float(_students_t().ppf((1 + confidence) / 2, freedom)) * float(error)
     return Estimate(value=float(mean), low=float(mean) - half, high=float(mean) + half)
 
 

@@ -12,7 +12,6 @@ collect_ignore_glob = ["test_*.py"] if INTERPRETING else ["interpreter/*"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: real widths and compilers, `-m slow` runs them")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
