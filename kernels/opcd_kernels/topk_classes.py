@@ -23,6 +23,7 @@ from opcd_kernels.shards import gather_parts
 Tail = Literal["bucket", "renorm", "drop", "stop_gradient"]
 
 _SCRATCH_ELEMENTS = 1 << 20
+_GPU_SCRATCH = 1 << 25  # fewer, and a chunk at the vocabulary's width is thousands of launches
 _CPU_ROWS, _GPU_ROWS = 64, 1024
 
 
@@ -98,7 +99,7 @@ def _rows_at_once(plan: TopKPlan, *, on_gpu: bool) -> int:
     """Rows of an all-gather: under a group the same on ranks whose shards differ in width."""
     if plan.group is not None:
         return _GPU_ROWS if on_gpu else _CPU_ROWS
-    return max(1, _SCRATCH_ELEMENTS // max(1, plan.width))
+    return max(1, (_GPU_SCRATCH if on_gpu else _SCRATCH_ELEMENTS) // max(1, plan.width))
 
 
 def _offer(first_RV: Tensor, second_RV: Tensor, plan: TopKPlan) -> _Offers:
