@@ -14,6 +14,7 @@ from opcd_nemo.config.renamed import present_model
 from opcd_nemo.errors import UserError
 from opcd_nemo.storage.hub import fetch_model, parse_address
 from opcd_nemo.storage.plain_file import is_there, read_bounded
+from opcd_nemo.storage.records import unrepeated
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 GAME_MODEL = "game-notes"
@@ -107,7 +108,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: The text holds something else.
+        UserError: The text holds something else, or a key twice in an object.
     """
     signs = "[{," if isinstance(text, str) else (b"[", b"{", b",")
     items = sum(map(text.count, signs))  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
             where, allowed=f"at most {limits.JSON_ITEMS} items", problem=f"has {items} items"
         )
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unrepeated)
     except (ValueError, RecursionError) as error:
         raise UserError(
             where, allowed="a JSON object", problem=f"cannot be read ({error})"
