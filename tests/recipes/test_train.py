@@ -23,6 +23,11 @@ SUMMARY_KEYS = (
 ).split()
 
 
+CONTROLS = (
+    "evaluation.controls=[wrong_context,context_returned,trained_wrong_context]"  # a second run
+)
+
+
 @contextmanager
 def addresses() -> Iterator[set[str]]:
     """The addresses on which what this process has started listens, meanwhile."""
@@ -51,7 +56,9 @@ def runs(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder = tmp_path_factory.mktemp("runs")
 
     def run(layout: str) -> Path:
-        command = ("recipe=demo_brevity", f"parallel={layout}", f"exp_manager.exp_dir={folder}")
+        command = ["recipe=demo_brevity", f"parallel={layout}", f"exp_manager.exp_dir={folder}"]
+        if layout == "dp2":
+            command.append(CONTROLS)
         done = train(*command, fresh=layout == "dp2")
         assert done.returncode == 0, done.stderr
         for words in ("device cpu", "in-context gap before training", "after training"):
@@ -75,8 +82,43 @@ def test_run_leaves_every_file(runs: dict[str, Path], layout: str) -> None:
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "samples.md").read_text().startswith("# Samples")
+    assert "`report.html`" in (folder / "README.md").read_text()
+    tokens = json.loads((folder / "tokens.json").read_text())
+    assert [len(tokens[when]) for when in ("before", "after", "now")] == [2, 2, 2]
+    assert "Token by token" in (folder / "report.html").read_text()
+    assert set(summary["controls"]) == {"wrong_context", "context_returned"}
+    assert summary["evaluation"]["student"]["task"]["intervals"]["score"]["high"] is not None
+    assert summary["forecast"]["came"] == summary["student"]
+    assert summary["trained_on"]["answers"] == 8
+    assert f"parallel={layout}" in summary["command"]
     assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 2
     assert (folder / "checkpoints" / "step=2.ckpt" / ".metadata").is_file()
+
+
+def test_a_control_that_is_trained_is_a_run_in_the_folder_of_the_run(
+    runs: dict[str, Path],
+) -> None:
+    folder = runs["dp2"]
+    summary = json.loads((folder / "summary.json").read_text())
+    control = json.loads((folder / "trained_wrong_context" / "summary.json").read_text())
+    row = summary["trained_controls"]["trained_wrong_context"]
+    assert row["task"] == control["evaluation"]["student"]["task"]
+    assert control["context_hash"] != summary["context_hash"]
+    assert control["controls"] == {}
+    assert "trained by a teacher with a wrong context" in (folder / "report.html").read_text()
+
+
+def test_layouts_agree_on_what_a_token_costs(runs: dict[str, Path]) -> None:
+    costs = {
+        layout: [
+            token["kl"]
+            for answer in json.loads((folder / "tokens.json").read_text())["before"]
+            for token in answer["tokens"]
+        ]
+        for layout, folder in runs.items()
+    }
+    for layout in LAYOUTS:
+        assert costs[layout] == pytest.approx(costs["dp2"], abs=2e-4)
 
 
 def test_layouts_agree_on_the_first_loss(runs: dict[str, Path]) -> None:
