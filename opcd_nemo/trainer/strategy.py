@@ -116,6 +116,9 @@ class MegatronStrategy(DDPStrategy):
         state.pipeline_model_parallel_group = parallel.pp_group
         state.data_parallel_group = parallel.dp_group
 
+    def _configure_launcher(self) -> None:
+        """Nothing: no rank is Lightning's to start; a launcher of its would refuse a notebook."""
+
     def configure_ddp(self) -> None:
         """Nothing: Megatron's own data parallelism wraps the student."""
 

@@ -15,9 +15,12 @@ import random
 import signal
 import sys
 
+from lightning.pytorch.trainer.connectors import accelerator_connector
+
 from opcd_nemo import distill, load_model
 from opcd_nemo.errors import UserError
 
+accelerator_connector._IS_INTERACTIVE = True  # what Lightning finds in a notebook
 student, runs, *settings = sys.argv[1:]
 questions = [f"What is thing {number}?" for number in range(12)]
 
