@@ -217,7 +217,7 @@ class PackedAttention:
     def attend(
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
-        """Attention output [T, A, D]; the stream's padding gets zeros, on a GPU its own."""
+        """Attention output [T, A, D]; the stream's padding gets zeros, on a GPU some values."""
         packing = self._packing
         shared = packing.prefix_tokens
         if self._record is not None:

@@ -88,7 +88,7 @@ class _Piece:
     is_padding: bool
 
     def of_keys(self, shared: tuple[range, ...]) -> Piece:
-        """The same by the keys that it sees; `shared` are those of the shared prefix."""
+        """The same by the keys that it sees; `shared` are the keys of the shared prefix."""
         before = shared if self.is_row and not self.is_padding else ()
         return Piece(
             queries=self.queries.stop - self.queries.start,
@@ -137,7 +137,7 @@ class SplitAttention:
     ) -> torch.Tensor:
         """Attention output [T, A, D] of this rank's tokens.
 
-        The stream's padding gets zeros, on a GPU its own.
+        The stream's padding gets zeros, on a GPU some values.
         """
         mine = torch.stack((k_TGD, v_TGD), dim=1)
         k_TGD, v_TGD = self._share.in_order(self._gather(mine)).unbind(1)

@@ -1,4 +1,4 @@
-"""Causal attention of adjacent queries over keys of their own, for every device.
+"""Causal attention of adjacent queries over each piece's keys, for every device.
 
 `attend_pieces` takes a whole stream: every piece of it is some adjacent queries of a sequence, and
 the last of them sees the last of the piece's keys. A GPU does all pieces in one launch, forward and
@@ -68,7 +68,7 @@ def causal_attention(
 class Piece:
     """Adjacent queries, and the stretches of the stream whose keys they see, in order.
 
-    `sees_held`: before those, the keys that are held from before the stream.
+    `sees_held`: whether the piece first sees the keys that are held from before the stream.
     """
 
     queries: int
@@ -78,7 +78,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces whose queries are a whole stream, or a rank's share of one, in order."""
+    """Pieces whose queries are a whole stream, or a rank's share of a stream, in order."""
 
     pieces: tuple[Piece, ...]
     held: int

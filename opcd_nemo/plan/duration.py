@@ -33,7 +33,7 @@ _OPTIMIZER_BYTES = 30  # a parameter: gradient read, master and moments read and
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
-    """Seconds by phase of one step, and of what surrounds the steps."""
+    """Seconds by phase of a step, and of the work before and after the steps."""
 
     step: dict[str, float]
     evaluations: float
@@ -137,7 +137,7 @@ def teacher_seconds(work: Work, accelerator: Accelerator) -> tuple[float, float]
     scores = stream.rows * work.tokens.response * width
     exchange += 2 * (layout.cp - 1) / layout.cp * scores / accelerator.link(layout.tp * layout.cp)
     seconds = flops / accelerator.flops(work.teacher_dtype, accelerator.prefill_share)
-    # every micro-batch goes through all stages before the next one is asked for
+    # every micro-batch goes through all stages before the next micro-batch starts
     return layout.pp * seconds, work.num_microbatches * layout.pp * exchange
 
 

@@ -26,7 +26,7 @@ from opcd_nemo.plan.work import (
 )
 
 GIB = 2**30
-_SAMPLING_BYTES = 28  # a vocabulary entry: fp32 logits, kept ones, probabilities; fp64 sum, copies
+_SAMPLING_BYTES = 28  # a vocabulary entry: fp32 logits (twice), probabilities; fp64 sum, copies
 _TOP_K_SCRATCH = 1 << 25  # entries of a whole vocabulary's rows at once, on a GPU
 _TOP_K_BYTES = 120  # a chosen entry: values, indices and gradients of both models
 _TRANSIENT = ("activations", "logits chunk", "sampling", "teacher's hidden states")
@@ -127,7 +127,7 @@ def _rollout(work: Work, accelerator: Accelerator) -> dict[str, float]:
 
 
 def _evaluation(work: Work, accelerator: Accelerator) -> dict[str, float]:
-    """The fuller of student without and teacher with context, with the longest answers asked."""
+    """The fuller of student without and teacher with context, for the longest answers."""
     rows = -(-work.evaluated // work.layout.dp)
     longest = max(work.tokens.max_new, work.tokens.retention_max_new)
     both = (
@@ -188,9 +188,9 @@ def _scores(model: ModelConfig, stream: Stream, tp: int) -> float:
 
 
 def _scores_held(work: Work) -> dict[str, float]:
-    """What the teacher says of all response tokens: they wait for the student."""
+    """The teacher's scores of all response tokens, which wait for the student."""
     predicted = _predicted(work)
-    whole = work.layout.cp if work.layout.cp > 1 else 0  # of one, before a rank takes its own
+    whole = work.layout.cp if work.layout.cp > 1 else 0  # of a micro-batch, before a rank's part
     tokens = (work.num_microbatches + whole) * predicted
     size = tokens * work.teacher.hidden_size * BYTES[work.teacher_dtype]
     return {"teacher's hidden states": work.needs_teacher * size}

@@ -109,7 +109,7 @@ def layouts(work: Work) -> Iterator[Layout]:
 
 
 def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
-    """The best layouts first: those that fit by the time of a step, then the others by memory."""
+    """The best layouts first: layouts that fit by the time of a step, then the rest by memory."""
     rows = []
     for layout in layouts(work):
         placed = work.on(layout)

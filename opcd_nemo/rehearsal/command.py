@@ -133,7 +133,7 @@ def _path(settings: RehearseConfig) -> list[str]:
 
 
 def play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
-    """The result of a rank's process; None where it failed, which is said."""
+    """The result of a rank's process; None after a failure, which is shown."""
     inherited = os.environ.get("PYTHONPATH", "")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (*path, inherited))),

@@ -54,7 +54,7 @@ def _of_groups(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_order(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
-    """The first place where two ranks, alike in every group, are in different ones."""
+    """The first position at which two ranks, alike in every group, are in different groups."""
     for mine, its in zip(_shared(one, other["rank"]), _shared(other, one["rank"]), strict=True):
         if mine["group"] != its["group"]:
             yield (

@@ -35,7 +35,7 @@ def compiled_guard() -> Path:
     """`fake_cuda` as a module of this Python and this torch, compiled where it is not yet.
 
     Raises:
-        UserError: g++ is not installed, or does not compile it, or there is no place for it.
+        UserError: g++ is not installed or cannot compile the library, or no folder can hold it.
     """
     spec = importlib.util.find_spec("torch")
     assert spec is not None
