@@ -40,6 +40,21 @@ def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
     )
 
 
+def last_devices(count: int) -> str:
+    """The GPUs that this machine's ranks leave, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+    ranks = environment_number("LOCAL_WORLD_SIZE", 1, least=1)
+    if len(devices) < ranks + count:
+        problem = f"this machine has {len(devices)} GPUs and {ranks} ranks"
+        raise UserError("engine.gpus", count, "as many as the ranks leave", problem=problem)
+    return ",".join(devices[-count:])
+
+
 def _check_processors(ranks: int) -> None:
     """Refuse so many ranks that a machine would only switch between them."""
     processors = os.cpu_count() or 1

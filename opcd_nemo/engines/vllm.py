@@ -27,13 +27,15 @@ from opcd_nemo.engines.megatron import BatchSize
 from opcd_nemo.engines.vllm_launch import Launched, find_python
 from opcd_nemo.engines.vllm_server import Refused, Server, ServerLost
 from opcd_nemo.engines.vllm_settings import (
+    Gpus,
     Restarts,
     Seconds,
     StartSeconds,
     check_settings,
     describe,
+    first_of_machine,
 )
-from opcd_nemo.engines.vllm_site import Site, hold
+from opcd_nemo.engines.vllm_site import Site, hold, users_of
 from opcd_nemo.engines.vllm_weights import check_room, names_of, write_stage
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.model.language_model import LanguageModel
@@ -62,6 +64,7 @@ class VllmEngine:
         launch: bool,
         python: str | None,
         flags: list[str],
+        gpus: Gpus,
         folder: str,
         colocated: bool,
         max_batch_size: BatchSize,
@@ -75,10 +78,11 @@ class VllmEngine:
             model: whose present weights are used.
             eos_ids: token ids that end a response.
             urls: servers, as http://host:port or unix:/path; those that serve `model` are used.
-            launch: start a server on this machine, and end it with the run.
+            launch: start a server on each machine of the run, and end it with the run.
             python: of the environment with vLLM, with `launch`; null: that of `make vllm`, else
                 the run's.
             flags: further words for the server, with `launch`.
+            gpus: of a machine, for its server alone, with `launch`.
             folder: where weights are written for the servers to read; in memory if it can be.
             colocated: servers share the run's GPUs, and sleep while it trains.
             max_batch_size: answers that a rank asks for together.
@@ -88,6 +92,7 @@ class VllmEngine:
         """
         self._model, self._eos, self._parallel = model, sorted(eos_ids), model.parallel
         self._urls, self._launch, self._python, self._flags = urls, launch, python, flags
+        self._gpus = gpus
         self._root, self._colocated, self._width = Path(folder), colocated, max_batch_size
         self._timeout_s, self._start_s = timeout_s, start_timeout_s
         self._max_restarts = max_restarts
@@ -188,11 +193,13 @@ class VllmEngine:
     def _meet(self) -> None:
         """Find or start the servers, and say which replica writes for which. Collective."""
         names = self._on_all(lambda: (os.getpid(), secrets.token_hex(4)))
+        rank, first = self._parallel.rank, first_of_machine(self._parallel) if self._launch else 0
         shape = self._model.config
-        self._folder = self._root / f"opcd-{names[0][0]}-{shape.num_layers}x{shape.hidden_size}"
+        self._folder = self._root / f"opcd-{names[first][0]}-{shape.num_layers}x{shape.hidden_size}"
         self._token = names[0][1]
-        rank = self._parallel.rank
-        urls, self._with_head = self._on_all(lambda: self._open() if rank == 0 else ([], False))[0]
+        opened = self._on_all(lambda: self._open() if rank == first else ([], False))
+        urls = [url for each, _ in opened for url in each]
+        self._with_head = any(with_head for _, with_head in opened)
         users = users_of(len(urls), self._parallel.dp)
         self._writers = [each[0] for each in users]
         if self._speaks:
@@ -202,7 +209,7 @@ class VllmEngine:
         self._on_all(lambda: self._open_sites(mine))
 
     def _open(self) -> tuple[list[str], bool]:
-        """On rank 0: this model's servers, for this run alone; whether some have a head to fill."""
+        """On a first rank: this model's servers, for this run; whether some have a head to fill."""
         fresh = not self._folder.exists()  # else a teacher's engine shares the student's servers
         self._folder.mkdir(mode=0o700, exist_ok=True)
         urls = self._urls
@@ -229,7 +236,8 @@ class VllmEngine:
 
     def _launched(self) -> Launched:
         python = find_python(self._python)
-        return Launched(self._folder, self._model, python, width=self._width, flags=self._flags)
+        settings = {"width": self._width, "gpus": self._gpus, "sleeps": self._colocated}
+        return Launched(self._folder, self._model, python, **settings, flags=self._flags)
 
     def _open_sites(self, urls: Mapping[int, str]) -> None:
         for index, url in urls.items():
@@ -388,11 +396,3 @@ class Speaker:
     ) -> list[Sample]:
         """As `VllmEngine.sample`."""
         return self._engine.sample(prompts, sampling, seed=seed, step=step)
-
-
-def users_of(num_servers: int, dp: int) -> list[list[int]]:
-    """The data-parallel ranks that use each server: blocks of both, as nodes have them."""
-    return [
-        [r for r in range(dp) if i * dp < (r + 1) * num_servers and r * num_servers < (i + 1) * dp]
-        for i in range(num_servers)
-    ]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from opcd_nemo.distributed.devices import last_devices
 from opcd_nemo.engines.keeper import ENDED, start_keeper
 from opcd_nemo.engines.vllm_server import VERSIONS, Server, ServerLost
 from opcd_nemo.errors import UserError
@@ -59,7 +60,15 @@ class Launched:
     """The server of a run's folder, listening at a socket file that this user alone can open."""
 
     def __init__(
-        self, folder: Path, model: LanguageModel, python: str, *, width: int, flags: Sequence[str]
+        self,
+        folder: Path,
+        model: LanguageModel,
+        python: str,
+        *,
+        width: int,
+        gpus: int,
+        sleeps: bool,
+        flags: Sequence[str],
     ) -> None:
         """Starts nothing yet.
 
@@ -68,13 +77,15 @@ class Launched:
             model: what is served.
             python: of an environment with vLLM.
             width: answers that are generated together.
+            gpus: of this machine, for the server alone; 0: those of the ranks.
+            sleeps: while the ranks use its GPUs.
             flags: further words of vLLM's, after the words of this module.
         """
-        self._folder, self._python = folder, python
+        self._folder, self._python, self._gpus = folder, python, gpus
         self._on_cpu = model.parallel.device.type == "cpu"
         self.socket = folder / "vllm.sock"
         self.log = Path(tempfile.gettempdir()) / f"opcd-vllm-{folder.name}.log"
-        self._words = [*server_words(model, width, on_cpu=self._on_cpu), *flags]
+        self._words = [*server_words(model, width, gpus=gpus, sleeps=sleeps), *flags]
         config = hf_config(model.config, model.dtype)
         if self._on_cpu:  # a tied head would keep its old weights in vLLM: docs/engines.md
             config["tie_word_embeddings"] = False
@@ -89,6 +100,7 @@ class Launched:
 
         Raises:
             ServerLost: it has ended, or is not ready after so long.
+            UserError: this machine has too few GPUs.
         """
         self._end()
         self.socket.unlink(missing_ok=True)
@@ -96,6 +108,8 @@ class Launched:
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_IT}
         environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_DO_NOT_TRACK": "1"}
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = last_devices(self._gpus)
         if self._on_cpu:
             threads = str(torch.get_num_threads())
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
@@ -169,9 +183,9 @@ def has_ended(pid: int) -> bool:
     return True
 
 
-def server_words(model: LanguageModel, width: int, *, on_cpu: bool) -> list[str]:
+def server_words(model: LanguageModel, width: int, *, gpus: int, sleeps: bool) -> list[str]:
     """How vLLM is told to serve a model, `width` answers together."""
-    config = model.config
+    config, on_cpu = model.config, model.parallel.device.type == "cpu"
     words = [
         *("--served-model-name", "opcd", "--dtype", str(model.dtype).removeprefix("torch.")),
         *("--load-format", "safetensors", "--skip-tokenizer-init"),
@@ -179,6 +193,10 @@ def server_words(model: LanguageModel, width: int, *, on_cpu: bool) -> list[str]
         *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
         *("--enable-prefix-caching", "--seed", "0", "--disable-uvicorn-access-log"),
     ]
+    if gpus:
+        words += ["--tensor-parallel-size", str(gpus)]
+    if sleeps and not on_cpu:  # there nothing would be freed
+        words.append("--enable-sleep-mode")
     if on_cpu:
         # a prompt that is split ends the engine there: its generators know no offset
         token = 2 * config.num_layers * config.num_query_groups * config.head_dim

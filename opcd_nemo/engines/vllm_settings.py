@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from opcd_nemo.config.doc import Doc
+from opcd_nemo.config.limits import MOST_RANKS
 from opcd_nemo.config.train import MOST_WAIT_S
+from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.distributed.launcher import environment_number
 from opcd_nemo.engines.vllm_launch import find_python
 from opcd_nemo.engines.vllm_server import Served, Server, ServerLost
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig
-from opcd_nemo.storage.attempt import this_node
 
 Seconds = Annotated[
     float,
@@ -30,6 +32,15 @@ StartSeconds = Annotated[
         words="seconds that a server may take until it can be asked",
         minimum=1,
         maximum=MOST_WAIT_S,
+    ),
+]
+Gpus = Annotated[
+    int,
+    Doc(
+        words="GPUs of a machine that its server has for itself, the last ones; 0: those of the "
+        "ranks",
+        minimum=0,
+        maximum=MOST_RANKS,
     ),
 ]
 Restarts = Annotated[
@@ -59,15 +70,13 @@ def check_settings(
         UserError: a line with the server, its answer and what to do.
     """
     _check_words(arguments)
+    _check_gpus(arguments, on_cpu=on_cpu)
     folder = Path(arguments["folder"])
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(
             "engine.folder", str(folder), "a folder that is there and can be written to"
         )
     if arguments["launch"]:
-        if (node := this_node()) is not None and node.count > 1:
-            allowed = "false on several nodes: their script starts a server each (engine.urls)"
-            raise UserError("engine.launch", True, allowed)
         find_python(arguments["python"])
         return
     served = {url: describe(Server(url)) for url in arguments["urls"]}
@@ -97,6 +106,36 @@ def _check_words(arguments: Mapping[str, Any]) -> None:
         if not launch and arguments[name] != off:
             allowed = f"{'null' if off is None else off} with engine.launch=false"
             raise UserError(f"engine.{name}", arguments[name], allowed)
+
+
+def _check_gpus(arguments: Mapping[str, Any], *, on_cpu: bool) -> None:
+    if not (gpus := arguments["gpus"]):
+        return
+    for key in ("launch", "colocated"):
+        if arguments[key] == (key == "colocated"):
+            allowed = f"0 with engine.{key}={str(arguments[key]).lower()}"
+            raise UserError("engine.gpus", gpus, allowed)
+    if on_cpu:
+        raise UserError("engine.gpus", gpus, "0 where the run is on CPUs")
+
+
+def first_of_machine(parallel: Parallel) -> int:
+    """The first rank of this machine, which starts its server.
+
+    Raises:
+        UserError: a replica of the model lies on several machines, and so would its weights.
+    """
+    ranks, tp, pp = (
+        environment_number("LOCAL_WORLD_SIZE", parallel.world_size),
+        parallel.tp,
+        parallel.pp,
+    )
+    if ranks < parallel.world_size and (pp > 1 or ranks % tp):
+        key, size = ("pipeline", pp) if pp > 1 else ("tensor", tp)
+        allowed = "1" if pp > 1 else f"a divisor of the {ranks} ranks of a machine"
+        problem = "with engine.launch=true each machine has a server, for whole replicas"
+        raise UserError(f"parallel.{key}_model_parallel_size", size, allowed, problem=problem)
+    return parallel.rank - environment_number("LOCAL_RANK", 0)
 
 
 def _check_served(

@@ -189,3 +189,11 @@ def hold(url: str, folder: Path) -> None:
         raise UserError("engine.urls", url, allowed, problem=problem) from None
     os.ftruncate(file, 0)
     os.write(file, f"{os.getpid()}".encode())
+
+
+def users_of(num_servers: int, dp: int) -> list[list[int]]:
+    """The data-parallel ranks that use each server: blocks of both, as nodes have them."""
+    return [
+        [r for r in range(dp) if i * dp < (r + 1) * num_servers and r * num_servers < (i + 1) * dp]
+        for i in range(num_servers)
+    ]

@@ -67,6 +67,7 @@ SETTINGS: dict[str, Any] = {
     "launch": False,
     "python": None,
     "flags": [],
+    "gpus": 0,
     "colocated": False,
     "max_batch_size": 4,
     "timeout_s": 30.0,

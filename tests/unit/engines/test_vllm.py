@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines import vllm as engine_module
-from opcd_nemo.engines import vllm_weights
+from opcd_nemo.engines import vllm_settings, vllm_weights
 from opcd_nemo.engines.vllm import VllmEngine
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.formats.locate import write_json
@@ -184,6 +184,28 @@ def test_blocks_of_replicas_have_blocks_of_servers() -> None:
     assert engine_module.users_of(2, 4) == [[0, 1], [2, 3]]
     assert engine_module.users_of(4, 2) == [[0], [0], [1], [1]]
     assert engine_module.users_of(2, 3) == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("local_world", "tp", "pp", "found"),
+    [
+        (8, 4, 2, 0),  # one machine
+        (4, 4, 1, 4),
+        (4, 1, 2, "parallel.pipeline_model_parallel_size=2: .*; allowed: 1$"),
+        (4, 8, 1, "parallel.tensor_model_parallel_size=8: .*; allowed: a divisor of the 4 ranks"),
+    ],
+)
+def test_the_first_rank_of_each_machine_starts_a_server(
+    local_world: int, tp: int, pp: int, found: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel: Any = SimpleNamespace(rank=5, world_size=8, tp=tp, pp=pp)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    monkeypatch.setenv("LOCAL_RANK", str(5 % local_world))
+    if isinstance(found, int):
+        assert vllm_settings.first_of_machine(parallel) == found
+    else:
+        with pytest.raises(UserError, match=found):
+            vllm_settings.first_of_machine(parallel)
 
 
 # ---------------------------------------------------------------------- what is not there or wrong
@@ -394,6 +416,12 @@ def test_a_tied_head_on_a_cpu_is_refused_with_the_remedy(
         ({"urls": ["unix:/a", "unix:/a"]}, "each server once"),
         ({"urls": "unix:/a"}, "a list of texts"),
         ({"flags": ["--x"]}, r"engine.flags=\['--x'\]; allowed: \[\] with engine.launch=false"),
+        ({"gpus": 1}, "engine.gpus=1; allowed: 0 with engine.launch=false"),
+        ({"launch": True, "urls": [], "gpus": 1}, "engine.gpus=1; allowed: 0 where the run is on"),
+        (
+            {"launch": True, "urls": [], "gpus": 1, "colocated": True},
+            "engine.gpus=1; allowed: 0 with engine.colocated=true",
+        ),
         ({"python": "p"}, "engine.python=p; allowed: null with engine.launch=false"),
         ({"folder": "/none"}, "engine.folder=/none; allowed: a folder"),
     ],

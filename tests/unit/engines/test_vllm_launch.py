@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from opcd_nemo.config.sampling import Sampling
+from opcd_nemo.distributed.devices import last_devices
 from opcd_nemo.engines import keeper, vllm_launch
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.types import Prompt
@@ -109,11 +110,26 @@ def test_an_environment_without_a_known_vllm_is_refused(
 
 
 def test_the_words_for_a_cpu_avoid_what_ends_an_engine_there() -> None:
-    words = vllm_launch.server_words(Shards(model_config()), 4, on_cpu=True)  # type: ignore[arg-type]
+    words = vllm_launch.server_words(Shards(model_config()), 4, gpus=0, sleeps=True)  # type: ignore[arg-type]
+    assert "--enable-sleep-mode" not in words
     assert "--no-enable-chunked-prefill" in words
     assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert words[words.index("--generation-config") + 1] == "vllm"
     assert words[words.index("--max-model-len") + 1] == "64"
+
+
+def test_a_server_on_gpus_has_the_last_ones_of_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = Shards(model_config())
+    model.parallel.device = torch.device("cuda")
+    words = vllm_launch.server_words(model, 4, gpus=2, sleeps=False)
+    assert words[words.index("--tensor-parallel-size") + 1] == "2"
+    assert not {"--enable-sleep-mode", "--enforce-eager"} & set(words)
+    assert "--enable-sleep-mode" in vllm_launch.server_words(model, 4, gpus=0, sleeps=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-a,7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert last_devices(2) == "GPU-a,7"
+    with pytest.raises(UserError, match=r"engine\.gpus=3: this machine has 4 GPUs and 2 ranks"):
+        last_devices(3)
 
 
 def keeper_of(folder: Path, *words: str) -> subprocess.Popen[bytes]:
