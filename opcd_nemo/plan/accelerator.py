@@ -36,6 +36,17 @@ class Accelerator:
     network_share: float = doc("share of the bandwidth between ranks and machines", **_SHARE)
     overlap_share: float = doc("share of an exchange that computation hides", minimum=0, maximum=1)
     layer_latency_s: float = doc("least seconds of a layer for one decoded token", **_SECONDS)
+    engine_bandwidth_share: float = doc("bandwidth_share of a vLLM server that decodes", **_SHARE)
+    engine_step_s: float = doc("least seconds of a server for a token of each answer", **_SECONDS)
+    engine_push_gb_per_s: float = doc(
+        "weights that a process copies between a GPU and a file in memory, in GB/s", **_SIZE
+    )
+    engine_base_gib: float = doc(
+        "memory of a server without a model, in GiB", minimum=0, maximum=1e6
+    )
+    engine_asleep_gib: float = doc(
+        "memory of a GPU that a sleeping server keeps, in GiB", minimum=0, maximum=1e6
+    )
     fused_attention: bool = doc("no attention scores are stored")
     usable_share: float = doc("share of the memory that can be used", **_SHARE)
     base_gib: float = doc("memory of a rank without a model, in GiB", minimum=0, maximum=1e6)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.plan.accelerator import Accelerator
+from opcd_nemo.plan.servers import push_seconds, sampled
 from opcd_nemo.plan.work import (
     BYTES,
     Stream,
@@ -56,23 +57,38 @@ def run_duration(work: Work, accelerator: Accelerator) -> Duration:
     """Mean times of a run."""
     teacher = teacher_seconds(work, accelerator) if work.needs_teacher else (0.0, 0.0)
     student = student_seconds(work, accelerator)
-    prefill, decode, exchange = rollout_seconds(
+    prefill, decode, exchange = sampling_seconds(
         work, accelerator, work.rows, work.tokens.response, with_context=work.samples_from_teacher
     )
+    trained = {
+        "teacher": teacher[0],
+        "student": student[0],
+        "optimizer": optimizer_seconds(work, accelerator),
+        "communication": exchange + teacher[1] + student[1] + data_seconds(work, accelerator),
+    }
+    step = {"rollout prefill": prefill, "rollout decode": decode, **trained}
+    if work.servers is not None:
+        step["weight push"] = push_seconds(work, accelerator)
+        if work.servers.ahead:
+            hidden = min(prefill + decode, sum(trained.values()))
+            step["hidden by rollout.ahead"] = -work.servers.ahead * hidden
     return Duration(
-        step={
-            "rollout prefill": prefill,
-            "rollout decode": decode,
-            "teacher": teacher[0],
-            "student": student[0],
-            "optimizer": optimizer_seconds(work, accelerator),
-            "communication": exchange + teacher[1] + student[1] + data_seconds(work, accelerator),
-        },
+        step=step,
         evaluations=evaluation_seconds(work, accelerator),
         start=accelerator.start_s,
         steps=work.steps,
         runs=1 + work.trained_controls,
     )
+
+
+def sampling_seconds(
+    work: Work, accelerator: Accelerator, rows: int, response: float, *, with_context: bool
+) -> tuple[float, float, float]:
+    """Prefill, decoding and exchanges, by the ranks or by servers, whose exchanges are decoding."""
+    if work.servers is None:
+        return rollout_seconds(work, accelerator, rows, response, with_context=with_context)
+    found = sampled(work, accelerator, rows, response, with_context=with_context)
+    return found.prefill, found.decode, 0.0
 
 
 def rollout_seconds(
@@ -225,6 +241,8 @@ def evaluation_seconds(work: Work, accelerator: Accelerator) -> float:
     ):
         if count:
             rows = max(1, -(-count // work.layout.dp))
-            seconds = rollout_seconds(work, accelerator, rows, length, with_context=with_context)
+            seconds = sampling_seconds(work, accelerator, rows, length, with_context=with_context)
             total += times * sum(seconds)
+            if work.servers is not None:
+                total += times * push_seconds(work, accelerator)
     return total

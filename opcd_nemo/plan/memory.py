@@ -21,6 +21,7 @@ from opcd_nemo.plan.work import (
     largest_stage,
     prompt_stream,
     query_width,
+    server_weights,
     student_stream,
     teacher_stream,
 )
@@ -49,8 +50,30 @@ def memory_by_phase(work: Work, accelerator: Accelerator) -> list[Memory]:
     """The phases of a run after its first step, on the fullest rank."""
     return [
         Memory(phase=name, parts=_scaled(parts, accelerator))
-        for name, parts in _phases(work, accelerator).items()
+        for name, parts in _beside_servers(work, accelerator).items()
     ]
+
+
+def _beside_servers(work: Work, accelerator: Accelerator) -> dict[str, dict[str, float]]:
+    """The phases; where servers sample, ranks have no cache, and a server's part if it is there."""
+    phases, servers = _phases(work, accelerator), work.servers
+    if servers is None:
+        return phases
+    found = {}
+    for name, parts in phases.items():
+        samples = name in ("rollout", "evaluation")
+        found[name] = dict(_held(work) if samples else parts)
+        if servers.colocated and samples:
+            sizes = [server_weights(work, of_teacher=teacher) for teacher in (False, True)]
+            found[name]["server awake"] = max(sizes) + accelerator.engine_base_gib * GIB
+        elif servers.colocated:
+            found[name]["server asleep"] = accelerator.engine_asleep_gib * GIB
+    return found
+
+
+def held_beside_server(work: Work, accelerator: Accelerator) -> float:
+    """Bytes of a rank that waits for a server's answers."""
+    return accelerator.base_gib * GIB + sum(_held(work).values())
 
 
 def peak_memory(work: Work, accelerator: Accelerator) -> Memory:
@@ -60,8 +83,10 @@ def peak_memory(work: Work, accelerator: Accelerator) -> Memory:
 
 def total_gib(work: Work, accelerator: Accelerator) -> float:
     """Memory over all ranks and the launcher, as a run's `peak_rss_gib` counts it."""
-    ranks = work.layout.num_ranks * peak_memory(work, accelerator).total / GIB
-    return ranks + accelerator.launcher_gib
+    total = work.layout.num_ranks * peak_memory(work, accelerator).total / GIB
+    if work.servers is not None and accelerator.memory_is_shared:
+        total += accelerator.engine_base_gib + server_weights(work, of_teacher=False) / GIB
+    return total + accelerator.launcher_gib
 
 
 def fits(work: Work, accelerator: Accelerator) -> bool:

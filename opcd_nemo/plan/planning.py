@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import outline
 from opcd_nemo.plan.report import plan_report, sweep_report
+from opcd_nemo.plan.servers import servers_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,9 @@ def plan(raw: DictConfig) -> None:
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     if settings.prompt_tokens is not None and settings.context_tokens is not None:
         fill_missing(raw)
-    work, origin = outline(load_config(raw), settings)
+    config = load_config(raw)
+    work, origin = outline(config, settings)
+    work = replace(work, servers=servers_of(config, accelerator))
     for dtype in (work.student_dtype, work.teacher_dtype, *(["fp8"] if work.fp8 else [])):
         if dtype not in accelerator.tflops:
             known = ", ".join(accelerator.tflops)

@@ -9,6 +9,7 @@ from itertools import product
 from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.duration import run_duration
 from opcd_nemo.plan.memory import GIB, Memory, fits, memory_by_phase, peak_memory, total_gib
+from opcd_nemo.plan.servers import cache_tokens, has_room, longest_seconds, sampled
 from opcd_nemo.plan.work import Layout, Work, largest_stage
 
 
@@ -17,8 +18,8 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
     memory, duration = peak_memory(work, accelerator), run_duration(work, accelerator)
     layout, tokens = work.layout, work.tokens
     slowest = max(duration.step, key=duration.step.__getitem__)
-    room = "fits" if fits(work, accelerator) else "DOES NOT FIT"
-    hours = layout.num_ranks * duration.run_s / 3600
+    room = "fits" if _fits(work, accelerator) else "DOES NOT FIT"
+    hours = work.num_gpus * duration.run_s / 3600
     share = 100 * duration.step[slowest] / duration.step_s
     return "\n".join(
         [
@@ -35,6 +36,7 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
             f"{100 * accelerator.usable_share:.0f} % are used; all ranks and launcher "
             f"{total_gib(work, accelerator):.2f} GiB",
             "",
+            *_servers(work, accelerator),
             *_table("time of a step, s", duration.step),
             f"bottleneck: {slowest} ({share:.0f} % of the step); {_advice(slowest)}",
             f"run: {duration.start:.0f} s to start, {duration.steps} steps of "
@@ -42,6 +44,27 @@ def plan_report(work: Work, accelerator: Accelerator, origin: str) -> str:
             f"{duration.run_s / 3600:.2f} h, {hours:.2f} GPU-hours",
         ]
     )
+
+
+def _fits(work: Work, accelerator: Accelerator) -> bool:
+    """Whether the fullest rank has room, and the servers for the longest answer."""
+    return fits(work, accelerator) and (work.servers is None or has_room(work, accelerator))
+
+
+def _servers(work: Work, accelerator: Accelerator) -> list[str]:
+    servers, of_teacher = work.servers, work.samples_from_teacher
+    if servers is None:
+        return []
+    response = work.tokens.response
+    found = sampled(work, accelerator, work.rows, response, with_context=of_teacher)
+    place = "of the ranks" if servers.colocated else "beside the ranks"
+    return [
+        f"servers: {servers.count} of {servers.gpus} processors {place}, {found.together:.0f} "
+        f"answers together, {1000 * found.step:.2f} ms a token of each; room for "
+        f"{cache_tokens(work, accelerator, of_teacher=of_teacher):,.0f} tokens; an answer of "
+        f"{work.tokens.max_new} tokens takes {longest_seconds(work, accelerator):.1f} s or more",
+        "",
+    ]
 
 
 def _phase_table(phases: Sequence[Memory], fullest: str) -> list[str]:
@@ -72,6 +95,7 @@ _ADVICE = {
     "teacher": "a smaller teacher, or a context held once (teacher.update=never)",
     "student": "raise data parallelism, or lower pp, whose bubble grows with few micro-batches",
     "optimizer": "optim.use_distributed_optimizer=true shards it over data-parallel ranks",
+    "weight push": "fewer steps, or tp of the servers: each GPU reads its part",
     "communication": "lower tp, keep it inside a node, or overlap gradients",
 }
 
@@ -114,10 +138,10 @@ def sweep_report(work: Work, accelerator: Accelerator, show: int) -> str:
     for layout in layouts(work):
         placed = work.on(layout)
         memory, duration = peak_memory(placed, accelerator), run_duration(placed, accelerator)
-        room = fits(placed, accelerator)
+        room = _fits(placed, accelerator)
         slowest = max(duration.step, key=duration.step.__getitem__)
         rank = (not room, duration.step_s if room else memory.total)
-        hours = layout.num_ranks * duration.run_s / 3600
+        hours = work.num_gpus * duration.run_s / 3600
         line = (
             f"{placed.layout.name():39} {'yes' if room else 'no':>4} {memory.total / GIB:9.2f} "
             f"{duration.step_s:10.2f} {hours:10.2f}  {slowest}"

@@ -65,6 +65,16 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Servers:
+    """Servers that sample in place of the ranks."""
+
+    count: int
+    gpus: int  # of each
+    colocated: bool  # on the ranks' GPUs, where they sleep while these train
+    ahead: float  # the share of steps that are sampled while another trains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """Everything the arithmetic needs to know of a run."""
 
@@ -90,6 +100,21 @@ class Work:
     validations: int
     controlled: int = 0  # answers of controls, each after reading a context
     trained_controls: int = 0  # further runs
+    servers: Servers | None = None  # None: the ranks sample
+
+    @property
+    def num_gpus(self) -> int:
+        """Those of ranks and servers."""
+        servers = self.servers
+        if servers is None or servers.colocated:
+            return self.layout.num_ranks
+        return self.layout.num_ranks + servers.count * servers.gpus
+
+    def sampler(self, *, of_teacher: bool) -> tuple[ModelConfig, str]:
+        """The shape and the dtype of the model that answers."""
+        if of_teacher:
+            return self.teacher, self.teacher_dtype
+        return self.student, self.student_dtype
 
     @property
     def rows(self) -> int:
@@ -207,6 +232,13 @@ def loss_flops(work: Work, predicted: float) -> float:
     tp = work.layout.tp
     teacher = head_flops(work.teacher, predicted, tp) if work.needs_teacher else 0.0
     return 3 * head_flops(work.student, predicted, tp) + teacher
+
+
+def server_weights(work: Work, *, of_teacher: bool) -> float:
+    """Bytes of the weights on each GPU of a server."""
+    assert work.servers is not None
+    model, dtype = work.sampler(of_teacher=of_teacher)
+    return rank_parameters(model, tp=1, pp=1, pp_rank=0) / work.servers.gpus * BYTES[dtype]
 
 
 def largest_stage(model: ModelConfig, layout: Layout) -> int:

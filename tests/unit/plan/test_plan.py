@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ from opcd_nemo.plan.accelerator import Accelerator
 from opcd_nemo.plan.outline import known_shapes, model_shapes
 from opcd_nemo.plan.planning import plan
 from opcd_nemo.plan.report import layouts, plan_report, sweep_report
-from opcd_nemo.plan.work import Stream, backward_flops, forward_flops, head_flops, key_value_width
+from opcd_nemo.plan.work import (
+    Servers,
+    Stream,
+    backward_flops,
+    forward_flops,
+    head_flops,
+    key_value_width,
+)
 from tests.model_shapes import SHAPES, num_parameters
 from tests.quick_compose import compose
 from tests.sample_work import layout, work
@@ -47,12 +56,19 @@ class _Lines(logging.Handler):
         self.seen.append(record.getMessage())
 
 
-def said(*overrides: str) -> str:
+@contextmanager
+def seen() -> Iterator[list[str]]:
+    """What is logged meanwhile."""
     lines, log = _Lines(), logging.getLogger("opcd_nemo")
     log.addHandler(lines)
-    plan(compose("plan", list(overrides)))
+    yield lines.seen
     log.removeHandler(lines)
-    return "\n".join(lines.seen)
+
+
+def said(*overrides: str) -> str:
+    with seen() as lines:
+        plan(compose("plan", list(overrides)))
+    return "\n".join(lines)
 
 
 def refused(*overrides: str) -> str:
@@ -207,8 +223,10 @@ def test_every_number_of_an_accelerator_has_an_effect() -> None:
 
     def shown(changed: Accelerator) -> str:
         wide = replace(one, max_batch_size=4096, sequences=2**15, teacher_dtype="fp32")
-        reports = [plan_report(work_, changed, "") for work_ in (one, wide)]
-        exact = [vars_of(duration.run_duration(work_, changed)) for work_ in (one, wide)]
+        servers = Servers(count=1, gpus=2, colocated=True, ahead=0.0)
+        works = (one, wide, replace(one, servers=servers))
+        reports = [plan_report(work_, changed, "") for work_ in works]
+        exact = [vars_of(duration.run_duration(work_, changed)) for work_ in works]
         return f"{reports}{exact}{memory.peak_memory(one, changed)}"
 
     before = shown(processor)
