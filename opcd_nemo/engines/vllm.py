@@ -236,8 +236,9 @@ class VllmEngine:
 
     def _launched(self) -> Launched:
         python = find_python(self._python)
-        settings = {"width": self._width, "gpus": self._gpus, "sleeps": self._colocated}
-        return Launched(self._folder, self._model, python, **settings, flags=self._flags)
+        places: dict[str, Any] = {"gpus": self._gpus, "sleeps": self._colocated}
+        width, flags = self._width, self._flags
+        return Launched(self._folder, self._model, python, width=width, flags=flags, **places)
 
     def _open_sites(self, urls: Mapping[int, str]) -> None:
         for index, url in urls.items():
