@@ -7,7 +7,7 @@ operations are a run's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +99,8 @@ def open_run(
         samples_of=None,
         prefix_ids=_tokens(_CONTEXT, lengths.context),
     )
-    return build_run(config, inputs, parallel)
+    # what was sampled is made up, and would be taken for another model's
+    return replace(build_run(config, inputs, parallel), max_mismatch=None)
 
 
 def rows_together(run: Run, max_batch_size: int) -> int:
