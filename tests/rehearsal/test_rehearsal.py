@@ -102,14 +102,14 @@ def test_what_a_rank_holds_is_what_its_models_weigh(qwen: list[dict[str, Any]]) 
         assert 1.8 < result["peak_bytes"]["build"] / 2**30 < 1.9
 
 
-def test_a_token_waits_for_the_gpu_once_and_a_micro_batch_once(qwen: list[dict[str, Any]]) -> None:
+def test_a_token_waits_for_the_gpu_once_and_a_micro_batch_twice(qwen: list[dict[str, Any]]) -> None:
     """3 tokens, then the rows end; 3 steps of 2 micro-batches."""
     rank = qwen[0]
     reads = {name.partition(" ")[2]: n for name, n in rank["syncs"]["rollout"].items()}
     engine = sum(n for name, n in reads.items() if name.startswith("engines/megatron.py"))
     assert engine == 4
     assert syncs(rank, "rollout") == 5  # and which rows are left
-    assert syncs(rank, "student") == 3 * 2
+    assert syncs(rank, "student") == 2 * 3 * 2  # the loss, and how far the engine is from it
 
 
 @pytest.mark.parametrize(("words", "ranks"), [(PIPELINE, (0, 8)), (CONTEXT, (0, 3))])
