@@ -18,7 +18,7 @@ from opcd_nemo.api.words import word
 from opcd_nemo.errors import RunFailed, StoppedByFile, StoppedBySignal, UserError
 from opcd_nemo.launch.compose import compose
 from opcd_nemo.launch.exits import EXIT_INTERRUPTED, STOPS
-from opcd_nemo.launch.ranks import PROGRAM, check_run, quiet_libraries
+from opcd_nemo.launch.ranks import PROGRAM, check_run, quiet_training
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.splits import identity
@@ -103,7 +103,7 @@ def distill(
 def _train_here(raw: DictConfig) -> Path:
     from opcd_nemo.trainer.run import train
 
-    quiet_libraries()  # Lightning has set the levels of its log while it was imported
+    quiet_training()
     return train(raw)
 
 

@@ -156,10 +156,8 @@ def run_rank(overrides: Sequence[str], load_main: Callable[[], Main], config_nam
             logging.getLogger(f"opcd_nemo.{name}").setLevel(logging.ERROR)
     main = load_main()
     from nemo.core.config import hydra_runner
-    from nemo.utils import logging as nemo_logging
 
-    nemo_logging.setLevel(logging.ERROR)
-    quiet_libraries()
+    quiet_training()
 
     failures: list[Exception] = []  # not for Hydra, which prints the command again
 
@@ -189,6 +187,17 @@ def _check_world(num_ranks: int) -> None:
         start = "`env -u RANK -u WORLD_SIZE opcd ...`, which starts the ranks itself"
         allowed = f"{num_ranks} as parallel.num_ranks; or {start}"
         raise UserError("WORLD_SIZE", world, allowed, where="the environment")
+
+
+def quiet_training() -> None:
+    """Keep off the screen what the libraries of a training note; after their import, which talks.
+
+    Only a process that trains imports NeMo.
+    """
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+    quiet_libraries()
 
 
 def quiet_libraries() -> None:

@@ -85,6 +85,7 @@ def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obj
     done = run_python(str(program), str(tiny), str(folder / "runs"), *SETTINGS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 2, "the second run is quiet"
+    assert "[NeMo" not in done.stdout + done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(last, dict)
     return last
