@@ -240,11 +240,22 @@ def internalised(
     tail = (1 - confidence) / 2
     low = np.quantile(np.nan_to_num(shares_R, nan=-np.inf), tail, method="lower")
     high = np.quantile(np.nan_to_num(shares_R, nan=np.inf), 1 - tail, method="higher")
+    if high - low < _ROUNDING:  # resamples of questions that all say the same are no news
+        return _around(value, arrays, confidence)
     return Estimate(
         value=value,
         low=float(low) if np.isfinite(low) else None,
         high=float(high) if np.isfinite(high) else None,
     )
+
+
+def _around(value: float, arrays: list[_Array], confidence: float) -> Estimate:
+    """The interval of a share that no resample changes: that of student minus teacher, scaled."""
+    base, in_context, student = arrays
+    lift = float(in_context.mean() - base.mean())
+    found = estimate(student - in_context, DIFFERENCE, confidence)
+    ends = [None if end is None else 1 + end / lift for end in (found.low, found.high)]
+    return Estimate(value=value, low=ends[0], high=ends[1])
 
 
 def _share(base: float, in_context: float, student: float) -> float:

@@ -217,7 +217,9 @@ LIFTED = BASE + 0.5
 def test_the_internalised_share_of_a_lift_that_is_alike_everywhere(share: float) -> None:
     found = internalised(BASE, LIFTED, BASE + 0.5 * share, seed=0)
     assert found is not None
-    assert (found.value, *ends(found)) == pytest.approx((share,) * 3)
+    assert found.value == pytest.approx(share)
+    low, high = ends(found)
+    assert share - 0.12 < low < share < high < share + 0.12  # 40 questions are no certainty
 
 
 def test_a_context_without_lift_has_no_share() -> None:
