@@ -113,6 +113,8 @@ class OPCDConnector(SaveRestoreConnector):  # type: ignore[misc]  # nemo is unty
             if config.teacher.path is None and config.teacher["update"] == "never":
                 config.teacher.path = config.student.path  # any other starts as the student
             config.student.path, config.student.keep_layers = path, None
+            # of the run that wrote the package; a registry of notes may not be here
+            config.evaluation.controls, config.evaluation.wrong_context = [], None
             if override_config_path is None:
                 config.exp_manager.exp_dir = "runs"  # a stranger does not say where to write
         trainer = trainer or _default_trainer(config)

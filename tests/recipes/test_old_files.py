@@ -63,8 +63,10 @@ def test_a_checkpoint_is_continued_as_if_nothing_had_been_renamed(name: str, fol
     assert {key: after.get(key) for key in KEPT} == {key: before.get(key) for key in KEPT}
     expected = curves(folder / f"metrics-4-steps.{name}.jsonl")
     found = curves(folder / "runs" / name / "metrics.jsonl")
+    # what the old program did not measure is not compared
+    found = [{key: line[key] for key in old} for line, old in zip(found, expected, strict=True)]
     for line, old in zip(found, expected, strict=True):
-        assert {key: line[key] for key in old} == pytest.approx(old, rel=1e-4, abs=1e-7)
+        assert line == pytest.approx(old, rel=1e-4, abs=1e-7)
     if machine() == json.loads((FILES / "machine.json").read_text()):
         assert found == expected
         assert after["weights_sha256"] == before["weights_sha256"]
