@@ -55,9 +55,10 @@ def keep(folder: Path, log: Path | None, command: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the rank ends, and that is enough
     signal.signal(signal.SIGTERM, _leave)
     server: subprocess.Popen[bytes] | None = None
+    logging: threading.Thread | None = None
     try:
         if log is not None:
-            server = _start(command, folder, log)
+            server, logging = _start(command, folder, log)
         sys.stdin.buffer.read()
     except _Leaves:
         if server is not None:
@@ -65,8 +66,9 @@ def keep(folder: Path, log: Path | None, command: list[str]) -> None:
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     failed = (folder / ENDED).exists()
-    if server is not None:
+    if server is not None and logging is not None:
         end_group(server)
+        logging.join()  # it writes into the folder
     shutil.rmtree(folder, ignore_errors=True)
     if log is not None and not failed:  # nobody will ask
         for file in (log, _before(log)):
@@ -81,7 +83,9 @@ def _leave(*_: object) -> None:
     raise _Leaves
 
 
-def _start(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], folder: Path, log: Path
+) -> tuple[subprocess.Popen[bytes], threading.Thread]:
     (folder / ENDED).unlink(missing_ok=True)
     server = subprocess.Popen(
         command,
@@ -91,8 +95,9 @@ def _start(command: list[str], folder: Path, log: Path) -> subprocess.Popen[byte
         start_new_session=True,
         cwd=folder,
     )
-    threading.Thread(target=_log, args=(server, folder, log), daemon=True).start()
-    return server
+    logging = threading.Thread(target=_log, args=(server, folder, log), daemon=True)
+    logging.start()
+    return server, logging
 
 
 def _before(log: Path) -> Path:
@@ -116,6 +121,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 def _log(server: subprocess.Popen[bytes], folder: Path, log: Path) -> None:
     assert server.stdout is not None
     written = 0
+    if log.exists():  # of the server before, which may say why it died
+        log.replace(_before(log))
     opened: BinaryIO = log.open("wb")
     while block := os.read(server.stdout.fileno(), 1 << 16):
         if written + len(block) > LOG_BYTES:

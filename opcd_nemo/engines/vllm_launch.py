@@ -113,7 +113,8 @@ class Launched:
         if self._on_cpu:
             threads = str(torch.get_num_threads())
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
-            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a process less
+            # a process less; and its sampler is not compiled, which needs a C++ compiler that works
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
         # a server without weights, as --load-format dummy makes it, would take none later
         zeros = self._served / "model.safetensors"
         write_zeros(zeros, self._shapes, self._dtype)

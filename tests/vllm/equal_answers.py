@@ -1,6 +1,6 @@
 """Both engines on one run: after every step the same greedy answers, in fp32.
 
-    torchrun --nproc-per-node 2 -m tests.vllm.equal_answers STEPS WORD ...
+    torchrun --standalone --nproc-per-node 2 -m tests.vllm.equal_answers STEPS WORD ...
 
 WORDS are those of `opcd train`, with engine=vllm. Rank 0 prints a JSON line a step.
 """

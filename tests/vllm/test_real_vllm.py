@@ -38,7 +38,7 @@ def run(*words: str, timeout_s: int = 7200) -> str:
 def test_greedy_answers_are_those_of_the_ranks_after_every_step(
     layout: str, tmp_path: Path
 ) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     words = [*RUN, f"parallel={layout}", "optim.lr=3e-4", f"exp_manager.exp_dir={tmp_path}"]
     text = run(*torchrun, "-m", "tests.vllm.equal_answers", "2", *words)
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]

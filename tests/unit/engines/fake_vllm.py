@@ -17,8 +17,6 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-END = 2
-
 
 class FakeVllm:
     """What a server knows; a test changes `trouble` to make it misbehave."""
@@ -84,13 +82,16 @@ class FakeVllm:
         if trouble == "another run pushes":
             self.label = "ffffffff:7"
         key = hashlib.sha256(f"{self.weights}{prompt}{body['seed']}".encode()).digest()
-        ids = [3 + byte % (self.vocab_size - 3) for byte in key[: 1 + key[0] % 5]]
-        ids = ids[: body["max_tokens"]]
-        ended = len(ids) < body["max_tokens"]
-        ids += [END] * ended
+        ends = body["stop_token_ids"]
+        words = [3 + byte % (self.vocab_size - 3) for byte in key[: 1 + key[0] % 5]]
+        ids = [word for word in words if word not in ends][: body["max_tokens"] - 1]
+        ended = len(ids) < 3 or body["max_tokens"] < 3
+        ids += [ends[0] if ended else 1] * (ended or not ids)
+        if not ended:
+            ids = (ids * body["max_tokens"])[: body["max_tokens"]]
         logprobs: list[Any] = [-1.0] * len(ids)
         logprobs[0] = {"NaN": float("nan"), "null": None}.get(trouble, -1.0)
-        ids[0] = {"vocabulary": self.vocab_size, "words": "a", "end": END}.get(trouble, ids[0])
+        ids[0] = {"vocabulary": self.vocab_size, "words": "a", "end": ends[0]}.get(trouble, ids[0])
         reason = {"abort": "abort", "reason": "length" if ended else "stop"}.get(trouble)
         choice = {
             "token_ids": ids[1:] if trouble == "lengths" else ids,
@@ -164,11 +165,14 @@ def main(words: list[str]) -> None:
     sys.stderr.write("INFO started\n")
     if "--ends-at-once" in words:
         sys.exit(3)
-    vllm = FakeVllm(root)
+    config = json.loads((Path(root) / "config.json").read_text())
+    longest = config["max_position_embeddings"]
+    vllm = FakeVllm(root, vocab_size=config["vocab_size"], max_tokens=longest)
     with Listening(vllm, at):
         while True:
             time.sleep(0.02)
-            if "--dies-after-two" in words and len(vllm.requests) >= 2:
+            most = {"--dies-after-two": 2, "--dies-after-nine": 9}
+            if any(word in words and len(vllm.requests) >= most[word] for word in most):
                 sys.stderr.write("x" * 100_000)
                 os._exit(1)
 

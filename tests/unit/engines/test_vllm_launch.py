@@ -159,9 +159,9 @@ def test_a_keeper_ends_all_of_a_server_when_its_rank_is_killed(tmp_path: Path) -
 
 def test_a_log_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "LOG_BYTES", 200_000)
-    server = keeper._start(["/bin/sh", "-c", "seq 200000"], tmp_path, tmp_path / "log")
-    until(lambda: (tmp_path / keeper.ENDED).exists())
-    server.wait()
+    _, logging = keeper._start(["/bin/sh", "-c", "seq 200000"], tmp_path, tmp_path / "log")
+    logging.join(20)
+    assert (tmp_path / keeper.ENDED).read_text() == "exit code 0"
     assert (tmp_path / "log").read_text().endswith("\n200000\n")
     assert sum(file.stat().st_size for file in tmp_path.glob("log*")) <= 400_000
 
