@@ -63,7 +63,11 @@ def until(true: Callable[[], bool]) -> None:
 
 def curves(folder: Path) -> list[dict[str, float]]:
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "perf/", "cpu/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "perf/", "cpu/"))
+        }
         for line in read_metrics(folder / "metrics.jsonl")
     ]
 
