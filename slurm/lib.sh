@@ -52,7 +52,11 @@ opcd_settings() {
     nodes=${OPCD_NODES:-$(opcd_directive nodes)}
   fi
   gpus=${gpus##*:} # a count may follow a type: h100:8
-  ranks=${OPCD_RANKS_PER_NODE:-$gpus}
+  engine_gpus=${OPCD_ENGINE_GPUS_PER_NODE:-0}
+  opcd_check_number OPCD_ENGINE_GPUS_PER_NODE "$engine_gpus"
+  ((engine_gpus == 0 || engine_gpus < gpus)) || opcd_refuse "OPCD_ENGINE_GPUS_PER_NODE=$engine_gpus:" \
+    "allowed: fewer than the $gpus GPUs of a node; 0: ranks sample"
+  ranks=${OPCD_RANKS_PER_NODE:-$((gpus - engine_gpus))}
   OPCD_MAX_RESTARTS=${OPCD_MAX_RESTARTS:-10}
   OPCD_HEARTBEAT_TIMEOUT_S=${OPCD_HEARTBEAT_TIMEOUT_S:-3600}
   OPCD_REQUEUE_AFTER_S=${OPCD_REQUEUE_AFTER_S:-120}
@@ -89,8 +93,8 @@ opcd_check() {
   ((nodes >= 1)) || opcd_refuse "OPCD_NODES=$nodes: allowed: 1 or more, and OPCD_SPARE_NODES beside"
   ((ranks >= 1)) || opcd_refuse "OPCD_RANKS_PER_NODE=$ranks: allowed: 1 or more where nodes have" \
     "no GPUs"
-  ((gpus == 0 || ranks <= gpus)) || opcd_refuse "OPCD_RANKS_PER_NODE=$ranks: allowed: at most the" \
-    "$gpus GPUs of a node"
+  ((gpus == 0 || ranks <= gpus - engine_gpus)) || opcd_refuse "OPCD_RANKS_PER_NODE=$ranks: allowed:" \
+    "at most $((gpus - engine_gpus)) of the $gpus GPUs of a node"
   opcd_check_recipe
   opcd_check_image
   opcd_check_mounts
@@ -208,6 +212,9 @@ opcd_command() { # KIND ARGUMENT...
   done
   overrides=("recipe=$OPCD_RECIPE" "name=$OPCD_NAME" "exp_manager.exp_dir=$OPCD_OUTPUT"
     "parallel.num_ranks=$((nodes * ranks))" ${OPCD_PARALLEL:+"parallel=$OPCD_PARALLEL"})
+  if ((engine_gpus)); then # recipes give the width of the other engine
+    overrides+=(engine=vllm engine.launch=true "engine.gpus=$engine_gpus" engine.max_batch_size=128)
+  fi
   if [[ $kind == train ]]; then
     overrides+=(exp_manager=job) # opcd launch adds it too
     command=("$OPCD_PYTHON" -m opcd_nemo.cli train)

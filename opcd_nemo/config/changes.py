@@ -18,7 +18,8 @@ _SHOWN = 3  # files of a model
 _WITHOUT_EFFECT = (
     *("task.max_left_out", "task.of.max_left_out", "task.draw", "task.of.draw"),
     # where servers are and how they are looked after: a sample is the same from any of them
-    *(f"engine.{name}" for name in ("urls", "launch", "python", "folder", "colocated")),
+    *(f"engine.{name}" for name in ("urls", "launch", "python", "gpus", "folder")),
+    "engine.colocated",
     *(f"engine.{name}" for name in ("timeout_s", "start_timeout_s", "max_restarts")),
     "rollout.max_mismatch",
 )

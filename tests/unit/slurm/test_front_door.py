@@ -148,3 +148,31 @@ def test_a_dry_run_shows_the_job_and_then_what_the_cluster_lacks(tmp_path: Path)
     assert shown.returncode == 2
     assert "name: " + RECIPE in shown.stdout.splitlines()
     assert only_line(shown) == ("error: OPCD_PARTITION=nowhere: no such partition; allowed: batch")
+
+
+def test_servers_have_the_gpus_that_ranks_leave(tmp_path: Path) -> None:
+    words = {"OPCD_ENGINE_GPUS_PER_NODE": "4", "DRY_RUN": "1"}
+    shown = front_door(tmp_path, {}, *DATA, **words)
+    assert shown.returncode == 0, shown.stderr
+    submission, step, *configuration = shown.stdout.splitlines()
+    assert "--gpus-per-node=8" in submission
+    assert "parallel.num_ranks=4" in step
+    for line in ("  gpus: 4", "  launch: true", "  max_batch_size: 128", "  num_ranks: 4"):
+        assert line in configuration
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "line"),
+    [
+        ("4", "8", "OPCD_ENGINE_GPUS_PER_NODE=8: allowed: fewer than the 8 GPUs of a node; 0: "),
+        ("4", "x", "OPCD_ENGINE_GPUS_PER_NODE=x: allowed: a whole number"),
+        ("5", "4", "OPCD_RANKS_PER_NODE=5: allowed: at most 4 of the 8 GPUs of a node"),
+    ],
+)
+def test_more_gpus_than_a_node_has_are_refused(
+    tmp_path: Path, ranks: str, gpus: str, line: str
+) -> None:
+    words = {"OPCD_ENGINE_GPUS_PER_NODE": gpus, "OPCD_RANKS_PER_NODE": ranks}
+    refused = front_door(tmp_path, SLURM, *DATA, **words)
+    assert refused.returncode == 2
+    assert only_line(refused).startswith(f"error: {line}")
