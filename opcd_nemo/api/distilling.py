@@ -24,6 +24,7 @@ from opcd_nemo.tasks.draws import digest
 from opcd_nemo.tasks.splits import identity
 
 Score = Callable[[str], float | bool | None]
+_QUESTIONS = "questions"  # a folder beside those of the runs
 _COLUMN = "question"  # of conf/task/questions.yaml and scored_questions.yaml
 _MOST_TEST, _MOST_VALIDATION = 50, 16
 _LONGEST_WORD = 128 * 1024 - 1  # bytes, of an argument that Linux starts a program with
@@ -74,6 +75,7 @@ def distill(
         NonFiniteError, SaveError, StoppedBySignal, StoppedByFile: as of `opcd train`.
         KeyboardInterrupt: Ctrl-C.
     """
+    _check_places(folder, name, settings)
     folder = Path(folder)
     name = name or _free_name(folder)
     files = _write_questions(folder, _split(questions, test_questions))
@@ -96,8 +98,9 @@ def distill(
         if raw.parallel.num_ranks == 1:
             return FinishedRun(_train_here(raw))
         _check_ranks(raw, ranks, score)
+        run_folder = Path(raw.exp_manager.exp_dir) / raw.name  # settings may name another
     _run_command(["train", *words], quiet=quiet)
-    return FinishedRun(folder / name)
+    return FinishedRun(run_folder)
 
 
 def _train_here(raw: DictConfig) -> Path:
@@ -157,6 +160,18 @@ def _free_name(folder: Path) -> str:
     return f"distill-{number}"
 
 
+def _check_places(folder: str | Path, name: str | None, settings: Sequence[str]) -> None:
+    if not isinstance(folder, str | Path):
+        raise UserError("folder", repr(folder), "the path of a folder")
+    if name == _QUESTIONS:  # would be set aside with the questions of every run
+        raise UserError("name", name, "another name: this folder has the questions of runs")
+    if isinstance(settings, str) or not isinstance(settings, Sequence):
+        raise UserError("settings", repr(settings), 'a list of texts, as ["optim.lr=3e-5"]')
+    for index, setting in enumerate(settings):
+        if not isinstance(setting, str):
+            raise UserError(f"settings[{index}]", repr(setting), "a text, as optim.lr=3e-5")
+
+
 def _layout_words(ranks: int, settings: Sequence[str]) -> list[str]:
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise UserError("ranks", ranks, "a whole number from 1 on")
@@ -168,11 +183,12 @@ def _layout_words(ranks: int, settings: Sequence[str]) -> list[str]:
 def _context_words(context: str | Sequence[tuple[str, str]]) -> list[str]:
     if isinstance(context, str):
         return ["context=system", word("context.system", context)]
-    pairs = list(context)
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(context, Sequence) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in context
+    ):
         allowed = "a system prompt, or a list of pairs of a question and its answer"
-        raise UserError("context", pairs, allowed)
-    demonstrations = [{"question": question, "answer": answer} for question, answer in pairs]
+        raise UserError("context", repr(context), allowed)
+    demonstrations = [{"question": pair[0], "answer": pair[1]} for pair in context]
     return ["context=demonstrations", word("context.demonstrations", demonstrations)]
 
 
@@ -214,6 +230,9 @@ def _distinct(key: str, questions: Sequence[str]) -> list[str]:
     for index, question in enumerate(questions):
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{key}[{index}]", repr(question), "a text that is not blank")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            problem = "has a character that no text has"
+            raise UserError(f"{key}[{index}]", repr(question), "a text", problem=problem)
     return list({identity(question): question for question in reversed(questions)}.values())
 
 
@@ -224,11 +243,15 @@ def _write_questions(folder: Path, splits: Mapping[str, Sequence[str]]) -> dict[
         for split, asked in splits.items()
     }
     content = hashlib.sha256("\n".join(texts.values()).encode()).hexdigest()[:12]
-    below = folder / "questions" / content
-    below.mkdir(parents=True, exist_ok=True)
+    below = folder / _QUESTIONS / content
     files = {split: below / f"{split}.jsonl" for split in texts}
-    for split, text in texts.items():
-        write_whole(files[split], text)
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+        for split, text in texts.items():
+            write_whole(files[split], text)
+    except OSError as error:
+        problem = f"{below}: {error.strerror}"
+        raise UserError("folder", folder, "one that can be written", problem=problem) from error
     return files
 
 

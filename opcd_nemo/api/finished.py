@@ -31,7 +31,14 @@ class FinishedRun:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The measurements of every training step, by name."""
+        """The measurements of every training step, by name.
+
+        Raises:
+            UserError: the folder has no such file, as before the first step of a run.
+        """
+        if not (self.folder / METRICS).is_file():
+            allowed = "the folder of a run that has trained"
+            raise UserError("folder", self.folder, allowed, problem=f"has no {METRICS}")
         return read_metrics(self.folder / METRICS)
 
     @property

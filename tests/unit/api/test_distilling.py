@@ -38,14 +38,23 @@ def test_importing_the_package_imports_no_torch() -> None:
         ("score", {"score": lambda answer: 1.0}),
         ("score", {"score": print}),
         ("context", {"context": [("question", "answer", "more")]}),
+        ("context", {"context": None}),
+        ("context", {"context": 5}),
+        ("questions[0]", {"questions": ["What is \ud800?", *QUESTIONS]}),
+        ("name", {"name": "questions"}),
+        ("folder", {"folder": 5}),
+        ("folder", {"folder": "/proc/nowhere"}),
+        ("settings", {"settings": "optim.lr=1"}),
+        ("settings", {"settings": None}),
+        ("settings[0]", {"settings": [5]}),
         ("ranks", {"ranks": 0}),
         ("ranks", {"ranks": True}),
     ],
 )
 def test_a_wrong_argument_is_named(key: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    arguments = {"context": "Be brief.", "questions": QUESTIONS, **changes}
+    arguments = {"context": "Be brief.", "questions": QUESTIONS, "folder": tmp_path, **changes}
     with pytest.raises(UserError) as refused:
-        distill("smollm2-135m-instruct", folder=tmp_path, **arguments)
+        distill("smollm2-135m-instruct", **arguments)
     assert refused.value.key == key
 
 
