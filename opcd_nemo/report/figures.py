@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 30
 _MOST_POINTS = 200
 _MOST_DOTS = 60
+_LEAST_SPAN = 1e-290  # of an axis: less cannot be divided into ticks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +105,8 @@ def _scaled(value: float, low: float, high: float, start: float, end: float) -> 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers from at most `low` to at least `high`, 1, 2 or 5 powers of ten apart."""
-    if high <= low:
-        room = abs(low) / 10 or 0.1
+    if high - low < _LEAST_SPAN:
+        room = abs(low) / 10 if abs(low) > _LEAST_SPAN else 0.1
         low, high = low - room, high + room
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))

@@ -145,6 +145,8 @@ def _notes(root: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
     registry = Registry(root / REGISTRY)
     chosen = pick(summary, "experience", "content_hash")
     entry = registry.find(chosen) if isinstance(chosen, str) and chosen else registry.selected()
+    problems = entry.lineage.get("problems")
+    problems = problems if isinstance(problems, list) else []
     lineage = [
         (str(name), f"{len(value)} of them" if isinstance(value, list) else plain(value))
         for name, value in entry.lineage.items()
@@ -154,7 +156,7 @@ def _notes(root: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
         "hash": entry.hash[:_NOTES],
         "tokens": count(entry.num_tokens),
         "lineage": lineage,
-        "problems": [str(uid) for uid in entry.lineage.get("problems", ())][:_NOTES],
+        "problems": [str(uid) for uid in problems[:_NOTES]],
         "with_it": _validation(summary, "validation"),
         "without": _validation(summary, "validation_without"),
         "history": [

@@ -69,6 +69,9 @@ def read_run(folder: Path) -> RunRecord:
                 problem = f"has no answer of {row}, {part}"
                 raise UserError(folder / ANSWERS, ABSENT, _REMEDY, problem=problem)
     lines = read_lines(folder / METRICS, {"step": int}, _REMEDY, SAMPLES_BYTES)
+    if not all(is_number(line["step"]) for line in lines):
+        problem = "a step is no number that a run has"
+        raise UserError(folder / METRICS, ABSENT, _REMEDY, problem=problem)
     return RunRecord(
         path=folder,
         summary=summary,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,5 +130,6 @@ def _is(value: Any, kind: Any) -> bool:
     if get_args(kind):
         return any(_is(value, one) for one in get_args(kind))
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        # a whole number of JSON may be larger than any float, which `isfinite` cannot take
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is (type(None) if kind is None else kind)

@@ -83,6 +83,8 @@ def test_a_run_from_before_has_a_page_too(tmp_path: Path) -> None:
         ("answers.jsonl", '{"uid": 1}\n', "line 1: "),
         ("answers.jsonl", "", "has no answer of base, task"),
         ("metrics.jsonl", "{}\n", "line 1: no step"),
+        ("metrics.jsonl", f'{{"step": {10**40}}}\n', "a step is no number"),
+        ("summary.json", f'{{"base": {10**400}}}', "base is 1000"),
         ("tokens.json", '{"before": [3], "after": [], "now": []}', "before: an answer is not"),
         ("tokens.json", '{"before": 1, "after": [], "now": []}', "before is 1"),
         ("config.yaml", "a: &x [1]\nb: *x\n", "aliases"),
@@ -146,6 +148,17 @@ def test_runs_are_compared_question_by_question(tmp_path: Path) -> None:
         write_page([str(first), str(tmp_path / "." / "a")])
 
 
+@pytest.mark.parametrize("problems", [None, 5, "abc", {"a": 1}])
+def test_a_lineage_without_a_list_of_problems_shows_none(tmp_path: Path, problems: Any) -> None:
+    folder = tmp_path / "pipeline"
+    write_pipeline(folder)
+    (file,) = (folder / "registry" / "entries").glob("*.json")
+    entry = json.loads(read(file))
+    entry["lineage"]["problems"] = problems
+    file.write_text(json.dumps(entry))
+    assert "the games or problems" not in read(write_page([str(folder)]))
+
+
 def test_a_pipelines_page_has_notes_candidates_and_games(tmp_path: Path) -> None:
     page = read(write_page([str(write_pipeline(tmp_path / "evil", hostile=True))]))
     assert "<img" not in page
@@ -167,7 +180,7 @@ def test_a_game_is_boards_with_the_moves_between_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.05, 1.45), (3, 3), (0, 0), (-2e8, 9e9), (1e-9, 2e-9)]
+    ("low", "high"), [(0, 1), (0.05, 1.45), (3, 3), (0, 0), (-2e8, 9e9), (1e-9, 2e-9), (0, 5e-324)]
 )
 def test_ticks_are_round_and_hold_all_values(low: float, high: float) -> None:
     found = ticks(low, high)
