@@ -25,7 +25,7 @@ from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.keeper import start_keeper
 from opcd_nemo.engines.megatron import BatchSize
 from opcd_nemo.engines.vllm_launch import Launched, find_python
-from opcd_nemo.engines.vllm_server import Refused, Server, ServerLost
+from opcd_nemo.engines.vllm_server import Refused, Server, ServerLost, told
 from opcd_nemo.engines.vllm_settings import (
     Gpus,
     Restarts,
@@ -319,10 +319,11 @@ class VllmEngine:
             site.check_length(max((len(each.token_ids) for each in prompts), default=0), sampling)
         found: dict[int, Sample] = {}
         while len(found) < len(prompts):
-            try:
-                self._ask(sites, prompts, sampling, (seed, step), found)
-            except ServerLost as lost:
-                next(site for site in sites if site.server.url == lost.url).bring_back(lost)
+            with told():
+                try:
+                    self._ask(sites, prompts, sampling, (seed, step), found)
+                except ServerLost as lost:
+                    next(site for site in sites if site.server.url == lost.url).bring_back(lost)
         return [found[index] for index in range(len(prompts))]
 
     def _ask(

@@ -13,7 +13,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,19 @@ class ServerLost(Exception):
 class Refused(Exception):
     """The server answers, and refuses."""
 
-    def __init__(self, path: str, status: int, text: str) -> None:
-        self.status = status
+    def __init__(self, url: str, path: str, status: int, text: str) -> None:
+        self.url, self.status = url, status
         said = " ".join(text.split())
         super().__init__(f"{path} answers {status}: {said[:_SHOWN]}")
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tell a refusal in a line, as of a server that was started again in another way."""
+    try:
+        yield
+    except Refused as refused:
+        raise EngineError(f"{refused.url}{refused}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,7 @@ class Server:
             self._open.discard(link)
             link.close()
         if answer.status != http.client.OK:
-            refused = Refused(path, answer.status, text)
+            refused = Refused(self.url, path, answer.status, text)
             if answer.status >= http.client.INTERNAL_SERVER_ERROR:
                 raise ServerLost(self.url, str(refused))
             raise refused

@@ -97,6 +97,8 @@ def _check_words(arguments: Mapping[str, Any]) -> None:
     for url in urls:
         if _URL.fullmatch(url) is None:
             raise UserError("engine.urls", urls, "http://host:port or unix:/path of a socket file")
+        if url.startswith("http:") and not 0 < int(url.rpartition(":")[2][:6]) < 1 << 16:
+            raise UserError("engine.urls", url, "a port from 1 to 65535")  # a larger one is cut
     if len(set(urls)) < len(urls):
         raise UserError("engine.urls", urls, "each server once")
     if launch == bool(urls):

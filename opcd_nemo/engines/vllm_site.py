@@ -172,12 +172,16 @@ def hold(url: str, folder: Path) -> None:
     """Take a server for this process; the kernel lets go of it when the process ends.
 
     Raises:
-        UserError: another run on this machine has it.
+        UserError: another run on this machine has it, or another user the file that says so.
     """
     # a bare number: an object of Python's would let go when an engine is forgotten
-    file = os.open(
-        folder / f"opcd-{re.sub(r'[^0-9A-Za-z]+', '-', url)}.lock", os.O_RDWR | os.O_CREAT
-    )
+    path = folder / f"opcd-{re.sub(r'[^0-9A-Za-z]+', '-', url)}.lock"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:  # the file of another user, whose run used this address
+        allowed = "a folder for this user alone; or a server for this run alone"
+        problem = f"{path}: {error.strerror}"
+        raise UserError("engine.folder", folder, allowed, problem=problem) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

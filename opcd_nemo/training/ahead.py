@@ -132,7 +132,14 @@ class Ahead:
             held = json.loads(text)
             rollouts = [Rollout(**_as_tuples(each)) for each in held["rollouts"]]
             self._step = int(held["step"])
-        except (ValueError, LookupError, TypeError, AssertionError, RecursionError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            RecursionError,
+        ) as error:
             problem = f"its rollouts cannot be read ({error!r})"
             raise UserError("exp_manager.resume_if_exists", True, "a checkpoint as it was written",
                             problem=problem) from error  # fmt: skip

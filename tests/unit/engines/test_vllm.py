@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines import vllm as engine_module
-from opcd_nemo.engines import vllm_settings, vllm_weights
+from opcd_nemo.engines import vllm_settings, vllm_site, vllm_weights
 from opcd_nemo.engines.vllm import VllmEngine
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.formats.locate import write_json
@@ -247,6 +248,14 @@ def test_a_sleeping_server_is_not_waited_for(engine: VllmEngine, vllm: FakeVllm)
     assert not vllm.requests
 
 
+def test_a_server_that_came_back_without_its_mode_is_a_line(
+    engine: VllmEngine, vllm: FakeVllm, url: str
+) -> None:
+    vllm.trouble = "no developer mode"
+    with pytest.raises(EngineError, match=f"{url}/is_sleeping answers 404"):
+        sample(engine)
+
+
 @pytest.mark.parametrize("trouble", ["dies", "503", "500"])
 def test_a_lost_server_ends_the_run_when_no_restart_is_left(
     trouble: str, engine: VllmEngine, vllm: FakeVllm
@@ -350,6 +359,14 @@ def test_a_server_of_another_run_is_refused(
         make_engine(Shards(model_config()), tmp_path, urls=[url]).load_weights(0)
 
 
+def test_the_lock_of_another_user_is_said(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_site.os, "open", Mock(side_effect=PermissionError(13, "denied")))
+    with pytest.raises(UserError, match=r"engine.folder=.*\.lock: denied"):
+        vllm_site.hold(url, tmp_path)
+
+
 # ---------------------------------------------------------------------------- before a model loads
 
 
@@ -413,6 +430,7 @@ def test_a_tied_head_on_a_cpu_is_refused_with_the_remedy(
         ({"urls": []}, "engine.launch=false; allowed: true, or engine.urls="),
         ({"launch": True}, "engine.launch=true; allowed: false with engine.urls"),
         ({"urls": ["localhost:80"]}, "http://host:port or unix:/path"),
+        ({"urls": ["http://localhost:65537"]}, "a port from 1 to 65535"),
         ({"urls": ["unix:/a", "unix:/a"]}, "each server once"),
         ({"urls": "unix:/a"}, "a list of texts"),
         ({"flags": ["--x"]}, r"engine.flags=\['--x'\]; allowed: \[\] with engine.launch=false"),

@@ -103,7 +103,10 @@ def test_a_step_whose_rollouts_are_missing_is_said(caplog: pytest.LogCaptureFixt
     assert "step 5: sampled with the present weights" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["{", '{"step": 1}', '{"step": 1, "rollouts": [{"uid": "a"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"step": 1}', '{"step": 1, "rollouts": [3]}', '{"step": 1, "rollouts": [{"uid": "a"}]}'],
+)
 def test_damaged_rollouts_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="its rollouts cannot be read"):
         Ahead([10], 20).restore(text, range(2))
