@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd_nemo.checkpoint.newest import of_step
 from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.summary import SUMMARY, table_of
 from opcd_nemo.formats.locate import read_json
@@ -49,7 +50,7 @@ class FinishedRun:
     @property
     def student(self) -> Path:
         """The checkpoint of the trained student, which `load_model` and `opcd` commands take."""
-        return self.folder / "checkpoints" / f"step={self.summary['steps']}.ckpt"
+        return of_step(self.folder / "checkpoints", self.summary["steps"])
 
     def report(self, *, show: bool = True) -> Path:
         """Open the run's page in a browser, if the machine has a browser; returns the page.

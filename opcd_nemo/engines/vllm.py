@@ -261,7 +261,7 @@ class VllmEngine:
         error: Exception | None = None
         try:
             value = act()
-        except (UserError, EngineError) as caught:
+        except (UserError, EngineError, OSError) as caught:
             error = caught
         except (ServerLost, Refused) as lost:
             error = EngineError(str(lost))
@@ -287,13 +287,13 @@ class VllmEngine:
         `prefix_ids` are the server's own affair: it keeps what prompts share.
 
         Raises:
-            EngineError, UserError: as of `sample`, on every rank of the group.
+            EngineError, UserError, OSError: as of `sample`, on every rank of the group.
         """
         found: tuple[list[Sample], Exception | None] = ([], None)
         if self._speaks:
             try:
                 found = (self.sample(prompts, sampling, seed=seed, step=step), None)
-            except (EngineError, UserError) as error:
+            except (EngineError, UserError, OSError) as error:  # as of a disk
                 found = ([], error)
         samples: list[Sample]
         samples, failed = self._parallel.from_first_of_model(found)
@@ -313,6 +313,7 @@ class VllmEngine:
         Raises:
             EngineError: a server is lost for good, or answers what cannot be.
             UserError: a prompt and its answer are too long for the servers.
+            OSError: a server's log or weights cannot be written.
         """
         sites = list(self._sites.values())
         for site in sites:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from opcd_nemo.checkpoint.newest import of_step
 from opcd_nemo.errors import visible
 from opcd_nemo.report.record import RunRecord, mapping, number
 from opcd_nemo.report.words import count, plain, seconds
@@ -86,22 +87,28 @@ def commands(run: RunRecord) -> list[tuple[str, str]]:
     steps = number(run.summary, "steps")
     best = number(run.summary, "best_step")
     folder = shlex.quote(visible(str(run.path)))
-    step = steps if best is None else best
-    model = f"{folder}/checkpoints/step={step:.0f}.ckpt" if step is not None else None
-    words = run.summary.get("command")
+    given = run.summary.get("command")
     found = []
-    if isinstance(words, list) and all(isinstance(word, str) for word in words):
-        of_pipeline = any(word.startswith("stage=") for word in words)
+    if isinstance(given, list) and all(isinstance(word, str) for word in given):
+        of_pipeline = any(word.startswith("stage=") for word in given)
         program = "experience" if of_pipeline else "train"
-        found.append(("the same run again", shlex.join(["opcd", program, *words])))
+        found.append(("the same run again", shlex.join(["opcd", program, *given])))
         if steps is not None and not of_pipeline:
-            more = [w for w in words if not w.startswith(("exp_manager=", "trainer.max_steps="))]
+            more = [w for w in given if not w.startswith(("exp_manager=", "trainer.max_steps="))]
             longer = [*more, "exp_manager=resumable", f"trainer.max_steps={2 * steps:.0f}"]
             found.append(("twice as many steps", shlex.join(["opcd", "train", *longer])))
-    if model is not None:
+
+    def checkpoint(step: float) -> str:
+        return shlex.quote(visible(str(of_step(run.path / "checkpoints", int(step)))))
+
+    if steps is not None:
+        last = checkpoint(steps)
         found += [
-            ("talk to the student", f"opcd chat from={model}"),
-            ("take it home", f"opcd export format=hf from={model} to=exports/hf"),
+            ("talk to the student", f"opcd chat from={last}"),
+            ("take it home", f"opcd export format=hf from={last} to=exports/hf"),
         ]
+    if best is not None and best != steps:  # the table is of the last step
+        words = "talk to the student of the best validation score"
+        found.append((words, f"opcd chat from={checkpoint(best)}"))
     found.append(("this page anew", f"opcd report {folder}"))
     return found

@@ -73,7 +73,7 @@ class Ahead:
         Collective over tp and pp.
 
         Raises:
-            EngineError, UserError: the engine could not sample them.
+            EngineError, UserError, OSError: the engine could not sample them.
         """
         if self._step != step:
             assert self._step is None, (step, self._step)
@@ -86,7 +86,7 @@ class Ahead:
         elif self._job is not None:
             try:
                 found = (self._job.result(), None)
-            except (EngineError, UserError) as error:
+            except (EngineError, UserError, OSError) as error:
                 found = (found[0], error)
             found = parallel.from_first_of_model(found)
         else:
@@ -103,7 +103,7 @@ class Ahead:
         """What a checkpoint holds of a step that was begun; waits for it. Collective.
 
         Raises:
-            EngineError, UserError: as of `take`.
+            EngineError, UserError, OSError: as of `take`.
         """
         step = self._step
         if step is None:

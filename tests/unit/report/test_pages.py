@@ -12,6 +12,7 @@ import pytest
 from opcd_nemo.errors import UserError
 from opcd_nemo.report.answers import game
 from opcd_nemo.report.command import write_page
+from opcd_nemo.report.costs import commands
 from opcd_nemo.report.figures import line_chart, share_bar, ticks
 from opcd_nemo.report.page import MOST_BYTES
 from opcd_nemo.report.record import read_run
@@ -61,6 +62,15 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert f"opcd chat from={tmp_path}/run/checkpoints/step=30.ckpt" in text
+
+
+def test_commands_take_the_step_of_the_table_and_name_the_best_besides(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads(read(folder / "summary.json"))
+    (folder / "summary.json").write_text(json.dumps(summary | {"best_step": 20}))
+    shown = dict(commands(read_run(folder)))
+    assert shown["talk to the student"].endswith("step=30.ckpt")
+    assert shown["talk to the student of the best validation score"].endswith("step=20.ckpt")
 
 
 def test_a_run_from_before_has_a_page_too(tmp_path: Path) -> None:
