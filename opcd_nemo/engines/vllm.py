@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.keeper import start_keeper
@@ -38,10 +38,12 @@ from opcd_nemo.engines.vllm_settings import (
 from opcd_nemo.engines.vllm_site import Site, hold, users_of
 from opcd_nemo.engines.vllm_weights import check_room, names_of, write_stage
 from opcd_nemo.errors import EngineError, UserError
-from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.sampling import row_seed
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.types import Prompt, Sample
+
+if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does without
+    from opcd_nemo.model.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 

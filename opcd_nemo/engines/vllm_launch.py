@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,9 @@ from opcd_nemo.engines.vllm_server import VERSIONS, Server, ServerLost
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.formats.shape import hf_config, parse_config, tensor_shapes
-from opcd_nemo.model.language_model import LanguageModel
+
+if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does without
+    from opcd_nemo.model.language_model import LanguageModel
 
 _OWN_VENV = Path(".venv-vllm/bin/python")  # what `make vllm` makes
 _CPU_CACHE_BYTES = 1 << 30

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.formats.shape import tensor_shapes
 from opcd_nemo.formats.sharding import hf_tensors
-from opcd_nemo.model.language_model import LanguageModel
+
+if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does without
+    from opcd_nemo.model.language_model import LanguageModel
 
 BUCKET_BYTES = 1 << 30  # a rank holds so much beside its shard, or a single tensor
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -47,7 +47,7 @@ def costs(run: RunRecord) -> dict[str, Any]:
     device = str(summary.get("device", "cpu"))
     wall, ranks = number(summary, "seconds_total"), number(summary, "world_size")
     gpu = None
-    if device.startswith("cuda") and wall is not None and ranks is not None:
+    if not device.startswith("cpu") and wall is not None and ranks is not None:
         gpu = seconds(wall * ranks)
     return {
         "phases": phases,

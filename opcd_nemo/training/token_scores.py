@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opcd_nemo.training.batches import DistillBatch, make_distill_batches
-from opcd_nemo.training.step import Run
 from opcd_nemo.types import Rollout
+
+if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does without
+    from opcd_nemo.training.step import Run
 
 TOKENS = "tokens.json"  # in the folder of a run
 MOST_ANSWERS = 6

@@ -21,7 +21,10 @@ import torch
 names = ("current_device", "is_available", "device_count", "Stream", "synchronize")
 before = {name: getattr(torch.cuda, name) for name in names}
 threads, tensor_type = torch.get_num_threads(), torch.Tensor.type
-for module in ("plan.planning", "training.prepared", "engines.megatron", "experience.command"):
+for module in (
+    "plan.planning", "training.prepared", "engines.megatron", "engines.vllm", "report.command",
+    "experience.command", "experience.run_configs",
+):
     importlib.import_module(f"opcd_nemo.{module}")
 slow = {"megatron.core", "nemo", "lightning", "transformers", "torch._dynamo"} & set(sys.modules)
 assert not slow, f"{slow}: seconds of each plan and of each check before a launch"

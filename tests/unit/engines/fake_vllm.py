@@ -28,6 +28,7 @@ class FakeVllm:
         self.requests: list[dict[str, Any]] = []
         self.pushes: list[list[str]] = []
         self.calls: list[str] = []
+        self.checked = 0  # requests before the last question for the version
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         """Status and JSON of a call."""
@@ -35,6 +36,7 @@ class FakeVllm:
         if self.trouble in ("500", "503"):
             return int(self.trouble), {"error": "EngineCore encountered an issue"}
         if path == "/weight_info":
+            self.checked = len(self.requests)
             return (200, {"weight_version": self.label}) if self.tells_label else (404, {})
         if path == "/update_weight_version":
             self.label = body["new_version"]
@@ -171,8 +173,13 @@ def main(words: list[str]) -> None:
     with Listening(vllm, at):
         while True:
             time.sleep(0.02)
-            most = {"--dies-after-two": 2, "--dies-after-nine": 9}
-            if any(word in words and len(vllm.requests) >= most[word] for word in most):
+            # after nine requests, in the middle of a rollout; after two answers that were checked
+            num_done = {
+                "--dies-after-two": vllm.checked // 2,
+                "--dies-after-nine": len(vllm.requests) // 9,
+            }
+            if any(word in words and num_done[word] for word in num_done):
+                time.sleep(0.1)  # an answer that was begun is sent
                 sys.stderr.write("x" * 100_000)
                 os._exit(1)
 

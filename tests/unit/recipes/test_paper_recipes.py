@@ -132,7 +132,8 @@ PAPER = (CONF.resolve().parent / "recipes/paper.md").read_text()
 COMMANDS = [
     ("experience" if chain else program, tuple(f"{chain}{arguments}".split()))
     for chain, program, arguments in re.findall(
-        r"(?:OPCD_(recipe=\S+ )slurm/chain\.sh|recipes/(train|experience)\.py) ((?:[\w.=/]+ ?)+)",
+        r"(?:OPCD_(recipe=\S+ )slurm/chain\.sh|(?:opcd |recipes/)(train|experience)(?:\.py)?)"
+        r" ((?:[\w.=/]+ ?)+)",
         re.sub(r"\\\n\s*", "", PAPER.partition("## Commands")[2]).replace("RECIPE=", "recipe="),
     )
 ]
