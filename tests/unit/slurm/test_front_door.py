@@ -39,7 +39,7 @@ def front_door(
     """Run a script by hand in `folder`, beside programs of which these are the bodies."""
     (folder / "bin").mkdir()
     for program in Path("/usr/bin").iterdir():  # where a Slurm may be installed, too
-        if program.name not in (*SLURM, *without):
+        if program.name not in (*SLURM, *without, *programs):  # a body must not go through a link
             (folder / "bin" / program.name).symlink_to(program)
     for name, body in programs.items():
         program = folder / "bin" / name
