@@ -32,6 +32,8 @@ class FakeHub:
         self.requests.append(f"{method} {path}")
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
             return self._api(found, body)
+        if path == "/api/validate-yaml":  # of a model card
+            return 200, {}, json.dumps({"errors": [], "warnings": []}).encode()
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

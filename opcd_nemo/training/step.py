@@ -110,6 +110,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> Stats:
         run.parallel.give_back_memory()
         run.optimizer.zero_grad()
         stats = accumulate_gradients(run, batches, scores, phase.loss)
+        run.parallel.flush()  # what the teacher's stages sent has been received by now
     stats.add(_rollout_stats(run.parallel, rollouts))
     if run.ahead is not None:
         stats.add(_behind(run.parallel, rollouts, step))
