@@ -78,7 +78,8 @@ def distill(
     _check_places(folder, name, settings)
     folder = Path(folder)
     name = name or _free_name(folder)
-    files = _write_questions(folder, _split(questions, test_questions))
+    splits = _split(questions, test_questions)
+    files = _write_questions(folder, splits)
     words = [
         *_score_words(score),
         *(word(f"task.{split}", path) for split, path in files.items()),
@@ -87,7 +88,7 @@ def distill(
         word("student.path", student),
         word("trainer.max_steps", steps),
         word("rollout.sampling.max_new_tokens", max_new_tokens),
-        word("evaluation.num_questions", min(_MOST_TEST, _num_lines(files["test"]))),
+        word("evaluation.num_questions", min(_MOST_TEST, len(splits["test"]))),
         word("exp_manager.exp_dir", folder),
         word("name", name),
         *(["trainer.enable_progress_bar=false"] if quiet else []),
@@ -253,7 +254,3 @@ def _write_questions(folder: Path, splits: Mapping[str, Sequence[str]]) -> dict[
         problem = f"{below}: {error.strerror}"
         raise UserError("folder", folder, "one that can be written", problem=problem) from error
     return files
-
-
-def _num_lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n")

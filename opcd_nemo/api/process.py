@@ -25,8 +25,8 @@ import torch
 
 from opcd_nemo.distributed.groups import end_parallel
 from opcd_nemo.distributed.launcher import STOP_SIGNALS
-from opcd_nemo.launch.output import LOG, quiet_imports, show_log
-from opcd_nemo.launch.ranks import keep_few_kernels, quiet_libraries
+from opcd_nemo.launch.output import LOG, quiet_imports, quiet_libraries, show_log
+from opcd_nemo.launch.ranks import keep_few_kernels
 
 
 class _Interrupted(BaseException):

@@ -18,8 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.keeper import start_keeper
@@ -38,8 +39,10 @@ from opcd_nemo.engines.vllm_settings import (
 from opcd_nemo.engines.vllm_site import Site, hold, users_of
 from opcd_nemo.engines.vllm_weights import check_room, names_of, write_stage
 from opcd_nemo.errors import EngineError, UserError
+from opcd_nemo.rollout.engine import Speaker
 from opcd_nemo.rollout.sampling import row_seed
 from opcd_nemo.storage import heartbeat
+from opcd_nemo.storage.ranks import on_every_rank, on_first_of_model
 from opcd_nemo.types import Prompt, Sample
 
 if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does without
@@ -216,11 +219,10 @@ class VllmEngine:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         urls = self._urls
         if self._launch:
-            launched = self._launched()
-            urls = [launched.url]
+            urls = [self._launched.url]
             if fresh:
                 try:
-                    launched.start(self._start_s)
+                    self._launched.start(self._start_s)
                 except ServerLost as lost:
                     allowed = "a server that starts; engine.flags are vLLM's words"
                     raise UserError("engine.launch", True, allowed, problem=str(lost)) from lost
@@ -236,11 +238,18 @@ class VllmEngine:
             raise UserError("engine.urls", urls, "a server of this model", problem=differs)
         return fit, not all(served[url].model.tied_embeddings for url in fit)
 
+    @cached_property
     def _launched(self) -> Launched:
-        python = find_python(self._python)
-        places: dict[str, Any] = {"gpus": self._gpus, "sleeps": self._colocated}
-        width, flags = self._width, self._flags
-        return Launched(self._folder, self._model, python, width=width, flags=flags, **places)
+        """With `launch` the server of this machine, once its folder is known."""
+        return Launched(
+            self._folder,
+            self._model,
+            find_python(self._python),
+            width=self._width,
+            gpus=self._gpus,
+            sleeps=self._colocated,
+            flags=self._flags,
+        )
 
     def _open_sites(self, urls: Mapping[int, str]) -> None:
         for index, url in urls.items():
@@ -252,26 +261,21 @@ class VllmEngine:
                 server,
                 served,
                 folder,
-                self._launched() if self._launch else None,
+                self._launched if self._launch else None,
                 max_restarts=self._max_restarts,
                 start_s=self._start_s,
             )
 
     def _on_all(self, act: Callable[[], Value]) -> list[Value]:
-        """What `act` returns on every rank, or the first error of any. Over the world."""
-        value: Any = None
-        error: Exception | None = None
-        try:
-            value = act()
-        except (UserError, EngineError, OSError) as caught:
-            error = caught
-        except (ServerLost, Refused) as lost:
-            error = EngineError(str(lost))
-        results = self._parallel.gather_objects((value, error))
-        for _, failed in results:
-            if failed is not None:
-                raise failed
-        return [each for each, _ in results]
+        """As `on_every_rank`; what a server does is told as `EngineError`."""
+
+        def in_words() -> Value:
+            try:
+                return act()
+            except (ServerLost, Refused) as lost:
+                raise EngineError(str(lost)) from lost
+
+        return on_every_rank(self._parallel, in_words)
 
     # ------------------------------------------------------------------ answers
 
@@ -291,21 +295,15 @@ class VllmEngine:
         Raises:
             EngineError, UserError, OSError: as of `sample`, on every rank of the group.
         """
-        found: tuple[list[Sample], Exception | None] = ([], None)
-        if self._speaks:
-            try:
-                found = (self.sample(prompts, sampling, seed=seed, step=step), None)
-            except (EngineError, UserError, OSError) as error:  # as of a disk
-                found = ([], error)
-        samples: list[Sample]
-        samples, failed = self._parallel.from_first_of_model(found)
-        if failed is not None:
-            raise failed
-        return samples
+
+        def sample() -> list[Sample]:
+            return self.sample(prompts, sampling, seed=seed, step=step)
+
+        return on_first_of_model(self._parallel, sample if self._speaks else None)
 
     def speaker(self) -> Speaker | None:
         """What a thread may sample with, until the next `load_weights`; None where none speaks."""
-        return Speaker(self, self.weights_version) if self._speaks else None
+        return Speaker(self.sample, self.weights_version) if self._speaks else None
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int
@@ -374,30 +372,3 @@ class VllmEngine:
                 site.server.give_up()
         for site in sites:
             site.server.expect(site.version)
-
-
-class Speaker:
-    """The engine as a thread of the rank that speaks has it: no call is collective."""
-
-    def __init__(self, engine: VllmEngine, version: int) -> None:
-        """Sample with the version that the servers hold."""
-        self._engine, self.weights_version = engine, version
-
-    def load_weights(self, version: int) -> None:
-        """The version that is held, or the caller has a fault."""
-        assert version == self.weights_version
-
-    def release_weights(self) -> None:
-        """Nothing: the engine releases."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        prefix_ids: Sequence[int] = (),
-    ) -> list[Sample]:
-        """As `VllmEngine.sample`."""
-        return self._engine.sample(prompts, sampling, seed=seed, step=step)

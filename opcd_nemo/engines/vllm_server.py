@@ -82,6 +82,13 @@ class Served:
                 return f"{name}={getattr(self.model, name)}, the run's model has {other}"
         return None
 
+    def check_length(self, url: str, longest: int) -> None:
+        """Refuse sequences that the server would refuse; `UserError` names both lengths."""
+        if longest > self.max_tokens:
+            problem = f"takes {self.max_tokens} tokens, a prompt and its answer {longest}"
+            allowed = f"--max-model-len {longest} or more"
+            raise UserError("engine.urls", url, allowed, problem=problem)
+
 
 class _SocketFile(http.client.HTTPConnection):
     """A connection to a server that listens at a socket file."""

@@ -152,9 +152,7 @@ def _check_served(
         problem = f"serves {served.folder}, whose head is its embedding: a CPU keeps the old head"
         allowed = "a folder with tie_word_embeddings=false and a head; or engine.launch=true"
         raise UserError("engine.urls", url, allowed, problem=problem)
-    if served.max_tokens < longest:
-        problem = f"takes {served.max_tokens} tokens, a prompt and its answer {longest}"
-        raise UserError("engine.urls", url, f"--max-model-len {longest} or more", problem=problem)
+    served.check_length(url, longest)
 
 
 def describe(server: Server, wait_s: float = 0.0) -> Served:

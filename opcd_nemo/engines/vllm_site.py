@@ -91,12 +91,8 @@ class Site:
         )
 
     def check_length(self, longest_prompt: int, sampling: Sampling) -> None:
-        """Refuse what the server would refuse; `UserError` names both lengths."""
-        longest = longest_prompt + sampling.max_new_tokens
-        if longest > self._served.max_tokens:
-            problem = f"takes {self._served.max_tokens} tokens, a prompt and its answer {longest}"
-            allowed = f"--max-model-len {longest} or more"
-            raise UserError("engine.urls", self.server.url, allowed, problem=problem)
+        """As `Served.check_length`, with the longest answer."""
+        self._served.check_length(self.server.url, longest_prompt + sampling.max_new_tokens)
 
     def check_awake(self) -> None:
         """Refuse a server that would let a request wait for ever.

@@ -86,3 +86,10 @@ def quiet_imports() -> None:
     telemetry = logging.getLogger("nv_one_logger")  # NeMo's
     telemetry.addHandler(logging.NullHandler())
     telemetry.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Keep third parties' notes off the screen after their import; their errors stay."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning", "lightning.pytorch", "megatron.core", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -34,7 +33,7 @@ from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, la
 from opcd_nemo.errors import SaveError, UserError
 from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
-from opcd_nemo.launch.output import keep_output_open, quiet_imports, show_log
+from opcd_nemo.launch.output import keep_output_open, quiet_imports, quiet_libraries, show_log
 from opcd_nemo.launch.recipes import CONF, for_another_program, of_program
 from opcd_nemo.launch.signals import ToRanks, in_words, stopped
 from opcd_nemo.rollout.engine import check_engine
@@ -198,13 +197,6 @@ def quiet_training() -> None:
 
     nemo_logging.setLevel(logging.ERROR)
     quiet_libraries()
-
-
-def quiet_libraries() -> None:
-    """Keep third parties' notes off the screen; their errors stay."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning", "lightning.pytorch", "megatron.core", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _checked(

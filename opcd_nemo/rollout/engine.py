@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from opcd_nemo.config.plugs import plug_factory
@@ -45,6 +45,33 @@ class ThreadedEngine(RolloutEngine, Protocol):
 
         None on ranks that do not speak to it: they are given what the others have sampled.
         """
+
+
+class Speaker:
+    """An engine at the weights that are held, for a thread: no call is collective."""
+
+    def __init__(self, sample: Callable[..., list[Sample]], weights_version: int) -> None:
+        """Sample by a function that takes what `generate` takes, but for the prefix."""
+        self._sample, self.weights_version = sample, weights_version
+
+    def load_weights(self, version: int) -> None:
+        """The version that is held, or the caller has a fault."""
+        assert version == self.weights_version
+
+    def release_weights(self) -> None:
+        """Nothing: the engine that made this one releases."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        prefix_ids: Sequence[int] = (),
+    ) -> list[Sample]:
+        """One continuation a prompt, in order; `prefix_ids` are left to the sampling function."""
+        return self._sample(prompts, sampling, seed=seed, step=step)
 
 
 def check_engine(

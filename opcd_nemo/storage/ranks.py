@@ -12,6 +12,13 @@ from typing import Any, Protocol, TypeVar
 _Value = TypeVar("_Value")
 
 
+class Sharers(Protocol):
+    """What the processes that share a model need to hear of the first of them: a `Parallel`."""
+
+    def from_first_of_model(self, value: Any) -> Any:
+        """The value of the first of them."""
+
+
 class Ranks(Protocol):
     """What the processes of a run need to agree on how a work ended: a `Parallel`."""
 
@@ -29,15 +36,11 @@ def on_every_rank(ranks: Ranks, work: Callable[[], _Value]) -> list[_Value]:
     Raises:
         Exception: on every rank, its own error, or else that of the first rank that failed.
     """
-    value, error = None, None
-    try:
-        value = work()
-    except Exception as failure:  # also a bug's: the others must not wait for this rank
-        error = failure
-    outcomes: list[tuple[_Value, Exception | None]] = ranks.gather_objects((value, error))
+    mine = _outcome(work)
+    outcomes: list[tuple[_Value, Exception | None]] = ranks.gather_objects(mine)
     for _, of_another in outcomes:
         if of_another is not None:
-            raise error or of_another  # a copy of another rank's error has no traceback
+            raise mine[1] or of_another  # a copy of another rank's error has no traceback
     return [found for found, _ in outcomes]
 
 
@@ -49,6 +52,30 @@ def on_rank_0(ranks: Ranks, work: Callable[[], _Value]) -> _Value:
     """
     found: list[_Value] = on_every_rank(ranks, work if ranks.rank == 0 else _nothing)
     return found[0]
+
+
+def on_first_of_model(ranks: Sharers, work: Callable[[], _Value] | None) -> _Value:
+    """What the first rank of a tp x pp group finds, on every rank of the group. Collective over it.
+
+    Args:
+        ranks: those of the group.
+        work: on the first rank; None on the others.
+
+    Raises:
+        Exception: on every rank of the group, the error of the first.
+    """
+    found: _Value
+    found, error = ranks.from_first_of_model(_outcome(work or _nothing))
+    if error is not None:
+        raise error
+    return found
+
+
+def _outcome(work: Callable[[], _Value]) -> tuple[_Value | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as failure:  # also a bug's: the others must not wait for this rank
+        return None, failure
 
 
 def _nothing() -> Any:

@@ -23,7 +23,8 @@ from typing import Any
 
 from opcd_nemo.config import limits
 from opcd_nemo.distributed.groups import Parallel
-from opcd_nemo.errors import EngineError, UserError
+from opcd_nemo.errors import UserError
+from opcd_nemo.storage.ranks import on_first_of_model
 from opcd_nemo.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -80,21 +81,12 @@ class Ahead:
             if self.is_wanted(step):
                 logger.info("step %d: sampled with the present weights, as none was begun", step)
             return None
-        found: tuple[Timed, Exception | None] = (([], 0.0), None)
-        if self._restored is not None:
-            found = ((self._restored, 0.0), None)
-        elif self._job is not None:
-            try:
-                found = (self._job.result(), None)
-            except (EngineError, UserError, OSError) as error:
-                found = (found[0], error)
-            found = parallel.from_first_of_model(found)
-        else:
-            found = parallel.from_first_of_model(found)
+        restored, job = self._restored, self._job
         self._step, self._job, self._restored = None, None, None
-        (rollouts, self.sampled_s), failed = found
-        if failed is not None:
-            raise failed
+        if restored is not None:
+            self.sampled_s = 0.0
+            return restored
+        rollouts, self.sampled_s = on_first_of_model(parallel, None if job is None else job.result)
         return rollouts
 
     # ------------------------------------------------------------------ checkpoints

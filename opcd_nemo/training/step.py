@@ -18,8 +18,9 @@ Try it: `opcd train recipe=demo_brevity trainer.max_steps=3`. Paper: arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -139,11 +140,12 @@ def _episodes(run: Run, step: int) -> tuple[list[Episode], int]:
     return [episodes[index] for index in mine], sum(index >= plain for index in mine)
 
 
-def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
-    engine = run.engines[sampler]
+def _collector(
+    run: Run, sampler: SamplerName, step: int
+) -> Callable[[RolloutEngine], list[Rollout]]:
+    """What an engine does for a step: the episodes are drawn now, the rollouts by the caller."""
     episodes, num_anchors = _episodes(run, step)
-    engine.load_weights(step if sampler == "student" else run.teacher.version)
-    rollouts = collect_rollouts(
+    return lambda engine: collect_rollouts(
         engine,
         sampler,
         episodes,
@@ -155,6 +157,12 @@ def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
         num_anchors=num_anchors,
         prefix_ids=run.teacher.prefix_ids if sampler == "teacher" else (),
     )
+
+
+def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
+    engine, collect = run.engines[sampler], _collector(run, sampler, step)
+    engine.load_weights(step if sampler == "student" else run.teacher.version)
+    rollouts = collect(engine)
     if run.ahead is None and (sampler == "student" or run.teacher.is_updated):
         engine.release_weights()  # backward needs the memory; packed weights would go stale
     return rollouts
@@ -167,24 +175,8 @@ def _begin_next(run: Run, ahead: Ahead, step: int) -> None:
         return
     assert isinstance(engine, ThreadedEngine)
     engine.load_weights(step)
-    speaker, (episodes, num_anchors) = engine.speaker(), _episodes(run, next_step)
-    if speaker is None:
-        ahead.begin(next_step, None)
-        return
-    ahead.begin(
-        next_step,
-        lambda: collect_rollouts(
-            speaker,
-            "student",
-            episodes,
-            run.conversation,
-            run.sampling,
-            seed=run.seed,
-            step=next_step,
-            first_index=run.parallel.share(run.prompts_per_step).start,
-            num_anchors=num_anchors,
-        ),
-    )
+    speaker, collect = engine.speaker(), _collector(run, "student", next_step)
+    ahead.begin(next_step, None if speaker is None else partial(collect, speaker))
 
 
 def distill_batches(

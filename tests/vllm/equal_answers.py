@@ -18,7 +18,7 @@ from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.distributed.groups import init_parallel
 from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.launch.compose import compose
-from opcd_nemo.launch.ranks import quiet_libraries
+from opcd_nemo.launch.output import quiet_libraries
 from opcd_nemo.training.build import build_run
 from opcd_nemo.training.prepared import prepare_run
 from opcd_nemo.training.step import distill_step

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.errors import UserError
-from opcd_nemo.storage.ranks import on_every_rank, on_rank_0
+from opcd_nemo.storage.ranks import on_every_rank, on_first_of_model, on_rank_0
 
 
 class Together:
@@ -95,3 +95,21 @@ def test_what_any_rank_raises_every_rank_raises() -> None:
     assert {str(one) for one in Together(3).do(work)} == {"[Errno 5] Input/output error: 'file'"}
     ranks = Together(3).do(lambda rank: on_every_rank(rank, lambda: rank.rank))
     assert ranks == [[0, 1, 2]] * 3
+
+
+class Sharer:
+    """A rank of a group in which the first has said something."""
+
+    def __init__(self, said: Any = None) -> None:
+        self._said = said
+
+    def from_first_of_model(self, value: Any) -> Any:
+        return value if self._said is None else self._said
+
+
+def test_a_group_has_what_its_first_rank_has_found_or_its_error() -> None:
+    assert on_first_of_model(Sharer(), lambda: "found") == "found"
+    assert on_first_of_model(Sharer(("found", None)), None) == "found"
+    for sharer, work in ((Sharer(), lambda: [][0]), (Sharer((None, IndexError())), None)):
+        with pytest.raises(IndexError):
+            on_first_of_model(sharer, work)
