@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,3 +186,16 @@ class Job:
         parts = [self.log]
         parts += [self.ranks_log(attempt)[-3000:] for attempt in range(self.restarts + 1)]
         return "\n----\n".join(parts)
+
+
+Scenario = Callable[[Site], Job]
+
+
+@contextmanager
+def started(site: Site, scenarios: Sequence[Scenario]) -> Iterator[dict[str, Future[Job]]]:
+    """Jobs by the names of their scenarios, two at a time."""
+    with ThreadPoolExecutor(2) as threads:
+        futures = {each.__name__: threads.submit(each, site) for each in scenarios}
+        yield futures
+        for future in futures.values():
+            future.cancel()

@@ -8,16 +8,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.jobs import PATIENCE_S, STEPS, Job, Site
+from tests.cluster.jobs import PATIENCE_S, STEPS, Job, Scenario, Site, started
 from tests.cluster.slow_task import HANG_ENV, PAUSE_ENV
-
-Scenario = Callable[[Site], Job]
 
 
 def plain(site: Site) -> Job:
@@ -122,8 +120,11 @@ def _listed(folder: Path) -> list[Path]:
 def hang(site: Site) -> Job:
     """A rank stands still; the watchdog ends the attempt."""
     undisturbed_s = float((site.output / "plain.seconds").read_text())
-    timeout = str(40 + int(undisturbed_s))  # a busy machine is slow, no machine is dead
-    job = site.submit("hang", environment={HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": timeout})
+    timeout = 40 + int(undisturbed_s)  # a busy machine is slow, no machine is dead
+    # else the other ranks give up first where the machine is so busy
+    patient = f"parallel.timeout_s={3 * timeout}"
+    environment = {HANG_ENV: "3", "OPCD_HEARTBEAT_TIMEOUT_S": str(timeout)}
+    job = site.submit("hang", patient, environment=environment)
     job.wait_for_end()
     return job
 
@@ -133,11 +134,8 @@ SCENARIOS: tuple[Scenario, ...] = (plain, time_limit, power_cut, partition, pree
 
 @pytest.fixture(scope="module")
 def jobs(site: Site) -> Iterator[dict[str, Future[Job]]]:
-    with ThreadPoolExecutor(2) as threads:
-        futures = {one.__name__: threads.submit(one, site) for one in SCENARIOS}
+    with started(site, SCENARIOS) as futures:
         yield futures
-        for future in futures.values():
-            future.cancel()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.jobs import NODES, STEPS, Job, Site
+from tests.cluster.jobs import NODES, STEPS, Job, Site, started
 from tests.cluster.slow_task import PAUSE_ENV
 
 DOUBLE = Path(__file__).with_name("vllm_double.py")
@@ -87,11 +87,8 @@ SCENARIOS = (served, served_killed, served_power_cut, served_preemption)
 
 @pytest.fixture(scope="module")
 def jobs(site: Site) -> Iterator[dict[str, Future[Job]]]:
-    with ThreadPoolExecutor(2) as threads:
-        futures = {one.__name__: threads.submit(one, site) for one in SCENARIOS}
+    with started(site, SCENARIOS) as futures:
         yield futures
-        for future in futures.values():
-            future.cancel()
 
 
 def test_each_node_has_a_server_as_long_as_the_job_runs(jobs: dict[str, Future[Job]]) -> None:
