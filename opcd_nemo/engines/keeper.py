@@ -10,6 +10,7 @@ every request that waits into it. Standard library alone: it must not cost memor
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from typing import BinaryIO
 
 ENDED = "ended"  # a file in FOLDER, once the server has ended: its exit code
 LOG_BYTES = 4 << 20  # of the log, and of `LOG.1`, the part before it
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _ENDS_S = 30.0  # a server has so long to end by itself
 
 
@@ -94,10 +96,16 @@ def _start(
         stderr=subprocess.STDOUT,
         start_new_session=True,
         cwd=folder,
+        preexec_fn=_end_with_keeper,
     )
     logging = threading.Thread(target=_log, args=(server, folder, log), daemon=True)
     logging.start()
     return server, logging
+
+
+def _end_with_keeper() -> None:
+    """In the server's process: have the kernel send SIGTERM when the keeper was killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _before(log: Path) -> Path:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from opcd_nemo.engines.vllm_settings import (
     describe,
     first_of_machine,
 )
-from opcd_nemo.engines.vllm_site import Site, hold, users_of
+from opcd_nemo.engines.vllm_site import Site, claim, hold, process_name, users_of
 from opcd_nemo.engines.vllm_weights import check_room, names_of, write_stage
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.rollout.engine import Speaker
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 _TICK_S = 10.0  # how often a silent server is looked after
 _TOLD_S = 60.0  # how often a long rollout is told of
+_GIVE_UP_S = 0.05  # until the requests that are left are given up again
 
 
 class VllmEngine:
@@ -197,7 +198,7 @@ class VllmEngine:
 
     def _meet(self) -> None:
         """Find or start the servers, and say which replica writes for which. Collective."""
-        names = self._on_all(lambda: (os.getpid(), secrets.token_hex(4)))
+        names = self._on_all(lambda: (process_name(), secrets.token_hex(4)))
         rank, first = self._parallel.rank, first_of_machine(self._parallel) if self._launch else 0
         shape = self._model.config
         self._folder = self._root / f"opcd-{names[first][0]}-{shape.num_layers}x{shape.hidden_size}"
@@ -215,8 +216,7 @@ class VllmEngine:
 
     def _open(self) -> tuple[list[str], bool]:
         """On a first rank: this model's servers, for this run; whether some have a head to fill."""
-        fresh = not self._folder.exists()  # else a teacher's engine shares the student's servers
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        fresh = claim(self._folder)  # else a teacher's engine shares the student's servers
         urls = self._urls
         if self._launch:
             urls = [self._launched.url]
@@ -368,7 +368,14 @@ class VllmEngine:
                     logger.info("rollout: %d of %d answers", len(found), len(prompts))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for site in sites:
-                site.server.give_up()
+            _give_up(sites, waiting)
         for site in sites:
             site.server.expect(site.version)
+
+
+def _give_up(sites: Sequence[Site], requests: Iterable[Future[Sample]]) -> None:
+    """End the requests that wait for answers; a request that connects late is ended then."""
+    while running := [each for each in requests if not each.done()]:
+        for site in sites:
+            site.server.give_up()
+        wait(running, timeout=_GIVE_UP_S)

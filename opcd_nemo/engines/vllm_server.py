@@ -51,7 +51,8 @@ class Refused(Exception):
     def __init__(self, url: str, path: str, status: int, text: str) -> None:
         self.url, self.status = url, status
         said = " ".join(text.split())
-        super().__init__(f"{path} answers {status}: {said[:_SHOWN]}")
+        self.words = f"{path} answers {status}: {said[:_SHOWN]}"
+        super().__init__(f"{url}{self.words}")
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        raise EngineError(f"{refused.url}{refused}") from None
+        raise EngineError(str(refused)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Server:
     def __init__(self, url: str) -> None:
         """Connects to nothing yet."""
         self.url = url
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
 
     def ask(self, path: str, body: Any = None, *, timeout_s: float | None = _CALL_S) -> Any:
         """What the server answers to a call: JSON, or None where the answer is empty.
@@ -122,30 +123,31 @@ class Server:
         Raises:
             ServerLost: no answer, half an answer, or a failure inside the server.
             Refused: any other status than 200.
+            EngineError: an answer that is no JSON, or has no end.
         """
-        link = self._connection(timeout_s)
-        self._open.add(link)
         try:
-            link.request(
-                "GET" if body is None else "POST",
-                path,
-                json.dumps(body) if body else None,
-                {"Content-Type": "application/json"} if body else {},
-            )
-            answer = link.getresponse()
-            text = answer.read(limits.RECORD_BYTES).decode(errors="replace")
-            if answer.length:  # `read` is silent about an end that comes too soon
-                raise OSError(f"ends {answer.length} bytes too soon")
+            with self._connected(timeout_s) as link:
+                link.request(
+                    "GET" if body is None else "POST",
+                    path,
+                    json.dumps(body) if body else None,
+                    {"Content-Type": "application/json"} if body else {},
+                )
+                answer = link.getresponse()
+                data = answer.read(limits.RECORD_BYTES + 1)
+                if answer.length and len(data) <= limits.RECORD_BYTES:  # of which `read` is silent
+                    raise OSError(f"ends {answer.length} bytes too soon")
         except (OSError, http.client.HTTPException) as error:
             words = str(error) or type(error).__name__
             raise ServerLost(self.url, f"{path}: {words}") from error
-        finally:
-            self._open.discard(link)
-            link.close()
+        if len(data) > limits.RECORD_BYTES:
+            words = f"answers more than {limits.RECORD_BYTES} bytes, as no vLLM is known to"
+            raise EngineError(f"{self.url}{path}: {words}")
+        text = data.decode(errors="replace")
         if answer.status != http.client.OK:
             refused = Refused(self.url, path, answer.status, text)
             if answer.status >= http.client.INTERNAL_SERVER_ERROR:
-                raise ServerLost(self.url, str(refused))
+                raise ServerLost(self.url, refused.words)
             raise refused
         if not text.strip():
             return None
@@ -154,16 +156,27 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise EngineError(f"{self.url}{path}: answers no JSON: {text[:_SHOWN]!r}") from error
 
-    def _connection(self, timeout_s: float | None) -> http.client.HTTPConnection:
+    @contextlib.contextmanager
+    def _connected(self, timeout_s: float | None) -> Iterator[http.client.HTTPConnection]:
         if self.url.startswith(_SOCKET):
-            return _SocketFile(self.url.removeprefix(_SOCKET), timeout_s)
-        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
+            link: http.client.HTTPConnection
+            link = _SocketFile(self.url.removeprefix(_SOCKET), timeout_s)
+        else:
+            link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
+        with contextlib.closing(link):
+            link.connect()
+            connected = link.sock  # which the link forgets when its answer begins
+            self._open.add(connected)
+            try:
+                yield link
+            finally:
+                self._open.discard(connected)
 
     def give_up(self) -> None:
-        """End every call that waits for an answer; those that wait get `ServerLost`."""
-        for link in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):
-                link.sock.shutdown(socket.SHUT_RDWR)
+        """End every call that is connected: who waits for its answer gets `ServerLost`."""
+        for connected in list(self._open):
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the server answers.
@@ -178,7 +191,7 @@ class Server:
                 return
             except (ServerLost, Refused) as error:
                 if time.monotonic() >= ends:
-                    raise ServerLost(self.url, str(error)) from error
+                    raise ServerLost(self.url, error.words) from error
             time.sleep(min(1.0, max(0.0, ends - time.monotonic())))
 
     # ------------------------------------------------------------------ what it is
@@ -203,7 +216,8 @@ class Server:
             longest = int(first["max_model_len"])
         except (Refused, LookupError, TypeError, ValueError) as error:
             allowed = "a vLLM server that VLLM_SERVER_DEV_MODE=1 lets take weights"
-            raise self._bad(str(error), allowed) from None
+            problem = error.words if isinstance(error, Refused) else str(error)
+            raise self._bad(problem, allowed) from None
         if not (folder / "config.json").is_file():
             allowed = "a server whose model is a folder that this machine sees"
             raise self._bad(f"serves {folder}, which is no folder here", allowed)
@@ -252,10 +266,8 @@ class Server:
             self.ask("/collective_rpc", body, timeout_s=_RELOAD_S)
             if asleep:
                 self.ask("/wake_up", {}, timeout_s=_RELOAD_S)
-        except Refused as refused:
-            raise ServerLost(self.url, f"{refused}{_RESTART}") from None
-        except ServerLost as lost:
-            raise ServerLost(self.url, f"{lost.words}{_RESTART}") from None
+        except (ServerLost, Refused) as failed:
+            raise ServerLost(self.url, f"{failed.words}{_RESTART}") from None
         answer = self.ask("/reset_prefix_cache", {})
         if answer is not None and not self._field("/reset_prefix_cache", "success", answer):
             raise EngineError(
@@ -321,10 +333,8 @@ class Server:
             "skip_special_tokens": False,
             "add_special_tokens": False,
         }
-        try:
+        with told():
             answer = self.ask("/v1/completions", body, timeout_s=None)
-        except Refused as refused:
-            raise EngineError(f"{self.url}{refused}") from None
         try:
             return _sample(answer["choices"][0], list(prompt_ids), eos_ids, vocab_size)
         except (LookupError, TypeError, ValueError) as error:

@@ -6,8 +6,12 @@ import fcntl
 import logging
 import os
 import re
+import secrets
+import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from opcd_nemo.config.sampling import Sampling
@@ -17,6 +21,8 @@ from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.types import Sample
 
 logger = logging.getLogger(__name__)
+
+_MACHINE = "machine"  # a file in a run's folder: the machine's name
 
 
 class Site:
@@ -162,6 +168,45 @@ class Site:
         with (self._folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@cache
+def process_name() -> str:
+    """Of this process: containers that share /dev/shm may each have a process of its number."""
+    return f"{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def claim(folder: Path) -> bool:
+    """Make the folder of this process, if it has none yet, and remove those that killed runs left.
+
+    Returns:
+        Whether the folder is new.
+    """
+    for other in folder.parent.glob("opcd-*/"):
+        _remove_if_left(other)
+    if folder.exists():
+        return False
+    made = folder.with_name(f".{folder.name}")  # not seen by others before it is locked
+    made.mkdir(mode=0o700)
+    (made / _MACHINE).write_text(socket.gethostname())
+    with suppress(OSError):  # a file system without locks: nobody else gets a lock either
+        fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)
+    made.rename(folder)
+    return True
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove the folder of a process of this machine that has ended, and its keeper with it."""
+    with suppress(OSError):  # another user's, or gone by now
+        if (folder / _MACHINE).read_text() != socket.gethostname():
+            return  # the locks of some file systems are a single machine's
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            logger.info("%s: removed, a killed run had left it", folder)
+        finally:
+            os.close(file)
 
 
 def hold(url: str, folder: Path) -> None:

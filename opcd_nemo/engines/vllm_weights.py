@@ -89,7 +89,7 @@ def write_stage(model: LanguageModel, folder: Path, *, writes: bool, with_head: 
                 failed = error
         bucket.clear()
 
-    for name, tensor in _stage_tensors(model, with_head):
+    for name, tensor in stage_tensors(model, with_head):
         if writes:
             held = sum(each.nbytes for each in bucket.values())
             if held + tensor.nbytes > BUCKET_BYTES:
@@ -101,7 +101,8 @@ def write_stage(model: LanguageModel, folder: Path, *, writes: bool, with_head: 
     return names
 
 
-def _stage_tensors(model: LanguageModel, with_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def stage_tensors(model: LanguageModel, with_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `write_stage` writes, tensor by tensor. Collective over tp."""
     tied = model.config.tied_embeddings
     for name, parameter in model.module.named_parameters():
         if tied and name == "output_layer.weight":

@@ -126,6 +126,8 @@ class Listening:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
+                if self.path == "/v1/completions" and vllm.trouble == "stalls":
+                    time.sleep(5)
                 self.wfile.write(text)
                 return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines import vllm as engine_module
-from opcd_nemo.engines import vllm_settings, vllm_site, vllm_weights
+from opcd_nemo.engines import vllm_server, vllm_settings, vllm_site, vllm_weights
 from opcd_nemo.engines.vllm import VllmEngine
+from opcd_nemo.engines.vllm_server import Server
+from opcd_nemo.engines.vllm_site import Site
 from opcd_nemo.errors import EngineError, UserError
 from opcd_nemo.formats.locate import write_json
 from opcd_nemo.formats.shape import hf_config
@@ -124,7 +127,7 @@ def test_weights_are_sent_once_a_version_and_again_after_a_release(
 
 def test_only_the_last_push_stays_in_memory(engine: VllmEngine, tmp_path: Path) -> None:
     engine.load_weights(1)
-    (folder,) = tmp_path.glob(f"opcd-{os.getpid()}-*")
+    (folder,) = tmp_path.glob(f"opcd-{os.getpid()}-*/")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert len(list((folder / "replica=0").iterdir())) == 1
 
@@ -285,15 +288,71 @@ def test_a_server_that_comes_back_is_given_its_weights_and_asked_again(
         sample(engine)
 
 
+@pytest.mark.parametrize("trouble", ["hangs", "stalls"])
 def test_a_server_that_hangs_is_given_up(
-    model: Shards, url: str, vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: str,
+    model: Shards,
+    url: str,
+    vllm: FakeVllm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_module, "_TICK_S", 0.05)
     engine = make_engine(model, tmp_path, urls=[url], timeout_s=0.12)
     engine.load_weights(0)
-    vllm.trouble = "hangs"
+    vllm.trouble = trouble
     with pytest.raises(EngineError, match=r"no answer for 0 s \(engine.timeout_s=0.12\)"):
         sample(engine)
+
+
+def test_a_request_that_connects_after_another_has_failed_is_given_up_too(
+    engine: VllmEngine, vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_up, answer = Server.give_up, Site.answer
+    given_up, end, ended = threading.Event(), threading.Event(), []
+
+    def noted(server: Server) -> None:
+        give_up(server)
+        given_up.set()
+
+    def late(site: Site, prompt_ids: Any, *rest: Any, **more: Any) -> Sample:
+        assert prompt_ids == (5, 6, 7) or given_up.wait(10)
+        try:
+            return answer(site, prompt_ids, *rest, **more)
+        finally:
+            ended.append(prompt_ids)
+
+    def complete(body: Any) -> Any:
+        return (500, {}) if body["prompt"] == [5, 6, 7] else (end.wait(10), {})
+
+    monkeypatch.setattr(Server, "give_up", noted)
+    monkeypatch.setattr(Site, "answer", late)
+    vllm.complete = complete  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="answers 500"):
+        sample(engine, PROMPTS[:2])
+    assert len(ended) == 2
+    end.set()
+
+
+def test_an_answer_without_an_end_is_a_line(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server.limits, "RECORD_BYTES", 100)
+    with pytest.raises(EngineError, match="/v1/completions: answers more than 100 bytes"):
+        sample(engine)
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    mine, other, far = (tmp_path / f"opcd-{name}" for name in ("1-2x8", "2-2x8", "3-2x8"))
+    assert vllm_site.claim(mine)
+    assert not vllm_site.claim(mine)
+    for folder in (other, far, tmp_path / "opcd-slurm-1"):
+        folder.mkdir()
+    (other / "machine").write_text(socket.gethostname())
+    (other / "replica=0").mkdir()
+    (far / "machine").write_text("elsewhere")
+    assert not vllm_site.claim(mine)
+    assert {file.name for file in tmp_path.iterdir()} == {mine.name, far.name, "opcd-slurm-1"}
 
 
 def test_a_refused_reload_means_a_restart(engine: VllmEngine, vllm: FakeVllm) -> None:
@@ -375,8 +434,9 @@ def test_servers_that_fit_are_let_pass(url: str, tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"engine.urls=http.*Connection refused.*docs/engines.md"):
+    with pytest.raises(UserError, match=r"Connection refused.*docs/engines.md") as caught:
         check(["http://127.0.0.1:1"], tmp_path)
+    assert str(caught.value).count("http://127.0.0.1:1") == 1
     with pytest.raises(UserError, match="No such file"):
         check([f"unix:{tmp_path}/none.sock"], tmp_path)
 

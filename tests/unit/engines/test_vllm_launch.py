@@ -157,6 +157,16 @@ def test_a_keeper_ends_all_of_a_server_when_its_rank_is_killed(tmp_path: Path) -
     assert not log.exists()
 
 
+def test_a_server_ends_when_its_keeper_is_killed(tmp_path: Path) -> None:
+    worker = 'echo $$ >"$0"; exec sleep 60'
+    words = (str(tmp_path / "log"), "/bin/sh", "-c", worker, str(tmp_path / "server"))
+    with keeper_of(tmp_path, *words) as rank:
+        until(lambda: (tmp_path / "server").exists() and bool((tmp_path / "server").read_text()))
+        os.kill(int(rank.stdout.readline()), 9)  # type: ignore[union-attr]
+        until(lambda: vllm_launch.has_ended(int((tmp_path / "server").read_text())))
+        rank.kill()
+
+
 def test_a_log_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "LOG_BYTES", 200_000)
     _, logging = keeper._start(["/bin/sh", "-c", "seq 200000"], tmp_path, tmp_path / "log")
