@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.distributed.groups import Parallel
+from opcd_nemo.engines.vllm_weights import stage_tensors
 from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
 from opcd_nemo.formats.sharding import padded_query_groups
 from opcd_nemo.formats.stored_model import StoredModel
@@ -116,6 +117,12 @@ def sample(run: Run, lengths: Lengths, rows: int) -> list[Sample]:
     samples: list[Sample] = engine.generate(asked, run.sampling, seed=run.seed, step=0)
     engine.release_weights()
     return samples
+
+
+def push(run: Run) -> None:
+    """What a rank does for servers that sample: it gives them its weights. Collective over tp."""
+    for _, tensor in stage_tensors(run.student, with_head=False):
+        tensor.cpu()
 
 
 def prompts(lengths: Lengths, rows: int) -> list[Prompt]:

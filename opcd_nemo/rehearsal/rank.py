@@ -87,6 +87,7 @@ def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers)
     from opcd_nemo.distributed.groups import init_parallel
     from opcd_nemo.rehearsal import play
     from opcd_nemo.rehearsal.shapes import shapes_of
+    from opcd_nemo.rollout.engine import ThreadedEngine
     from opcd_nemo.training.step import learn
 
     lengths = play.Lengths(**task.lengths)
@@ -95,10 +96,13 @@ def _play(task: Task, config: TrainConfig, recorder: Recorder, answers: Answers)
     run = replace(run, watch=recorder)  # type: ignore[arg-type]
     learn(run, play.rollouts(run, lengths), 0)  # what samples after it has the optimizer's moments
     with recorder.phase("rollout"):
-        rows = play.rows_together(run, config.engine["max_batch_size"])
-        answers.end_after(task.tokens * min(parallel.pp, rows), play.EOS)
-        play.sample(run, lengths, rows)
-        play.decode_the_last_token(run, lengths, rows)
+        if isinstance(run.engines["student"], ThreadedEngine):
+            play.push(run)
+        else:
+            rows = play.rows_together(run, config.engine["max_batch_size"])
+            answers.end_after(task.tokens * min(parallel.pp, rows), play.EOS)
+            play.sample(run, lengths, rows)
+            play.decode_the_last_token(run, lengths, rows)
     learn(run, play.rollouts(run, lengths), 1)
     _save_and_resume(run, recorder)
     learn(run, play.rollouts(run, lengths), 2)
