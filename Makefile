@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
-	test-rehearsal test-lanes vllm test-vllm check format golden crash-test pipeline-crash-test cluster-test image-test report-test \
+	test-rehearsal test-lanes vllm test-vllm bench-vllm check format golden crash-test pipeline-crash-test cluster-test image-test report-test \
 	wheel-test clean \
 	bench-rollout kernels-aot bench-kernels test-gpu gpu-wheels rehearsal bench-gpu mutation-test
 
@@ -136,6 +136,10 @@ bench-gpu: $(DEV) ## the benchmarks on a GPU (never run yet)
 	$(BIN)/python kernels/bench/bench_linear_divergence.py --device cuda --rows 2048 --hidden 4096 --columns 151936
 
 vllm: $(VLLM)/installed ## vLLM for CPUs, in an environment of its own (3 GB), for engine=vllm and test-vllm
+
+bench-vllm: $(DEV) ## tokens a CPU-second of both engines, the server's processes counted (an hour)
+	OPCD_VLLM=$(VLLM)/bin/python $(BIN)/python -m tests.bench_rollout --against vllm --dtypes fp32 \
+		--batches 8 32 128 --new-tokens 24 256 --temperature 1 --repeats 1
 
 test-vllm: $(DEV) ## engine=vllm against a real vLLM on this CPU: weights, answers, whole runs (15 CPU-minutes)
 	OPCD_VLLM=$(VLLM)/bin/python $(PYTEST) tests/vllm

@@ -61,6 +61,7 @@ def run_python(
     stdin: str = "",
     fresh: bool = False,
     cwd: Path = ROOT,
+    timeout_s: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python; `fresh`: with all imports of its own."""
     python = sys.executable if fresh else choose_python()
@@ -71,7 +72,7 @@ def run_python(
         capture_output=True,
         input=stdin,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
         check=False,
     )
 
