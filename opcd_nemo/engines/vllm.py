@@ -26,14 +26,13 @@ from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.keeper import start_keeper
 from opcd_nemo.engines.megatron import BatchSize
 from opcd_nemo.engines.vllm_launch import Launched, find_python
-from opcd_nemo.engines.vllm_server import Refused, Server, ServerLost, told
+from opcd_nemo.engines.vllm_server import Server, ServerLost
 from opcd_nemo.engines.vllm_settings import (
     Gpus,
     Restarts,
     Seconds,
     StartSeconds,
     check_settings,
-    describe,
     first_of_machine,
 )
 from opcd_nemo.engines.vllm_site import Site, claim, hold, process_name, users_of
@@ -231,7 +230,7 @@ class VllmEngine:
                 start_keeper(self._folder)
             for url in urls:
                 hold(url, self._root)
-        served = {url: describe(Server(url), self._start_s) for url in urls}
+        served = {url: Server(url).describe(self._start_s) for url in urls}
         fit = [url for url in urls if served[url].difference(self._model.config) is None]
         if not fit:
             differs = served[urls[0]].difference(self._model.config)
@@ -254,7 +253,7 @@ class VllmEngine:
     def _open_sites(self, urls: Mapping[int, str]) -> None:
         for index, url in urls.items():
             server = Server(url)
-            served = describe(server, self._start_s)
+            served = server.describe(self._start_s)
             folder = self._folder / f"server={index}"
             folder.mkdir(parents=True, exist_ok=True)
             self._sites[index] = Site(
@@ -267,15 +266,7 @@ class VllmEngine:
             )
 
     def _on_all(self, act: Callable[[], Value]) -> list[Value]:
-        """As `on_every_rank`; what a server does is told as `EngineError`."""
-
-        def in_words() -> Value:
-            try:
-                return act()
-            except (ServerLost, Refused) as lost:
-                raise EngineError(str(lost)) from lost
-
-        return on_every_rank(self._parallel, in_words)
+        return on_every_rank(self._parallel, act)
 
     # ------------------------------------------------------------------ answers
 
@@ -320,11 +311,10 @@ class VllmEngine:
             site.check_length(max((len(each.token_ids) for each in prompts), default=0), sampling)
         found: dict[int, Sample] = {}
         while len(found) < len(prompts):
-            with told():
-                try:
-                    self._ask(sites, prompts, sampling, (seed, step), found)
-                except ServerLost as lost:
-                    next(site for site in sites if site.server.url == lost.url).bring_back(lost)
+            try:
+                self._ask(sites, prompts, sampling, (seed, step), found)
+            except ServerLost as lost:
+                next(site for site in sites if site.server.url == lost.url).bring_back(lost)
         return [found[index] for index in range(len(prompts))]
 
     def _ask(

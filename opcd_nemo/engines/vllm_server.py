@@ -34,34 +34,31 @@ _CALL_S = 60.0  # of a call that computes nothing
 _RELOAD_S = 1800.0  # 70B of weights out of a slow folder
 _SHOWN = 200  # letters of what a server says
 _SOCKET = "unix:"
+_DEVELOPERS = "a vLLM server that VLLM_SERVER_DEV_MODE=1 lets take weights"
 _RESTART = "; a server that does not take weights must be restarted"
 
 
-class ServerLost(Exception):
-    """The server does not answer, or cannot any more: a restart may help."""
+class _Failure(EngineError):
+    """What a call of a server came to; a copy of it is sent to other ranks."""
 
     def __init__(self, url: str, words: str) -> None:
+        super().__init__(url, words)
         self.url, self.words = url, words
-        super().__init__(f"{url}: {words}")
+
+    def __str__(self) -> str:
+        return f"{self.url}: {self.words}"
 
 
-class Refused(Exception):
+class ServerLost(_Failure):
+    """The server does not answer, or cannot any more: a restart may help."""
+
+
+class Refused(_Failure):
     """The server answers, and refuses."""
 
-    def __init__(self, url: str, path: str, status: int, text: str) -> None:
-        self.url, self.status = url, status
-        said = " ".join(text.split())
-        self.words = f"{path} answers {status}: {said[:_SHOWN]}"
-        super().__init__(f"{url}{self.words}")
 
-
-@contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Tell a refusal in a line, as of a server that was started again in another way."""
-    try:
-        yield
-    except Refused as refused:
-        raise EngineError(str(refused)) from None
+class _NoSuchCall(Refused):
+    """This version of vLLM has no such call, or not without its developer's mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +141,10 @@ class Server:
             words = f"answers more than {limits.RECORD_BYTES} bytes, as no vLLM is known to"
             raise EngineError(f"{self.url}{path}: {words}")
         text = data.decode(errors="replace")
-        if answer.status != http.client.OK:
-            refused = Refused(self.url, path, answer.status, text)
-            if answer.status >= http.client.INTERNAL_SERVER_ERROR:
-                raise ServerLost(self.url, refused.words)
-            raise refused
+        if (status := answer.status) != http.client.OK:
+            kind: type[_Failure] = _NoSuchCall if status == http.client.NOT_FOUND else Refused
+            kind = ServerLost if status >= http.client.INTERNAL_SERVER_ERROR else kind
+            raise kind(self.url, f"{path} answers {status}: {' '.join(text.split())[:_SHOWN]}")
         if not text.strip():
             return None
         try:
@@ -196,32 +192,39 @@ class Server:
 
     # ------------------------------------------------------------------ what it is
 
-    def describe(self) -> Served:
-        """What is served, by a vLLM whose calls are known.
+    def describe(self, wait_s: float = 0.0) -> Served:
+        """What is served, once the server is ready, by a vLLM whose calls are known.
 
         Raises:
-            UserError: another version, or no server for this.
-            ServerLost: as of `ask`.
+            UserError: it does not answer, has another version, or is no server for this.
         """
         try:
-            version = str(self._field("/version", "version"))
-            known = VERSIONS.get(".".join(version.split(".")[:2]))
-            if known is None:
-                raise self._bad(f"is vLLM {version}", f"vLLM {', '.join(VERSIONS)}")
-            if known == "read":
-                logger.warning("%s: the calls of vLLM %s were read, never run", self.url, version)
+            self.wait_until_ready(wait_s)
+            self._check_version()
             _ = self.is_asleep  # without the developer's mode the server has no such call
-            (first, *_) = self._field("/v1/models", "data")
-            folder = Path(str(first["root"]))
-            longest = int(first["max_model_len"])
-        except (Refused, LookupError, TypeError, ValueError) as error:
-            allowed = "a vLLM server that VLLM_SERVER_DEV_MODE=1 lets take weights"
-            problem = error.words if isinstance(error, Refused) else str(error)
-            raise self._bad(problem, allowed) from None
+            models = self._field("/v1/models", "data")
+        except ServerLost as lost:
+            allowed = "a vLLM server that runs (docs/engines.md has the command)"
+            raise self._bad(lost.words, f"{allowed}, or engine.launch=true") from lost
+        except Refused as refused:
+            raise self._bad(refused.words, _DEVELOPERS) from None
+        try:
+            name, folder = str(models[0]["id"]), Path(str(models[0]["root"]))
+            longest = int(models[0]["max_model_len"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._bad(f"/v1/models answers no model ({error!r})", _DEVELOPERS) from None
         if not (folder / "config.json").is_file():
             allowed = "a server whose model is a folder that this machine sees"
             raise self._bad(f"serves {folder}, which is no folder here", allowed)
-        return Served(str(first["id"]), longest, folder, read_hf_config(folder))
+        return Served(name, longest, folder, read_hf_config(folder))
+
+    def _check_version(self) -> None:
+        version = str(self._field("/version", "version"))
+        known = VERSIONS.get(".".join(version.split(".")[:2]))
+        if known is None:
+            raise self._bad(f"is vLLM {version}", f"vLLM {', '.join(VERSIONS)}")
+        if known == "read":
+            logger.warning("%s: the calls of vLLM %s were read, never run", self.url, version)
 
     def _bad(self, problem: str, allowed: str) -> UserError:
         return UserError("engine.urls", self.url, allowed, problem=problem)
@@ -243,10 +246,8 @@ class Server:
         """The version of the weights that the server holds; None: this vLLM does not tell."""
         try:
             return str(self._field("/weight_info", "weight_version"))
-        except Refused as refused:
-            if refused.status == http.client.NOT_FOUND:
-                return None
-            raise
+        except _NoSuchCall:
+            return None
 
     # ------------------------------------------------------------------ weights
 
@@ -299,22 +300,21 @@ class Server:
 
     def answer(
         self,
-        name: str,
+        served: Served,
         prompt_ids: Sequence[int],
         sampling: Sampling,
         *,
         seed: int,
         eos_ids: Sequence[int],
-        vocab_size: int,
     ) -> Sample:
-        """Continue a prompt; the call waits as long as the server computes.
+        """Continue a prompt by what is served; the call waits as long as the server computes.
 
         Raises:
-            EngineError: the server refuses the prompt, or answers what cannot be.
-            ServerLost: it has ended.
+            EngineError: the server refuses the prompt, or answers what cannot be; `ServerLost`:
+                it has ended.
         """
         body = {
-            "model": name,
+            "model": served.name,
             "prompt": list(prompt_ids),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -333,13 +333,12 @@ class Server:
             "skip_special_tokens": False,
             "add_special_tokens": False,
         }
-        with told():
-            answer = self.ask("/v1/completions", body, timeout_s=None)
+        answer = self.ask("/v1/completions", body, timeout_s=None)
         try:
-            return _sample(answer["choices"][0], list(prompt_ids), eos_ids, vocab_size)
+            choice, vocab_size = answer["choices"][0], served.model.vocab_size
+            return _sample(choice, list(prompt_ids), eos_ids, vocab_size)
         except (LookupError, TypeError, ValueError) as error:
-            words = f"the answer cannot be: {error}"
-            raise EngineError(f"{self.url}: {words}") from error
+            raise EngineError(f"{self.url}: the answer cannot be: {error}") from error
 
 
 def _sample(choice: Any, prompt_ids: list[int], eos_ids: Sequence[int], vocab_size: int) -> Sample:

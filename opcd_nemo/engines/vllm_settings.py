@@ -14,7 +14,7 @@ from opcd_nemo.config.train import MOST_WAIT_S
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.distributed.launcher import environment_number
 from opcd_nemo.engines.vllm_launch import find_python
-from opcd_nemo.engines.vllm_server import Served, Server, ServerLost
+from opcd_nemo.engines.vllm_server import Served, Server
 from opcd_nemo.errors import UserError
 from opcd_nemo.formats.shape import ModelConfig
 
@@ -79,7 +79,7 @@ def check_settings(
     if arguments["launch"]:
         find_python(arguments["python"])
         return
-    served = {url: describe(Server(url)) for url in arguments["urls"]}
+    served = {url: Server(url).describe() for url in arguments["urls"]}
     for url, each in served.items():
         _check_served(url, each, models, longest, on_cpu)
     for model in models:
@@ -153,17 +153,3 @@ def _check_served(
         allowed = "a folder with tie_word_embeddings=false and a head; or engine.launch=true"
         raise UserError("engine.urls", url, allowed, problem=problem)
     served.check_length(url, longest)
-
-
-def describe(server: Server, wait_s: float = 0.0) -> Served:
-    """What a server serves, once it is ready.
-
-    Raises:
-        UserError: the server does not answer, or is no vLLM of a known version.
-    """
-    try:
-        server.wait_until_ready(wait_s)
-        return server.describe()
-    except ServerLost as lost:
-        allowed = "a vLLM server that runs (docs/engines.md has the command), or engine.launch=true"
-        raise UserError("engine.urls", server.url, allowed, problem=lost.words) from lost

@@ -90,11 +90,7 @@ class Site:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, eos_ids: Sequence[int]
     ) -> Sample:
         """As `Server.answer`."""
-        served = self._served
-        vocab_size = served.model.vocab_size
-        return self.server.answer(
-            served.name, prompt_ids, sampling, seed=seed, eos_ids=eos_ids, vocab_size=vocab_size
-        )
+        return self.server.answer(self._served, prompt_ids, sampling, seed=seed, eos_ids=eos_ids)
 
     def check_length(self, longest_prompt: int, sampling: Sampling) -> None:
         """As `Served.check_length`, with the longest answer."""

@@ -255,7 +255,7 @@ def test_a_server_that_came_back_without_its_mode_is_a_line(
     engine: VllmEngine, vllm: FakeVllm, url: str
 ) -> None:
     vllm.trouble = "no developer mode"
-    with pytest.raises(EngineError, match=f"{url}/is_sleeping answers 404"):
+    with pytest.raises(EngineError, match=f"{url}: /is_sleeping answers 404"):
         sample(engine)
 
 
