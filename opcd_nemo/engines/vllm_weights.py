@@ -89,26 +89,32 @@ def write_stage(model: LanguageModel, folder: Path, *, writes: bool, with_head: 
                 failed = error
         bucket.clear()
 
-    for name, tensor in stage_tensors(model, with_head):
-        if writes:
-            held = sum(each.nbytes for each in bucket.values())
-            if held + tensor.nbytes > BUCKET_BYTES:
-                flush()
-            bucket[name] = tensor.cpu()
+    for name, tensor in stage_tensors(model, writes=writes, with_head=with_head):
+        if sum(each.nbytes for each in bucket.values()) + tensor.nbytes > BUCKET_BYTES:
+            flush()
+        bucket[name] = tensor
     flush()
     if failed is not None:
         raise EngineError(f"engine.folder={folder}: the weights cannot be written: {failed}")
     return names
 
 
-def stage_tensors(model: LanguageModel, with_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `write_stage` writes, tensor by tensor. Collective over tp."""
+def stage_tensors(
+    model: LanguageModel, *, writes: bool, with_head: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `write_stage` writes, in the memory of the machine; nothing where it does not.
+
+    Collective over tp: of the device's memory a parameter at a time is taken, gathered.
+    """
     tied = model.config.tied_embeddings
     for name, parameter in model.module.named_parameters():
         if tied and name == "output_layer.weight":
             continue  # the last stage's copy of the embedding
+        shards = model.parallel.gather_tp_shards(parameter.detach())
+        if not writes:
+            continue
         tensors = hf_tensors(
-            model.parallel.gather_tp_shards(parameter.detach()),
+            [shard.cpu() for shard in shards],
             model.config,
             name,
             layer=model.global_layer(name),

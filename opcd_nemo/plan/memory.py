@@ -62,13 +62,18 @@ def _beside_servers(work: Work, accelerator: Accelerator) -> dict[str, dict[str,
     found = {}
     for name, parts in phases.items():
         samples = name in ("rollout", "evaluation")
-        found[name] = dict(_held(work) if samples else parts)
+        found[name] = {**_held(work), "pushed tensor": _embedding(work)} if samples else dict(parts)
         if servers.colocated and samples:
             sizes = [server_weights(work, of_teacher=teacher) for teacher in (False, True)]
             found[name]["server awake"] = max(sizes) + accelerator.engine_base_gib * GIB
         elif servers.colocated:
             found[name]["server asleep"] = accelerator.engine_asleep_gib * GIB
     return found
+
+
+def _embedding(work: Work) -> float:
+    """What a push gathers at once on a rank, at most."""
+    return work.student.vocab_size * work.student.hidden_size * BYTES[work.student_dtype]
 
 
 def held_beside_server(work: Work, accelerator: Accelerator) -> float:

@@ -36,15 +36,16 @@ def rehearse(words: Sequence[str]) -> int:
     Raises:
         UserError: a key is wrong, or g++ or a package is missing.
     """
-    memory_gib = read_rehearsal(words)[2].memory_gib
+    memory_gib, tasks = read_rehearsal(words)[2].memory_gib, tasks_of(words)
+    planned = planned_bytes(words)
     results = []
-    for task, path in tasks_of(words):
+    for task, path in tasks:
         result = play(task, path)
         if result is None:
             return EXIT_FAILURE
         results.append(result)
     found = mismatches(results)
-    logger.info("%s", rehearsal_report(results, memory_gib, found, planned_bytes(words)))
+    logger.info("%s", rehearsal_report(results, memory_gib, found, planned))
     return EXIT_FAILURE if found or fullest_gib(results) > memory_gib else 0
 
 

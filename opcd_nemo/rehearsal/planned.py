@@ -8,6 +8,7 @@ from dataclasses import replace
 from opcd_nemo.config.programs import PlanConfig
 from opcd_nemo.plan.memory import memory_by_phase
 from opcd_nemo.plan.outline import work_of
+from opcd_nemo.plan.servers import servers_of
 from opcd_nemo.plan.work import Tokens
 from opcd_nemo.rehearsal.names import MICRO_BATCHES, SHARED
 from opcd_nemo.rehearsal.shapes import lengths_of, read_rehearsal, shapes_of
@@ -39,7 +40,11 @@ def planned_bytes(words: Sequence[str]) -> dict[str, float]:
         sweep=False, show=1, student_config=None, teacher_config=None, prompt_tokens=None,
         context_tokens=None, response_tokens=None, turns=1.0,
     )  # fmt: skip
-    sampled = work_of(config, nothing, shapes_of(config, settings.layers), tokens)
+    servers = servers_of(config, accelerator)
+    sampled = replace(
+        work_of(config, nothing, shapes_of(config, settings.layers), tokens),
+        servers=servers and replace(servers, colocated=False),  # a rank's memory alone
+    )
     trained = replace(
         sampled,
         sequences=MICRO_BATCHES * sampled.layout.micro_batch_size * sampled.layout.dp,

@@ -121,8 +121,8 @@ def sample(run: Run, lengths: Lengths, rows: int) -> list[Sample]:
 
 def push(run: Run) -> None:
     """What a rank does for servers that sample: it gives them its weights. Collective over tp."""
-    for _, tensor in stage_tensors(run.student, with_head=False):
-        tensor.cpu()
+    for _ in stage_tensors(run.student, writes=run.parallel.tp_rank == 0, with_head=False):
+        pass
 
 
 def prompts(lengths: Lengths, rows: int) -> list[Prompt]:

@@ -31,7 +31,7 @@ def recipes() -> list[str]:
 
 
 def cases() -> Iterator[tuple[str, str, int, list[str]]]:
-    """Recipe, spec, rank, words: the first rank of everything, the other corners, all layers."""
+    """Recipe, spec, rank, words: the first rank of everything, the other corners, extremes."""
     specs = {"te": list(IMAGE), "local": []}
     for first in (True, False):
         for spec, more in specs.items():
@@ -41,6 +41,8 @@ def cases() -> Iterator[tuple[str, str, int, list[str]]]:
                 for rank in corners(parallel):
                     if (rank == 0) == first:
                         yield recipe, spec, rank, words
+    beside = ["engine=vllm", "engine.launch=true", "engine.colocated=true"]
+    yield WHOLE, "local-vllm", 0, [f"recipe={WHOLE}", *beside]
     yield WHOLE, "te-all-layers", 0, [f"recipe={WHOLE}", *IMAGE, "rehearse.layers=null"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from opcd_nemo.errors import UserError
-from opcd_nemo.rehearsal import command, devices, wheels
+from opcd_nemo.rehearsal import command, devices, planned, wheels
 
 RECIPE = "recipe=math_qwen3_8b_to_4b_2n8g"
 PP, TP = "parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size"
@@ -39,6 +39,7 @@ def nothing_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
         (["rehearse.megatron_core=nowhere"], "rehearse.megatron_core"),
         (["rehearse.prompt_tokens=1000000000000000000"], "rehearse.prompt_tokens"),
         (["rehearse.layers=1000000"], "rehearse.layers"),
+        (["engine=vllm", "engine.urls=[http://localhost:1]"], "engine.gpus"),
     ],
 )
 def test_a_mistake_is_named_before_a_rank_is_played(words: list[str], key: str) -> None:
@@ -69,6 +70,15 @@ def test_a_rank_that_fails_ends_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -
     assert command.rehearse([RECIPE]) == 1
     (task,) = played
     assert (task.rank, task.layers, task.with_te) == (0, 2, False)
+
+
+def test_with_servers_a_rank_holds_no_cache_and_gathers_a_tensor() -> None:
+    beside = ("engine=vllm", "engine.launch=true", "engine.colocated=true")
+    samples, pushes = (planned.planned_bytes([RECIPE, *words]) for words in ((), beside))
+    embedding = 151936 * 2560 * 2
+    assert embedding < pushes["rollout"] < samples["rollout"]
+    del samples["rollout"], pushes["rollout"]
+    assert samples == pushes
 
 
 @pytest.mark.parametrize(("gib", "code"), [(79, 0), (81, 1)])
