@@ -31,7 +31,7 @@ from opcd_nemo.evaluation.evaluator import ANSWER
 from opcd_nemo.evaluation.summary import SUMMARY
 from opcd_nemo.experience.candidates import CANDIDATE, Candidate
 from opcd_nemo.experience.config import Settings
-from opcd_nemo.report.pipeline_page import ORIGIN, RANKED, REGISTRY
+from opcd_nemo.report.pipeline_page import CONTROLS, ORIGIN, RANKED, REGISTRY
 from opcd_nemo.storage.attempt import is_first_node
 from opcd_nemo.storage.durable import write_whole
 from opcd_nemo.storage.records import check_record, read_list, read_object, read_text
@@ -39,7 +39,7 @@ from opcd_nemo.storage.records import check_record, read_list, read_object, read
 EXTRACTION, TURNS, CANDIDATES = "extraction", "turns.jsonl", "candidates.json"
 SCORES, SELECTED = "scoring.jsonl", "selected.json"
 TEACHER_DATA = "teacher_data"
-CONTROLS, TABLE = "controls.json", "table.md"
+TABLE = "table.md"
 RUN_SUMMARY, RUN_ANSWERS = f"{{run}}/{SUMMARY}", f"{{run}}/{ANSWERS}"  # of every training run
 _ODD = (LookupError, TypeError, ValueError, AttributeError, AssertionError)  # of other kinds
 _REMEDY = "a copy of the file as it was; or no such file, and its stage is done again"

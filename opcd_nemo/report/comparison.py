@@ -9,10 +9,10 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.curves import panels, points
 from opcd_nemo.evaluation.intervals import paired
 from opcd_nemo.report.figures import Chart, line_chart
-from opcd_nemo.report.page import render
+from opcd_nemo.report.page import render, small_page
 from opcd_nemo.report.record import ROWS, RunRecord, number, pick
 from opcd_nemo.report.run_page import estimate
-from opcd_nemo.report.words import count, p_text, plain, seconds, shown
+from opcd_nemo.report.words import count, p_beside, plain, seconds, shown
 
 _MOST_RUNS = 8  # so many colours of curves are told apart
 _WITHOUT_MEANING = ("name", "exp_manager.explicit_log_dir")
@@ -27,17 +27,22 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     if len(runs) > _MOST_RUNS:
         raise UserError("opcd report", len(runs), f"at most {_MOST_RUNS} folders of runs")
     names = _names(runs)
-    return render(
-        "comparison.html.j2",
-        names=names,
-        rows=[_row(name, run) for name, run in zip(names, runs, strict=True)],
-        differences=[
+    values = {
+        "names": names,
+        "rows": [_row(name, run) for name, run in zip(names, runs, strict=True)],
+        "differences": [
             _difference(f"{name} - {names[0]}", runs[0], run)
             for name, run in zip(names[1:], runs[1:], strict=True)
         ],
-        charts=_charts(names, runs),
-        keys=_keys(runs),
-    )
+        "charts": _charts(names, runs),
+        "lacking": [
+            f"{name}: {words}"
+            for name, run in zip(names, runs, strict=True)
+            for words in run.lacking
+        ],
+        "keys": _keys(runs),
+    }
+    return small_page(lambda limits: render("comparison.html.j2", limits, **values))
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
@@ -74,7 +79,7 @@ def _difference(words: str, first: RunRecord, other: RunRecord) -> dict[str, str
         "words": words,
         "value": value.value,
         "interval": value.interval,
-        "p": p_text(found["p_value"]),
+        "p": p_beside(found, found["p_value"]),
     }
 
 

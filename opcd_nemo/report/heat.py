@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from opcd_nemo.errors import visible
+from opcd_nemo.report.page import Limits
 from opcd_nemo.report.record import RunRecord, number, pick
+from opcd_nemo.training.token_scores import MOST_ANSWERS, TOKENS
 
+_LONGEST_TOKEN = 64
+"""Letters of a token that are shown: vocabularies have runs of blanks that are longer."""
 _LEVELS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _LINES = {
     "before": "its answer before training, scored by the untrained student",
@@ -16,31 +20,36 @@ _LINES = {
 }
 
 
-def heat(run: RunRecord) -> dict[str, Any]:
-    """Answers token by token: the words with their heat, and the data of every token."""
+def heat(run: RunRecord, limits: Limits) -> dict[str, Any]:
+    """Answers token by token: the words with their heat, and the data of every token shown."""
     questions: dict[str, dict[str, Any]] = {}
     data: list[Any] = []
+    most = min(MOST_ANSWERS, limits.entries)
     for when, words in _LINES.items():
-        for record in run.tokens.get(when, ()):
+        for record in run.tokens.get(when, [])[:most]:
             shown_of = questions.setdefault(
                 record["uid"], {"question": record["question"].strip(), "lines": []}
             )
-            first = len(data)
-            data += [_token_data(token) for token in record["tokens"]]
+            first, tokens = len(data), record["tokens"][: limits.tokens]
+            data += [_token_data(token) for token in tokens]
             kls = [token["kl"] for token in record["tokens"]]
             shown_of["lines"].append(
                 {
                     "words": words,
                     "mean": f"{sum(kls) / max(1, len(kls)):.2f}",
-                    "left_out": max(0, record["num_tokens"] - len(kls)),
+                    "left_out": max(0, max(len(kls), record["num_tokens"]) - len(tokens)),
                     "tokens": [
-                        {"text": token["text"], "heat": _heat_of(token["kl"]), "index": index}
-                        for index, token in enumerate(record["tokens"], start=first)
+                        {"text": _cut(token["text"]), "heat": _heat_of(token["kl"]), "index": index}
+                        for index, token in enumerate(tokens, start=first)
                     ],
                 }
             )
+    answers = max((len(records) for records in run.tokens.values()), default=0)
     return {
+        "file": TOKENS,
         "questions": list(questions.values()),
+        "most": most,
+        "answers": answers,
         "data": data,
         "levels": [f"{level:g}" for level in _LEVELS],
         "statistics": [
@@ -72,10 +81,16 @@ def _heat_of(kl: float) -> int:
     return sum(kl >= level for level in _LEVELS)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_TOKEN else f"{text[:_LONGEST_TOKEN]}..."
+
+
 def _token_data(token: Mapping[str, Any]) -> list[Any]:
-    sides = ([[visible(text), p] for text, p in token[side][:5]] for side in ("student", "teacher"))
+    sides = (
+        [[visible(_cut(text)), p] for text, p in token[side][:5]] for side in ("student", "teacher")
+    )
     return [
-        visible(token["text"]),
+        visible(_cut(token["text"])),
         token["kl"],
         token["student_entropy"],
         token["teacher_entropy"],

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
 
 from opcd_nemo.context.registry import Registry
-from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.answers_file import ANSWERS, read_answers
+from opcd_nemo.evaluation.evaluator import ANSWER, Answer, Evaluation
 from opcd_nemo.evaluation.summary import SUMMARY
-from opcd_nemo.report.answers import Question, side_by_side
+from opcd_nemo.report.answers import side_by_side
 from opcd_nemo.report.figures import Chart, line_chart
-from opcd_nemo.report.page import render
+from opcd_nemo.report.page import render, small_page
 from opcd_nemo.report.record import ROWS, is_number, number, pick
 from opcd_nemo.report.run_page import PAGE
-from opcd_nemo.report.words import NOTHING, SHORT, count, p_text, plain, shown
+from opcd_nemo.report.words import NOTHING, SHORT, count, p_beside, plain, shown
 from opcd_nemo.storage.plain_file import is_there
-from opcd_nemo.storage.records import read_object
+from opcd_nemo.storage.records import check_record, read_object
 
 ORIGIN, RANKED, REGISTRY = "experience.yaml", "ranked.json", "registry"  # in a pipeline's folder
+CONTROLS = "controls.json"
 ROW_WORDS = {
     "base": "base",
     "in_context": "in-context (teacher)",
@@ -43,7 +47,7 @@ _CLASSES = {
 }
 _REMEDY = "a copy of the file as it was; or stage=evaluate of the pipeline, which writes it anew"
 _GAMES = 6
-_NOTES = 12
+_HASH = 12  # letters of it that tell an entry
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -55,37 +59,33 @@ def pipeline_page(folder: Path) -> str:
     """The page of a pipeline that has a table, or of a round of it.
 
     Raises:
-        UserError: the pipeline has not come so far, or a file is not as it was written.
+        UserError: a file is not as it was written.
     """
-    if not is_there(folder / SUMMARY):
-        allowed = "the folder of a pipeline that has its table"
-        problem = f"has no {SUMMARY}: the stage evaluate writes it"
-        raise UserError("opcd report", folder, allowed, problem=problem)
     summary = read_object(folder / SUMMARY, {"rows": dict, "method": str}, _REMEDY)
     # the last round's table is in the pipeline's folder, its other files in the round's
     number_of_round = number(summary, "round")
     round_folder = folder / f"round={number_of_round:.0f}" if number_of_round else folder
     files = round_folder if round_folder.is_dir() else folder
     root = folder if (folder / ORIGIN).is_file() else folder.resolve().parent
-    return render(
-        "pipeline.html.j2",
-        name=folder.resolve().name,
-        method=ROW_WORDS.get(summary["method"], summary["method"]),
-        rows=_rows(summary),
-        result={row: _score(summary, row) for row in ("base", "in_context", summary["method"])},
-        student=_score(summary, summary["method"]),
-        share=shown(pick(summary, "rows", summary["method"], "internalised"), ".0%"),
-        before=shown(pick(summary, "rows", "base", "retention")),
-        after=shown(pick(summary, "rows", summary["method"], "retention")),
-        paired=_paired(summary),
-        seeds=plain(summary.get("seeds")),
-        maps=_maps(summary),
-        notes=_notes(root, summary),
-        candidates=_candidates(files),
-        charts=_validations(summary),
-        games=_games(files, summary),
-        runs=_runs(folder, files),
-    )
+    values = {
+        "name": folder.resolve().name,
+        "method": ROW_WORDS.get(summary["method"], summary["method"]),
+        "rows": _rows(summary),
+        "result": {row: _score(summary, row) for row in ("base", "in_context", summary["method"])},
+        "student": _score(summary, summary["method"]),
+        "share": shown(pick(summary, "rows", summary["method"], "internalised"), ".0%"),
+        "before": shown(pick(summary, "rows", "base", "retention")),
+        "after": shown(pick(summary, "rows", summary["method"], "retention")),
+        "paired": _paired(summary),
+        "seeds": plain(summary.get("seeds")),
+        "maps": _maps(summary),
+        "notes": _notes(root, summary),
+        "candidates": _candidates(files, pick(summary, "experience", "content_hash")),
+        "charts": _validations(summary),
+        "games": _games(files, summary),
+        "runs": _runs(folder, files),
+    }
+    return small_page(lambda limits: render("pipeline.html.j2", limits, **values))
 
 
 def _score(summary: Mapping[str, Any], row: str) -> Any:
@@ -119,7 +119,7 @@ def _paired(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         value = shown(pick(result, "difference"), "+.3f")
         if value is not NOTHING:
             methods = " - ".join(ROW_WORDS.get(name, name) for name in str(words).split(" - "))
-            p_value = p_text(pick(result, "p_value"))
+            p_value = p_beside(pick(result, "difference"), pick(result, "p_value"))
             found.append(
                 {"words": methods, "value": value.value, "interval": value.interval, "p": p_value}
             )
@@ -153,14 +153,14 @@ def _notes(root: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     return {
         "items": entry.items,
-        "hash": entry.hash[:_NOTES],
+        "hash": entry.hash[:_HASH],
         "tokens": count(entry.num_tokens),
         "lineage": lineage,
-        "problems": [str(uid) for uid in problems[:_NOTES]],
+        "problems": [str(uid) for uid in problems],
         "with_it": _validation(summary, "validation"),
         "without": _validation(summary, "validation_without"),
         "history": [
-            (line["content_hash"][:_NOTES], line["reason"]) for line in registry.history()[-_NOTES:]
+            (line["content_hash"][:_HASH], line["reason"]) for line in reversed(registry.history())
         ],
     }
 
@@ -170,8 +170,8 @@ def _validation(summary: Mapping[str, Any], name: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _candidates(folder: Path) -> dict[str, Any] | None:
-    """The candidates by score, and the score without notes."""
+def _candidates(folder: Path, selected: Any) -> dict[str, Any] | None:
+    """The candidates by score, the selected entry among them, and the score without notes."""
     if not is_there(folder / RANKED):
         return None
     ranking = read_object(folder / RANKED, {"without": float, "ranked": list}, _REMEDY)
@@ -186,6 +186,7 @@ def _candidates(folder: Path) -> dict[str, Any] | None:
         "rows": [
             {
                 "score": shown({"value": score}),
+                "selected": selected is not None and record.get("experience") == selected,
                 "questions": plain(record.get("questions")),
                 "chain": plain(record.get("chain")),
                 "step": plain(record.get("step")),
@@ -224,21 +225,45 @@ def _validations(summary: Mapping[str, Any]) -> list[Chart]:
     ]
 
 
-def _games(folder: Path, summary: Mapping[str, Any]) -> list[Question]:
-    """The first test games, or questions, of the method's first run."""
+def _games(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first test games, or questions, of the method's first run, and how many it has."""
     seeds = summary.get("seeds")
     first = seeds[0] if isinstance(seeds, list) and seeds else ""
     file = folder / f"{summary['method']}-{plain(first)}" / ANSWERS
     if not is_there(file):
-        return []
+        return None
     evaluations = read_answers(file, _REMEDY)
     rows = {row: evaluations[row, "task"] for row in ROWS if (row, "task") in evaluations}
-    return side_by_side(rows, SHORT, _GAMES) if rows else []
+    if not rows:
+        return None
+    if (best := _best_student(folder / CONTROLS, summary["method"], plain(first))) is not None:
+        rows["student"] = best
+    found = side_by_side(rows, SHORT, _GAMES)
+    played = any(answer.game for question in found for _, answer in question.answers)
+    return {
+        "shown": found,
+        "count": len(next(iter(rows.values())).by_question),
+        "what": "games" if played else "questions",
+    }
 
 
-def _runs(folder: Path, files: Path) -> list[tuple[str, str]]:
-    """The pages of the training runs, as links from the pipeline's page."""
+def _best_student(file: Path, method: str, seed: str) -> Evaluation | None:
+    """The answers of the checkpoint that validation has chosen, which are in the table.
+
+    None where that checkpoint is the run's last, whose answers the run has.
+    """
+    rows = read_object(file, {}, _REMEDY) if is_there(file) else {}
+    answers = pick(rows, f"{method}_best", seed, "task")
+    if not isinstance(answers, list) or not answers:
+        return None
+    for answer in answers:
+        check_record(answer, ANSWER, file, _REMEDY, f"{method}_best, seed {seed}: ")
+    return Evaluation(answers=tuple(map(Answer.from_record, answers)))
+
+
+def _runs(folder: Path, files: Path) -> list[tuple[str, Markup]]:
+    """The pages of the training runs, as links from the pipeline's page, which are never cut."""
     return [
-        (page.parent.name, page.relative_to(folder).as_posix())
+        (page.parent.name, Markup(quote(page.relative_to(folder).as_posix())))
         for page in sorted(files.glob(f"*/{PAGE}"))
     ]

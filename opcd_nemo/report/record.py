@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class RunRecord:
         evaluations: by name and part (task, retention); `ROWS` have both.
         config: the run's configuration, flat: value by dotted key.
         tokens: answers token by token, by when they were scored; empty without the file.
+        lacking: what metrics.jsonl should have and has not, a sentence each.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class RunRecord:
     evaluations: Mapping[tuple[str, str], Evaluation]
     config: Mapping[str, Any]
     tokens: Mapping[str, list[dict[str, Any]]]
+    lacking: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,13 +56,8 @@ def read_run(folder: Path) -> RunRecord:
     """Read the folder of a run that has ended.
 
     Raises:
-        UserError: it is none, or a file of it is not as it was written.
+        UserError: a file of it is not as it was written.
     """
-    if not is_there(folder / SUMMARY):
-        problem = f"has no {SUMMARY}" if folder.is_dir() else "is no folder"
-        raise UserError(
-            "opcd report", folder, "the folder of a run that has ended", problem=problem
-        )
     summary = read_object(folder / SUMMARY, dict.fromkeys(ROWS, float), _REMEDY)
     evaluations = read_answers(folder / ANSWERS, _REMEDY)
     for row in ROWS:
@@ -79,7 +76,22 @@ def read_run(folder: Path) -> RunRecord:
         evaluations=evaluations,
         config=dict(flat(_config(folder / CONFIG))),
         tokens=_tokens(folder / TOKENS),
+        lacking=tuple(_lacking(lines, number(summary, "steps"))),
     )
+
+
+def _lacking(lines: list[dict[str, Any]], steps: float | None) -> Iterator[str]:
+    """What a whole metrics.jsonl of so many steps would have besides; a disk or a hand took it."""
+    found = [line["step"] for line in lines]
+    if steps is not None and (len(found) != steps or found != list(range(len(found)))):
+        known = len({step for step in found if 0 <= step < steps})
+        yield (
+            f"{METRICS} is not as the run wrote it: of {steps:,.0f} training steps it has "
+            f"{known:,} in {len(found):,} lines. The curves are of these lines."
+        )
+    odd = sum(not (is_number(v) or isinstance(v, str)) for line in lines for v in line.values())
+    if odd:
+        yield f"Values of {METRICS} that are no numbers: {odd:,}. The curves are without them."
 
 
 def _config(file: Path) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from opcd_nemo.report.answers import changed, side_by_side, whereabouts
 from opcd_nemo.report.costs import commands, costs, origin
 from opcd_nemo.report.figures import Chart, line_chart
 from opcd_nemo.report.heat import heat
-from opcd_nemo.report.page import render
+from opcd_nemo.report.page import Limits, render, small_page
 from opcd_nemo.report.record import ROWS, RunRecord, mapping, number, pick, read_run
 from opcd_nemo.report.words import (
     LABELS,
@@ -20,7 +20,7 @@ from opcd_nemo.report.words import (
     SHORT,
     changes,
     count,
-    p_text,
+    p_beside,
     shown,
 )
 from opcd_nemo.storage.run_folder import RunFolder
@@ -51,8 +51,13 @@ def write_run_page(run_folder: RunFolder) -> None:
 
 def run_page(run: RunRecord) -> str:
     """The page, as text."""
+    return small_page(lambda limits: _page(run, limits))
+
+
+def _page(run: RunRecord, limits: Limits) -> str:
     return render(
         "run.html.j2",
+        limits,
         name=run.name,
         result=_result(run),
         rows=_rows(run),
@@ -63,7 +68,8 @@ def run_page(run: RunRecord) -> str:
             {row: run.evaluations[row, "task"] for row in ROWS}, SHORT, _QUESTIONS
         ),
         charts=charts(run),
-        heat=heat(run),
+        lacking=run.lacking,
+        heat=heat(run, limits),
         where=[whereabouts(LABELS[row], run.evaluations[row, "task"]) for row in ROWS],
         forgotten=changed(*_unrelated(run), -1, _CHANGED),
         learned=changed(*_unrelated(run), 1, _CHANGED),
@@ -102,7 +108,6 @@ def _result(run: RunRecord) -> dict[str, Any]:
         "after": shown(estimate(run, "student", "retention", "score")),
         "questions": len(run.evaluations["student", "task"].by_question),
         "unrelated": len(run.evaluations["student", "retention"].by_question),
-        "p": p_text(pick(run.summary, "differences", "student - base", "p_value")),
         "steps": count(number(run.summary, "steps")),
         "stopped": pick(run.summary, "stopped_by_retention") is not None,
     }
@@ -176,7 +181,7 @@ def _control(run: RunRecord, name: str) -> dict[str, Any]:
         "questions": count(number(run.summary, "controls", name, "questions")),
         "other": SHORT[other],
         "difference": shown(difference, "+.2f"),
-        "p": p_text(pick(difference, "p_value")),
+        "p": p_beside(difference, pick(difference, "p_value")),
     }
 
 

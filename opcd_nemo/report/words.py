@@ -59,6 +59,23 @@ def _on_axis(value: float) -> float:
     return round(100 * min(1.0, max(0.0, value)), 1)
 
 
+_ALPHA = 0.05  # of the intervals
+_CONTRADICTION = "(no p-value: the file's contradicts the interval)"
+
+
+def p_beside(interval: Any, p_value: Any) -> str:
+    """The p-value of a difference, as papers print it, unless it contradicts the interval.
+
+    Files of earlier versions have p-values of another model than their intervals.
+    """
+    low, high, p = number(interval, "low"), number(interval, "high"), number({"p": p_value}, "p")
+    if low is not None and high is not None and p is not None:
+        holds_zero = low <= 0 <= high
+        if holds_zero == (p < _ALPHA) and abs(p - _ALPHA) > 1e-9:
+            return _CONTRADICTION
+    return p_text(p_value)
+
+
 def p_text(p_value: Any) -> str:
     """A p-value as papers print it."""
     value = number({"p": p_value}, "p")
@@ -97,7 +114,7 @@ def changes(record: Mapping[str, Any], words: Mapping[str, str]) -> list[dict[st
             "words": text,
             "value": found.value,
             "interval": found.interval,
-            "p": p_text(record[key].get("p_value")),
+            "p": p_beside(record[key], record[key].get("p_value")),
         }
         for key, text in words.items()
         if isinstance(record.get(key), Mapping)

@@ -11,7 +11,6 @@ from opcd_nemo.config.train import TrainConfig
 from opcd_nemo.context.items import shuffled_words
 from opcd_nemo.evaluation.summary import SUMMARY
 from opcd_nemo.experience.folder import (
-    CONTROLS,
     RUN_ANSWERS,
     RUN_SUMMARY,
     SELECTED,
@@ -22,7 +21,7 @@ from opcd_nemo.experience.run_configs import stage_config
 from opcd_nemo.experience.stages.context import Models, StageContext
 from opcd_nemo.experience.table import summarise, table_text
 from opcd_nemo.formats.stored_model import open_model
-from opcd_nemo.report.pipeline_page import RANKED, pipeline_page
+from opcd_nemo.report.pipeline_page import CONTROLS, RANKED, pipeline_page
 from opcd_nemo.report.run_page import PAGE
 from opcd_nemo.storage import heartbeat
 from opcd_nemo.storage.ranks import on_rank_0

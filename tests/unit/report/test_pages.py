@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from opcd_nemo.report.costs import commands
 from opcd_nemo.report.figures import line_chart, share_bar, ticks
 from opcd_nemo.report.page import MOST_BYTES
 from opcd_nemo.report.record import read_run
-from opcd_nemo.report.words import p_text, shown
+from opcd_nemo.report.words import p_beside, p_text, shown
 from tests.report_folders import HOSTILE, write_pipeline, write_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "evil", hostile=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "whole")
 
 
 def read(file: Path) -> str:
@@ -132,10 +138,11 @@ def test_nonsense_in_a_summary_is_a_dash_and_no_crash(run: Path, nonsense: Any) 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "0 folders are given"),
+        ([], "no folder is given"),
         (["nowhere"], "is no folder"),
         (["."], "has no summary.json"),
-        (["a", "to=x", "to=y"], "1 folders are given"),
+        (["a", "to=x", "to=y"], "2 are given"),
+        (["a", "to="], "names no file"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -145,6 +152,72 @@ def test_what_is_no_run_is_refused(
     with pytest.raises(UserError) as refused:
         write_page(words)
     assert refused.value.problem == problem
+
+
+def test_a_folder_above_runs_names_a_run_below(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "a")
+    with pytest.raises(UserError) as refused:
+        write_page([str(run.parent)])
+    assert refused.value.problem == "has no summary.json"
+    assert refused.value.allowed.endswith(f", as {run}")
+
+
+def test_a_configuration_is_no_pipeline_that_lacks_its_table(tmp_path: Path) -> None:
+    (tmp_path / "experience.yaml").write_text("name: x\n")  # as conf/ has, and a new pipeline
+    with pytest.raises(UserError) as refused:
+        write_page([str(tmp_path)])
+    assert str(refused.value) == (
+        f"opcd report={tmp_path}: has no summary.json; allowed: the folder of a run that has "
+        "ended, or of a pipeline after its stage evaluate"
+    )
+
+
+def test_a_pipeline_is_not_compared_with_runs(tmp_path: Path) -> None:
+    run, pipeline = write_run(tmp_path / "a"), write_pipeline(tmp_path / "demo_games")
+    with pytest.raises(UserError) as refused:
+        write_page([str(run), str(pipeline)])
+    assert refused.value.value == pipeline
+    assert refused.value.problem == "is a pipeline, which is not compared"
+    assert f"opcd report {pipeline}" in refused.value.allowed
+
+
+def without_number(line: str) -> str:
+    return f"{json.dumps(json.loads(line) | {'loss/reverse_kl': None})}\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda lines: lines[:17], "of 30 training steps it has 17 in 17 lines."),
+        (lambda lines: [], "of 30 training steps it has 0 in 0 lines."),
+        (lambda lines: lines[:4] + lines[5:], "of 30 training steps it has 29 in 29 lines."),
+        (lambda lines: lines + lines[-1:], "of 30 training steps it has 30 in 31 lines."),
+        (
+            lambda lines: [*lines[:-1], without_number(lines[-1])],
+            "Values of metrics.jsonl that are no numbers: 1. The curves are without them.",
+        ),
+    ],
+)
+def test_metrics_that_lost_steps_are_said_on_the_page(
+    damage: Callable[[list[str]], list[str]], said: str, whole: Path
+) -> None:
+    file = whole / "metrics.jsonl"
+    before = read(file)
+    file.write_text("".join(damage(before.splitlines(keepends=True))))
+    try:
+        assert said in read(write_page([str(whole)]))
+    finally:
+        file.write_text(before)
+    assert 'role="note"' not in read(write_page([str(whole)]))
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_said(tmp_path: Path, whole: Path) -> None:
+    file = write_run(tmp_path / "run") / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    page = read(write_page([str(whole), str(file.parent)]))
+    said = "metrics.jsonl is not as the run wrote it: of 30 training steps it has 29 in 29 lines."
+    assert f'<p class="lacking" role="note">run: {said}' in page
+    assert page.count('role="note"') == 1
 
 
 def test_runs_are_compared_question_by_question(tmp_path: Path) -> None:
@@ -176,6 +249,44 @@ def test_a_pipelines_page_has_notes_candidates_and_games(tmp_path: Path) -> None
     for words in ("3 candidates", "best, round 1", "+0.087", "p = 0.131", 'class="game"'):
         assert words in page, words
     assert '<a href="opcd-1/report.html">' in page
+
+
+def test_no_p_value_contradicts_its_interval(tmp_path: Path) -> None:
+    interval = {"value": 0.087, "low": -0.049, "high": 0.224}
+    assert p_beside(interval, 0.131) == "p = 0.131"
+    assert p_beside(interval | {"low": 0.01}, 0.001) == "p = 0.001"
+    assert p_beside(interval | {"low": None}, 0.001) == "p = 0.001"
+    left_out = "(no p-value: the file's contradicts the interval)"
+    assert p_beside(interval, 0.001) == p_beside(interval | {"low": 0.01}, 0.06) == left_out
+    folder = write_pipeline(tmp_path / "of_before")
+    summary = json.loads(read(folder / "summary.json"))
+    summary["paired"]["opcd - sft"]["p_value"] = 0.001
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = read(write_page([str(folder)]))
+    assert "p = 0.001" not in page
+    assert "(no p-value: the file&#39;s contradicts the interval)" in page
+
+
+def test_a_pipelines_games_are_of_the_student_in_its_table(tmp_path: Path) -> None:
+    """Where validation has chosen an earlier checkpoint, the run's own answers are of another."""
+    folder = write_pipeline(tmp_path / "pipeline")
+    run = read_run(folder / "opcd-1").evaluations["student", "task"].answers
+    chosen = [{**each.record(), "transcript": "Board:\nP.\n\nwas chosen."} for each in run]
+    assert "was chosen." not in read(write_page([str(folder)]))
+    (folder / "controls.json").write_text(json.dumps({"opcd_best": {"1": {"task": chosen}}}))
+    assert read(write_page([str(folder)])).count("was chosen.") == 6
+    (folder / "controls.json").write_text(json.dumps({"opcd_best": {"1": {"task": [3]}}}))
+    with pytest.raises(UserError, match=r"controls\.json: opcd_best, seed 1: a int instead"):
+        write_page([str(folder)])
+
+
+def test_the_selected_candidate_is_marked(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "pipeline")
+    ranking = json.loads(read(folder / "ranked.json"))
+    for record in ranking["ranked"][1:]:
+        record["experience"] = "another"
+    (folder / "ranked.json").write_text(json.dumps(ranking))
+    assert read(write_page([str(folder)])).count("<b>selected</b>") == 1
 
 
 def test_a_game_is_boards_with_the_moves_between_them() -> None:
