@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from opcd_nemo.checkpoint.newest import of_step
+from opcd_nemo.config.limits import SAMPLES_BYTES
 from opcd_nemo.errors import UserError
 from opcd_nemo.evaluation.summary import SUMMARY, table_of
 from opcd_nemo.formats.locate import read_json
-from opcd_nemo.metrics import METRICS, read_metrics
+from opcd_nemo.metrics import METRICS
 from opcd_nemo.report.run_page import PAGE
+from opcd_nemo.storage.records import check_record, read_lines
+
+_REMEDY = "a copy of the file as it was; or the same run again, which writes it anew"
+# what values of other kinds and sizes come to
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +41,38 @@ class FinishedRun:
         """The measurements of every training step, by name.
 
         Raises:
-            UserError: the folder has no such file, as before the first step of a run.
+            UserError: the folder has no such file, as before the first step of a run, or a line of
+                the file is damaged.
         """
         if not (self.folder / METRICS).is_file():
             allowed = "the folder of a run that has trained"
             raise UserError("folder", self.folder, allowed, problem=f"has no {METRICS}")
-        return read_metrics(self.folder / METRICS)
+        return read_lines(self.folder / METRICS, {"step": int}, _REMEDY, SAMPLES_BYTES)
 
     @property
     def table(self) -> str:
-        """The scores before training, with the context, and after training, as text."""
-        return table_of(self.summary)
+        """The scores before training, with the context, and after training, as text.
+
+        Raises:
+            UserError: as of `summary`, or a score is not as the run wrote it.
+        """
+        summary = self.summary
+        try:
+            return table_of(summary)
+        except _ODD as error:
+            problem = f"the scores are not as the run wrote them ({error!r})"
+            raise UserError(self.folder / SUMMARY, allowed=_REMEDY, problem=problem) from error
 
     @property
     def student(self) -> Path:
-        """The checkpoint of the trained student, which `load_model` and `opcd` commands take."""
-        return of_step(self.folder / "checkpoints", self.summary["steps"])
+        """The checkpoint of the trained student, which `load_model` and `opcd` commands take.
+
+        Raises:
+            UserError: as of `summary`, or the number of steps is not as the run wrote it.
+        """
+        summary = self.summary
+        check_record(summary, {"steps": int}, self.folder / SUMMARY, _REMEDY)
+        return of_step(self.folder / "checkpoints", summary["steps"])
 
     def report(self, *, show: bool = True) -> Path:
         """Open the run's page in a browser, if the machine has a browser; returns the page.
