@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from opcd_nemo.formats.locate import parse_json
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage.durable import check_writable, write_whole
 from opcd_nemo.storage.plain_file import is_there, read_bounded
-from opcd_nemo.storage.ranks import on_every_rank
+from opcd_nemo.storage.ranks import on_every_rank, on_first_of_model
 from opcd_nemo.types import Prompt, Sample
 
 _MADE_OF = "samples_of.json"
@@ -67,8 +67,9 @@ class RecordedEngine:
     """An engine that keeps its samples; only for weights that never change.
 
     A sample belongs to its step and index, its prompt and the sampling: when any of these differs,
-    it is drawn anew. Any layout reads what any other has written. Only files that existed when the
-    run began are read, so that ranks agree on who draws without exchanging a word.
+    it is drawn anew. Any layout reads what any other has written. The first rank of a replica reads
+    and writes for the replica, so its ranks agree on who draws, and a disk that fails there fails
+    on all of them.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class RecordedEngine:
             vocab_size: a sample has no token beyond.
         """
         self._engine, self._folder, self._vocab_size = engine, folder, vocab_size
+        self._parallel = parallel
         self._writes = parallel.tp_rank == parallel.pp_rank == 0
         self._files: list[Path] = []
         on_every_rank(parallel, lambda: self._open(made_of))
@@ -122,19 +124,34 @@ class RecordedEngine:
         step: int,
         prefix_ids: Sequence[int] = (),
     ) -> list[Sample]:
-        """The recorded samples, or new samples, which are recorded. Collective over tp and pp."""
+        """The recorded samples, or new samples, which are recorded. Collective over tp and pp.
+
+        Raises:
+            UserError, OSError: on every rank of the group, what the first has met on the disk.
+        """
         keys = [_key(prompt, sampling, seed) for prompt in prompts]
-        known = self._read(step)
-        if all(key in known for key in keys):
-            return [known[key] for key in keys]
+
+        def read() -> list[Sample] | None:
+            known = self._read(step)
+            return [known[key] for key in keys] if all(key in known for key in keys) else None
+
+        recorded: list[Sample] | None = self._on_first(read)
+        if recorded is not None:
+            return recorded
         samples = self._engine.generate(
             prompts, sampling, seed=seed, step=step, prefix_ids=prefix_ids
         )
-        if prompts and self._writes:
+
+        def write() -> None:
             name = f"step={step:04d}.index={prompts[0].index}-{prompts[-1].index}.jsonl"
             lines = [json.dumps(_line(*pair)) for pair in zip(keys, samples, strict=True)]
             write_whole(self._folder / name, "".join(f"{line}\n" for line in lines))
+
+        self._on_first(write)
         return samples
+
+    def _on_first(self, work: Callable[[], Any]) -> Any:
+        return on_first_of_model(self._parallel, work if self._writes else None)
 
     def _read(self, step: int) -> dict[str, Sample]:
         """What is on disk of a step.

@@ -35,6 +35,7 @@ from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rollout.collect import SamplerName, collect_rollouts
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine, ThreadedEngine
+from opcd_nemo.storage.ranks import on_every_rank
 from opcd_nemo.tasks import Episode, Task
 from opcd_nemo.training.ahead import Ahead
 from opcd_nemo.training.batches import Aggregation, DistillBatch, make_distill_batches
@@ -88,6 +89,7 @@ def distill_step(run: Run, step: int, kept: list[Rollout] | None = None) -> Stat
     Raises:
         NonFiniteError, MismatchError: on every rank, before any parameter changes.
         EngineError, UserError: on ranks whose engine cannot sample.
+        UserError, OSError: on every rank, where samples of the teacher cannot be read or kept.
     """
     with run.watch.phase("rollout"):
         rollouts = None if run.ahead is None else run.ahead.take(step, run.parallel)
@@ -160,6 +162,16 @@ def _collector(
 
 
 def _rollouts(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
+    """This rank's rollouts. Collective over the world where the teacher samples."""
+    if sampler == "student":
+        return _sampled(run, sampler, step)
+    found: list[Rollout] = []
+    # a teacher's samples may be on a disk, which can fail in one replica alone
+    on_every_rank(run.parallel, lambda: found.extend(_sampled(run, sampler, step)))
+    return found
+
+
+def _sampled(run: Run, sampler: SamplerName, step: int) -> list[Rollout]:
     engine, collect = run.engines[sampler], _collector(run, sampler, step)
     engine.load_weights(step if sampler == "student" else run.teacher.version)
     rollouts = collect(engine)

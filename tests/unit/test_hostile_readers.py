@@ -456,7 +456,13 @@ def test_lines_of_metrics(tmp_path: Path) -> None:
 
 def test_lines_of_samples(tmp_path: Path) -> None:
     made_of = {"the teacher": "sha256 ab", "rollout.sampling": {"temperature": 1.0}, "seed": 1}
-    alone: Any = SimpleNamespace(rank=0, tp_rank=0, pp_rank=0, gather_objects=lambda value: [value])
+    alone: Any = SimpleNamespace(
+        rank=0,
+        tp_rank=0,
+        pp_rank=0,
+        gather_objects=lambda value: [value],
+        from_first_of_model=lambda value: value,
+    )
     nobody: Any = SimpleNamespace()
     engine = RecordedEngine(nobody, tmp_path, alone, made_of=made_of, vocab_size=9)
     record, file = tmp_path / "samples_of.json", tmp_path / "step=0000.index=0-0.jsonl"

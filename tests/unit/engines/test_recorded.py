@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,20 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.types import Prompt, Sample
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=3)
-ALONE: Any = SimpleNamespace(rank=0, tp_rank=0, pp_rank=0, gather_objects=lambda value: [value])
+
+
+def rank(tp_rank: int, from_first: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A rank of a replica; `from_first` makes of its own value what the first rank sends."""
+    return SimpleNamespace(
+        rank=0,
+        tp_rank=tp_rank,
+        pp_rank=0,
+        gather_objects=lambda value: [value],
+        from_first_of_model=from_first,
+    )
+
+
+ALONE = rank(0)
 
 
 class Counting:
@@ -75,9 +89,46 @@ def test_what_differs_is_drawn_anew(tmp_path: Path, other: str) -> None:
 
 
 def test_only_one_rank_of_a_replica_writes(tmp_path: Path) -> None:
-    other: Any = SimpleNamespace(rank=0, tp_rank=1, pp_rank=0, gather_objects=lambda value: [value])
+    other = rank(1, lambda _: (None, None))  # the first has no samples, then has written them
     recorded(Counting(), tmp_path, other).generate(prompts(0), SAMPLING, seed=1, step=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_first_rank_has_recorded_is_what_the_others_take(tmp_path: Path) -> None:
+    sample = Sample(response_ids=(7,), logprobs=(-0.5,), finish_reason="eos")
+    inner = Counting()
+    other = recorded(inner, tmp_path, rank(1, lambda _: ([sample], None)))
+    assert other.generate(prompts(0), SAMPLING, seed=1, step=0) == [sample]
+    assert inner.calls == 0
+
+
+@pytest.mark.parametrize("when", ["read", "written"])
+def test_a_disk_that_fails_the_first_rank_fails_its_whole_replica(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank would wait in its next exchange for the first, which has ended."""
+    sent: list[Any] = []
+
+    def send(value: Any) -> Any:
+        sent.append(value)
+        return value
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first = recorded(Counting(), tmp_path, rank(0, send))
+    other = recorded(Counting(), tmp_path, rank(1, lambda _: received.pop(0)))
+    if when == "written":
+        monkeypatch.setattr("opcd_nemo.engines.recorded.write_whole", full)
+    else:
+        (tmp_path / "step=0000.index=0-0.jsonl").write_text("{\n")
+        first = recorded(Counting(), tmp_path, rank(0, send))
+    with pytest.raises((OSError, UserError)) as of_first:
+        first.generate(prompts(0), SAMPLING, seed=1, step=0)
+    received = list(sent)
+    with pytest.raises((OSError, UserError)) as of_other:
+        other.generate(prompts(0), SAMPLING, seed=1, step=0)
+    assert of_other.value is of_first.value
 
 
 @pytest.mark.parametrize(
