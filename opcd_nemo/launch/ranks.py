@@ -31,6 +31,7 @@ from opcd_nemo.distributed.devices import choose_device, choose_layer_spec
 from opcd_nemo.distributed.groups import keep_on_loopback
 from opcd_nemo.distributed.launcher import LAUNCHER_PID_ENV, end_with_parent, launcher_has_ended
 from opcd_nemo.errors import SaveError, UserError
+from opcd_nemo.launch.child import in_child
 from opcd_nemo.launch.compose import as_override, compose
 from opcd_nemo.launch.exits import EXIT_FAILURE, STOPS, report_error
 from opcd_nemo.launch.output import keep_output_open, quiet_imports, quiet_libraries, show_log
@@ -95,7 +96,7 @@ def run_in_ranks(
 def run_alone(
     overrides: Sequence[str], load_main: Callable[[], Main], config_name: str
 ) -> NoReturn:
-    """Run a command in this process, as its only rank, and exit; its main may return the code."""
+    """Run a command in a child, as its only rank, and exit; its main may return the code."""
 
     def run() -> int:
         config = compose(config_name, overrides)
@@ -106,7 +107,7 @@ def run_alone(
             raise for_another_program(error, config_name) from error
         return code if isinstance(code, int) else 0
 
-    run_and_exit(run)
+    run_and_exit(lambda: in_child(run))
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
@@ -239,8 +240,7 @@ def _check_port(port: int, node: Nodes | None) -> None:
     if port == 0:
         return
     if node is not None:
-        where = f"0, the ranks meet at {node.rendezvous}"
-        raise UserError("parallel.port", port, where)
+        raise UserError("parallel.port", port, f"0, the ranks meet at {node.rendezvous}")
     with socket.socket() as probe:
         # ranks that have just ended on this port leave it in use for a minute by TCP's rules alone
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
