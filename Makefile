@@ -50,7 +50,7 @@ help: ## show this list
 demo: $(RUN) ## distil a context into SmolLM2 [LAYOUT=dp2|tp2|pp2|cp2|tp3|single] [TASK=brevity|bullets|json|pirate]
 	$(BIN)/opcd train recipe=demo_$(TASK) parallel=$(LAYOUT)
 
-demo-games: $(RUN) ## a small model plays, writes notes of its games and learns them by heart [GAME=games (a lake)|sokoban]
+demo-games: $(RUN) ## a small model plays and writes notes; a student learns to win without them [GAME=games (a lake)|sokoban]
 	$(BIN)/opcd experience recipe=demo_$(GAME)
 
 test: $(DEV) ## every check, the kernels compiled for GPUs, then every test

@@ -51,7 +51,7 @@ def group_words() -> dict[str, str]:
     }
     for key in (*described(TrainConfig), *described(PipelineKeys)):
         found.setdefault(key.key, key.words.rstrip("."))
-    return found
+    return {name: f"{words[:1].upper()}{words[1:]}" for name, words in found.items()}
 
 
 def groups() -> list[str]:

@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "experience": Command(
-        about="play, write notes, select them and learn them by heart: the whole pipeline",
+        about="play, write notes, select the best and train a student on them: the whole pipeline",
         run=programs.experience,
         config="experience",
         options=(STAGE_OPTION,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import sys
 import textwrap
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TRAIN = ("opcd_nemo.config.train:TrainConfig", "")
+_ARGUMENT = re.compile(r"(\w+): *(.*?)(?: +# (.*))?")  # of a plug, as a line of its file
 _SCHEMAS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "train": (_TRAIN,),
     "experience": (("opcd_nemo.experience.config:PipelineKeys", ""), _TRAIN),
@@ -105,21 +107,32 @@ def _groups(config_name: str) -> Iterator[str]:
     defaults = default_choices(config_name)
     width = max(map(len, defaults))
     for group, default in defaults.items():
-        fitting = choices(group)
+        fitting, others = choices(group), ""
         if group == "recipe":
-            files = {name: CONF / group / f"{name}.yaml" for name in fitting}
-            for_pipeline = config_name == "experience"
-            fitting = [name for name in fitting if is_for_pipeline(files[name]) == for_pipeline]
+            fitting, others = _recipes(config_name)
         names = (f"{name}*" if name == default else name for name in fitting)
-        yield from _paragraph(f"  {group:{width}}  ", ", ".join(names))
+        yield from _paragraph(f"  {group:{width}}  ", f"{', '.join(names)}{others}")
+
+
+def _recipes(config_name: str) -> tuple[list[str], str]:
+    """The recipes of a command, and those of the other command in words."""
+    piped: dict[bool, list[str]] = {True: [], False: []}
+    for name in choices("recipe"):
+        piped[is_for_pipeline(CONF / "recipe" / f"{name}.yaml")].append(name)
+    is_pipeline = config_name == "experience"
+    other = "train" if is_pipeline else "experience"
+    return piped[is_pipeline], f"; for opcd {other}: {', '.join(piped[not is_pipeline])}"
 
 
 def _keys(config_name: str) -> Iterator[str]:
     yield "keys:"
-    for key in keys_of(config_name):
+    keys = keys_of(config_name)
+    if any(key.key == "engine" for key in keys):
+        keys += _engine_keys()
+    for key in keys:
         if key.is_group:
             yield ""
-            yield f"  {key.key}: {key.words.rstrip('.')}"
+            yield from _paragraph(f"  {key.key}: ", key.words.rstrip("."))
             continue
         name = f"    {key.key}  "
         example = f"; e.g. {key.key}={key.example}" if key.example is not None else ""
@@ -131,6 +144,26 @@ def keys_of(config_name: str) -> list[Described]:
     keys = list(_described(config_name))
     alone = [key for key in keys if "." not in key.key and not key.is_group]
     return alone + [key for key in keys if key not in alone]
+
+
+def _engine_keys() -> Iterator[Described]:
+    """The arguments of every engine: no schema has them, the engines' files do."""
+    from opcd_nemo.cli.choices import about
+
+    for name in choices("engine"):
+        file = CONF / "engine" / f"{name}.yaml"
+        words = f"arguments of engine={name}. {about(file)}"
+        yield Described(key="engine", words=words, allowed="", example=None, is_group=True)
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found = _ARGUMENT.fullmatch(line)
+            if found and found[1] != "_target_":
+                yield Described(
+                    key=f"engine.{found[1]}",
+                    words=found[3],
+                    allowed=f"{found[2]} by default",
+                    example=None,
+                    is_group=False,
+                )
 
 
 def _described(config_name: str) -> Iterator[Described]:
@@ -148,9 +181,8 @@ def _described(config_name: str) -> Iterator[Described]:
 def _paragraph(start: str, text: str) -> list[str]:
     columns = min(shutil.get_terminal_size((100, 24)).columns, 120)
     indent = " " * len(f"{'':34}") if len(start) >= 34 else " " * len(start)
-    if len(start) > 34:
-        return [
-            start.rstrip(),
-            *textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent),
-        ]
-    return textwrap.wrap(text, columns, initial_indent=start, subsequent_indent=indent)
+    first = indent if len(start) > 34 else start
+    lines = textwrap.wrap(
+        text, columns, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return [start.rstrip(), *lines] if len(start) > 34 else lines

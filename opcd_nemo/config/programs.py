@@ -23,6 +23,7 @@ from opcd_nemo.config.schema import read_schema
 from opcd_nemo.config.train import DTYPES, MODEL, ParallelConfig
 from opcd_nemo.errors import UserError
 
+_CHECKPOINT = "runs/demo_brevity-dp2/checkpoints/step=30.ckpt"
 _MOST_PROBED = 4096  # tokens: the doctor compares a few answers, not a run's
 _MOST_NATS = 100.0  # a token of probability 0 in fp32
 
@@ -72,7 +73,7 @@ class DoctorConfig:
 class ChatConfig:
     """A chat with a model, with and without its context."""
 
-    from_: str = doc("the model to talk to", takes=MODEL, example="runs/demo_brevity-dp2")
+    from_: str = doc("the model to talk to", takes=MODEL, example=_CHECKPOINT)
     system: str | None = doc(
         "a system prompt as the context; null: the context that the model was distilled from"
     )
@@ -97,7 +98,7 @@ class ChatConfig:
 class ExportConfig:
     """From any kind of model to another."""
 
-    from_: str = doc("the model to convert", takes=MODEL, example="runs/demo_brevity-dp2")
+    from_: str = doc("the model to convert", takes=MODEL, example=_CHECKPOINT)
     to: str = doc(
         "what is written", takes="a new path, or hf://owner/name[@revision]", example="exported"
     )

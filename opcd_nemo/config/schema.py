@@ -22,6 +22,7 @@ from opcd_nemo.config.third_parties import refuse_unfollowed_key
 from opcd_nemo.errors import ABSENT, UserError
 
 Schema = TypeVar("Schema")
+_PLUG = "a choice of the group, or a mapping with a _target_"
 
 
 @runtime_checkable
@@ -62,7 +63,7 @@ def described(schema: type, prefix: str = "") -> Iterator[Described]:
         if found.keys is not None:
             groups += [_group(key, found.words), *described(found.keys, f"{key}.")]
             continue
-        allowed = "a mapping with a _target_" if found.plug else allowed_words(kind, found)
+        allowed = _PLUG if found.plug else allowed_words(kind, found)
         yield Described(
             key=key, words=found.words, allowed=allowed, example=found.example, is_group=False
         )

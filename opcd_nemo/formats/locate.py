@@ -55,6 +55,11 @@ def resolve_model_path(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists() and (address := parse_address(path)) is not None:
         return fetch_model(address)
+    if (checkpoints := [*found.glob("checkpoints/*.ckpt")]) and not (
+        found / "config.json"
+    ).exists():
+        newest = max(checkpoints, key=lambda checkpoint: checkpoint.stat().st_mtime)
+        raise UserError(path, problem="is the folder of a run", allowed=f"a model, as {newest}")
     if found.is_dir() or (found.is_file() and found.suffix in (".gguf", ".nemo")):
         return found
     raise UserError(

@@ -80,6 +80,34 @@ def test_help_has_every_key_with_its_words(capsys: pytest.CaptureFixture[str]) -
         assert f"{key.key}: {key.words.rstrip('.')}" in shown or f"{key.key} {key.words}" in shown
 
 
+@pytest.mark.parametrize("command", ["train", "chat", "experience"])
+def test_help_has_the_keys_of_every_engine(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for file in (ROOT / "conf/engine").glob("*.yaml"):
+        assert f"engine: arguments of engine={file.stem}." in shown
+        for name, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+            if name != "_target_":
+                assert f" engine.{name} " in shown
+                assert f"[{json.dumps(value)} by default]".replace('"', "") in shown
+    assert "None [" not in shown, "a line of a file that says nothing"
+
+
+@pytest.mark.parametrize("command", ["train", "experience"])
+def test_help_names_every_recipe_and_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    other = "experience" if command == "train" else "train"
+    mine, _, others = shown.partition(f"; for opcd {other}: ")
+    for file in (ROOT / "conf/recipe").glob("*.yaml"):
+        assert file.stem in mine + others.partition("keys:")[0]
+    assert ("demo_games" in others.partition("keys:")[0]) == (command == "train")
+
+
 @pytest.mark.parametrize("word", ["recipe", "recipes"])
 def test_choices_stand_in_a_line_each(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", word]) == 0
@@ -101,6 +129,8 @@ def test_every_group_has_words(capsys: pytest.CaptureFixture[str]) -> None:
     folders = [path for path in (ROOT / "conf").iterdir() if list(path.glob("*.yaml"))]
     assert len(lines) == len(folders)
     assert all(len(line.split()) > 5 for line in lines), lines
+    meanings = [line.split(maxsplit=1)[1] for line in lines]
+    assert [words for words in meanings if not words[0].isupper()] == []
 
 
 def test_every_group_is_listed_in_the_plural(capsys: pytest.CaptureFixture[str]) -> None:
