@@ -138,7 +138,8 @@ def base_licence(path: str) -> dict[str, Any]:
     Raises:
         UserError: the base model does not exist.
     """
-    found = resolve_model_path(base_path(path))
+    base = base_path(path)
+    found = resolve_model_path(base)
     kind = model_kind(found)
     if kind == "nemo":
         return read_provenance(str(found)).licence
@@ -149,7 +150,7 @@ def base_licence(path: str) -> dict[str, Any]:
         texts = {
             name: _readable(found / name) for name in _LICENCE_FILES if (found / name).is_file()
         }
-    return {"base_model": path, "licence": stated or "not stated", "texts": texts}
+    return {"base_model": base, "licence": stated or "not stated", "texts": texts}
 
 
 def _not_stated(path: str) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_every_way_gives_the_same_bits(run: Path, exported: Path, tiny: Path) ->
     assert all(first[name].equal(again[name]) for name in first)
     assert not all(first[name].equal(base[name]) for name in first)  # it has learnt
     card = (exported / "hf" / "README.md").read_text()
+    assert f"answers as its base model, `{tiny}`, answers after" in card
     assert "## Scores" in card
     assert "## The context" in card
     for name in ("tokenizer.json", "tokenizer_config.json", "context.json", EVALUATION):
