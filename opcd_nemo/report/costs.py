@@ -8,8 +8,9 @@ from typing import Any
 from opcd_nemo.checkpoint.newest import of_step
 from opcd_nemo.errors import visible
 from opcd_nemo.report.record import RunRecord, mapping, number
-from opcd_nemo.report.words import count, plain, seconds
+from opcd_nemo.report.words import LABELS, count, plain, seconds
 
+_WEIGHTS_ALONE = "exp_manager.checkpoint_callback_params.save_weights_only"
 _SETTINGS = {
     "student.path": "student",
     "teacher.path": "teacher",
@@ -34,7 +35,7 @@ def costs(run: RunRecord) -> dict[str, Any]:
         if (value := number(summary, "cpu_seconds_by_phase", name)) is not None
     ]
     evaluations = [
-        {"name": name, "all": seconds(value)}
+        {"name": _in_words(name), "all": seconds(value)}
         for name in mapping(run, "cpu_seconds_of_evaluations")
         if (value := number(summary, "cpu_seconds_of_evaluations", name)) is not None
     ]
@@ -69,7 +70,9 @@ def origin(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
     layout = [(axis, plain(summary.get(axis))) for axis in ("tp", "pp", "dp", "cp")]
     return {
         "settings": [
-            (words, plain(run.config[key])) for key, words in _SETTINGS.items() if key in run.config
+            (words, _setting(key, run.config[key]))
+            for key, words in _SETTINGS.items()
+            if key in run.config
         ],
         "layout": [
             ("device", plain(summary.get("device", "-"))),
@@ -80,6 +83,31 @@ def origin(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
         ],
         "versions": [(str(n), plain(v)) for n, v in mapping(run, "versions").items()],
     }
+
+
+def _in_words(evaluation: str) -> str:
+    """`base, unrelated questions` and its like, with the words that the page has for a row."""
+    row, comma, part = evaluation.removeprefix("control ").partition(",")
+    return f"{LABELS.get(row, row)}{comma}{part}"
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == "teacher.path" and value is None:
+        return "the same as the student"
+    text = plain(value)
+    is_ours = key.endswith("._target_") and text.startswith("opcd_nemo.")
+    return text.rpartition(".")[2] if is_ours else text
+
+
+def _longer(given: list[str], steps: float, weights_alone: bool) -> tuple[str, str]:
+    """The command for more steps: weights alone cannot be trained on, so such a run begins anew."""
+    words = [word for word in given if not word.startswith("trainer.max_steps=")]
+    said = "twice as many steps, from the first step on: this run has kept its weights alone"
+    if not weights_alone:
+        words = [word for word in words if not word.startswith("exp_manager=")]
+        words.append("exp_manager=resumable")
+        said = "twice as many steps, from here on"
+    return said, shlex.join(["opcd", "train", *words, f"trainer.max_steps={steps:.0f}"])
 
 
 def commands(run: RunRecord) -> list[tuple[str, str]]:
@@ -94,9 +122,7 @@ def commands(run: RunRecord) -> list[tuple[str, str]]:
         program = "experience" if of_pipeline else "train"
         found.append(("the same run again", shlex.join(["opcd", program, *given])))
         if steps is not None and not of_pipeline:
-            more = [w for w in given if not w.startswith(("exp_manager=", "trainer.max_steps="))]
-            longer = [*more, "exp_manager=resumable", f"trainer.max_steps={2 * steps:.0f}"]
-            found.append(("twice as many steps", shlex.join(["opcd", "train", *longer])))
+            found.append(_longer(given, 2 * steps, run.config.get(_WEIGHTS_ALONE) is True))
 
     def checkpoint(step: float) -> str:
         return shlex.quote(visible(str(of_step(run.path / "checkpoints", int(step)))))
@@ -105,7 +131,7 @@ def commands(run: RunRecord) -> list[tuple[str, str]]:
         last = checkpoint(steps)
         found += [
             ("talk to the student", f"opcd chat from={last}"),
-            ("take it home", f"opcd export format=hf from={last} to=exports/hf"),
+            ("export the student", f"opcd export format=hf from={last} to=exports/hf"),
         ]
     if best is not None and best != steps:  # the table is of the last step
         words = "talk to the student of the best validation score"

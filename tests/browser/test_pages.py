@@ -29,7 +29,7 @@ def page() -> Iterator[Page]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of every kind, and each with hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
-    run = write_run(folder / "demo_brevity-dp2")
+    run = write_run(folder / "demo_brevity-dp2", config=CONFIG)
     other = write_run(folder / "demo_brevity-tp2", num_steps=300, config="optim:\n  lr: 0.0001\n")
     return {
         "run": run / "report.html",
@@ -41,6 +41,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+CONFIG = """\
+student: {path: smollm2-135m-instruct}
+teacher: {path: null, update: never}
+task: {_target_: opcd_nemo.tasks.system_prompt.StyleTask}
+optim: {lr: 5.0e-05}
+"""
 KINDS = ("run", "hostile", "games", "comparison", "pipeline", "hostile_pipeline")
 
 
@@ -54,6 +60,8 @@ def test_a_page_is_whole_at_every_width_and_the_console_is_silent(
     assert page.complaints() == []
     assert page.run("document.documentElement.scrollWidth") <= width, "scrolls sideways"
     assert page.run("document.title") != "taken"
+    values = "[...document.querySelectorAll('dd')].map(value => value.clientWidth)"
+    assert min(page.run(values) or [width]) > 80, "a letter a line"
     # whatever is a link leads to a place in the page, or to a page beside it
     links = page.run("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
     assert links

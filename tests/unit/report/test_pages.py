@@ -64,7 +64,7 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
         "training costs as much as the context in 331 prompts",
         "It falls when answers get shorter",
         "opcd train recipe=demo_brevity parallel=dp2 exp_manager=resumable trainer.max_steps=60",
-        "240 answers of 3,600 tokens",
+        "240 answers with 3,600 tokens in all",
     ):
         assert words in text, words
     assert f"opcd chat from={tmp_path}/run/checkpoints/step=30.ckpt" in text
@@ -77,6 +77,14 @@ def test_commands_take_the_step_of_the_table_and_name_the_best_besides(tmp_path:
     shown = dict(commands(read_run(folder)))
     assert shown["talk to the student"].endswith("step=30.ckpt")
     assert shown["talk to the student of the best validation score"].endswith("step=20.ckpt")
+
+
+def test_a_run_that_kept_its_weights_alone_is_not_continued(tmp_path: Path) -> None:
+    """`exp_manager=resumable` refuses such a checkpoint."""
+    key = "exp_manager: {checkpoint_callback_params: {save_weights_only: true}}\n"
+    shown = dict(commands(read_run(write_run(tmp_path / "run", config=key))))
+    longer = "twice as many steps, from the first step on: this run has kept its weights alone"
+    assert shown[longer] == "opcd train recipe=demo_brevity parallel=dp2 trainer.max_steps=60"
 
 
 def test_a_run_from_before_has_a_page_too(tmp_path: Path) -> None:
