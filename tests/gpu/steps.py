@@ -29,8 +29,7 @@ from opcd_nemo.engines.megatron import MegatronEngine
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.model.language_model import LanguageModel
 from opcd_nemo.rehearsal import play
-from opcd_nemo.rehearsal.command import play as play_rank
-from opcd_nemo.rehearsal.command import tasks_of
+from opcd_nemo.rehearsal.command import Player, tasks_of
 from opcd_nemo.rehearsal.planned import planned_bytes
 from opcd_nemo.rehearsal.shapes import lengths_of, read_rehearsal, shapes_of
 from opcd_nemo.training.step import (
@@ -58,6 +57,7 @@ SMALL = {
     "hidden_size": 64, "ffn_hidden_size": 176, "num_attention_heads": 4, "num_query_groups": 2,
     "head_dim": 16, "vocab_size": 320,
 }  # fmt: skip
+_COMPARED = ("device", "reference")
 # bounds on what two implementations of fp32 arithmetic may differ by, relative to the largest entry
 LOSS_BOUND, GRADIENT_BOUND, RESUME_BOUND = 1e-5, 1e-4, 1e-6
 
@@ -108,7 +108,7 @@ def opened(
     return config, shapes, init_parallel(config.parallel, config.seed), lengths
 
 
-def tiny(device: str, out: Path) -> dict[str, Any]:
+def tiny(device: str, out: Path, name: str) -> dict[str, Any]:
     """Loss and gradients of a step on this device; what follows a resume is what had followed."""
     config, shapes, parallel, lengths = opened(TINY, device, layers=2, small=True)
     run = play.open_run(config, shapes, parallel, lengths, drawn)
@@ -120,11 +120,11 @@ def tiny(device: str, out: Path) -> dict[str, Any]:
         name: parameter.main_grad.cpu().clone()
         for name, parameter in run.student.module.named_parameters()
     }
-    torch.save(gradients, out / f"gradients-{device}.pt")
+    torch.save(gradients, out / f"gradients-{name}.pt")
     run.optimizer.step()
     return {
         "loss": _loss(stats),
-        "resume": _resumed(run, lengths, out / f"checkpoint-{device}"),
+        "resume": _resumed(run, lengths, out / f"checkpoint-{name}"),
     }
 
 
@@ -218,15 +218,14 @@ def decode(device: str, *, small: bool) -> dict[str, Any]:
 
 def compare(out: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How far loss and gradients of the device are from the CPU's."""
-    devices = list(results)
-    ours, theirs = (torch.load(out / f"gradients-{device}.pt") for device in devices)
-    losses = [results[device]["loss"] for device in devices]
+    ours, theirs = (torch.load(out / f"gradients-{name}.pt") for name in _COMPARED)
+    losses = [results[name]["loss"] for name in _COMPARED]
     errors = {
         name: float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max())
         for name in theirs
     }
     worst = max(errors, key=errors.__getitem__)
-    resumes = [results[device]["resume"]["largest_difference"] for device in devices]
+    resumes = [results[name]["resume"]["largest_difference"] for name in _COMPARED]
     found = {
         "loss": abs(losses[0] / losses[1] - 1),
         "gradient": errors[worst],
@@ -243,8 +242,9 @@ def compare(out: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def rehearse() -> dict[str, Any]:
     """Play the wide step on fake GPUs and keep what it asks for."""
-    ((task, path),) = tasks_of([*WIDE, f"rehearse.megatron_core={MEGATRON}"])
-    result = play_rank(task, path)
+    (task,), path = tasks_of([*WIDE, f"rehearse.megatron_core={MEGATRON}"])
+    with Player(path) as player:
+        result = player.play(task)
     assert result is not None
     kept = {"words": WIDE, "torch": torch.__version__, "megatron": MEGATRON}
     kept["peak_bytes"] = result["peak_bytes"]
@@ -258,29 +258,31 @@ def main() -> int:
     parser.add_argument("what", choices=["tiny", "one", "wide", "decode", "rehearse"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--name", default="device", help="of the files of `one`")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     out, device, small = options.out, options.device, options.small
     if options.what == "tiny":  # a process each: Megatron is made for one device
-        results = {each: _in_a_process(each, out) for each in (device, "cpu")}
+        pairs = zip(_COMPARED, (device, "cpu"), strict=True)
+        results = {name: _in_a_process(each, out, name) for name, each in pairs}
         found = {**results, "compared": compare(out, results)}
     else:
         found = {
-            "one": lambda: tiny(device, out),
+            "one": lambda: tiny(device, out, options.name),
             "wide": lambda: wide(device, out, small=small),
             "decode": lambda: decode(device, small=small),
             "rehearse": rehearse,
         }[options.what]()
-    (out / f"{options.what}.{device}.json").write_text(json.dumps(found))
+    (out / f"{options.what}.{options.name}.json").write_text(json.dumps(found))
     sys.stdout.write(f"{options.what}: {json.dumps(found)}\n")
     return int(not found.get("compared", {"passed": True})["passed"])
 
 
-def _in_a_process(device: str, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.gpu.steps", "one", f"--device={device}", f"--out={out}"]
-    subprocess.run(command, check=True)
-    result: dict[str, Any] = json.loads((out / f"one.{device}.json").read_text())
+def _in_a_process(device: str, out: Path, name: str) -> dict[str, Any]:
+    words = ["one", f"--device={device}", f"--out={out}", f"--name={name}"]
+    subprocess.run([sys.executable, "-m", "tests.gpu.steps", *words], check=True)
+    result: dict[str, Any] = json.loads((out / f"one.{name}.json").read_text())
     return result
 
 
