@@ -1,4 +1,4 @@
-"""`opcd rehearse`: a process for each rank that is played, then the comparison and the table."""
+"""`opcd rehearse`: ranks are played one after another, then come the comparison and the table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -36,21 +37,23 @@ def rehearse(words: Sequence[str]) -> int:
     Raises:
         UserError: a key is wrong, or g++ or a package is missing.
     """
-    memory_gib, tasks = read_rehearsal(words)[2].memory_gib, tasks_of(words)
-    planned = planned_bytes(words)
+    tasks, path = tasks_of(words)
+    memory_gib, planned = read_rehearsal(words)[2].memory_gib, planned_bytes(words)
     results = []
-    for task, path in tasks:
-        result = play(task, path)
-        if result is None:
-            return EXIT_FAILURE
-        results.append(result)
+    with Player(path) as player:
+        for task in tasks:
+            logger.info("rank %s, of %s", task.rank, ", ".join(str(each.rank) for each in tasks))
+            result = player.play(task)
+            if result is None:
+                return EXIT_FAILURE
+            results.append(result)
     found = mismatches(results)
     logger.info("%s", rehearsal_report(results, memory_gib, found, planned))
     return EXIT_FAILURE if found or fullest_gib(results) > memory_gib else 0
 
 
-def tasks_of(words: Sequence[str]) -> list[tuple[Task, list[str]]]:
-    """What each rank that is played is told, and the folders before its installed packages.
+def tasks_of(words: Sequence[str]) -> tuple[list[Task], list[str]]:
+    """What the ranks that are played are told, and the folders before their installed packages.
 
     Raises:
         UserError: a key is wrong, or g++ or a package is missing.
@@ -60,24 +63,22 @@ def tasks_of(words: Sequence[str]) -> list[tuple[Task, list[str]]]:
     ranks = _ranks(settings, config.parallel)
     path = _path(settings)
     compiled_guard()
-    return [
-        (
-            Task(
-                rank=rank,
-                world_size=config.parallel.num_ranks,
-                words=list(words),
-                layers=settings.layers,
-                lengths=lengths_of(config, settings),
-                tokens=settings.tokens,
-                gpu=accelerator.name,
-                memory_gib=accelerator.memory_gib,
-                per_node=accelerator.ranks_per_node,
-                with_te=settings.transformer_engine is not None,
-            ),
-            path,
+    tasks = [
+        Task(
+            rank=rank,
+            world_size=config.parallel.num_ranks,
+            words=list(words),
+            layers=settings.layers,
+            lengths=lengths_of(config, settings),
+            tokens=settings.tokens,
+            gpu=accelerator.name,
+            memory_gib=accelerator.memory_gib,
+            per_node=accelerator.ranks_per_node,
+            with_te=settings.transformer_engine is not None,
         )
         for rank in ranks
     ]
+    return tasks, path
 
 
 def _check_run(config: TrainConfig, settings: RehearseConfig) -> None:
@@ -93,6 +94,8 @@ def _check_run(config: TrainConfig, settings: RehearseConfig) -> None:
         allowed = f"a multiple of parallel.pipeline_model_parallel_size={pp}"
         raise UserError("rehearse.layers", settings.layers, allowed)
     check_stages(config, {"student": student, "teacher": teacher})
+    if config.parallel.device == "cpu":
+        raise UserError("parallel.device", "cpu", "auto or cuda: GPUs are rehearsed")
     if config.parallel.fp8 is not None:
         allowed = "null: the kernels of FP8 are C++, and have no stand-in"
         raise UserError("parallel.fp8", config.parallel.fp8, allowed)
@@ -133,26 +136,49 @@ def _path(settings: RehearseConfig) -> list[str]:
     return folders
 
 
-def play(task: Task, path: Sequence[str]) -> dict[str, Any] | None:
-    """The result of a rank's process; None after a failure, which is shown."""
-    inherited = os.environ.get("PYTHONPATH", "")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (*path, inherited))),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "opcd_nemo.rehearsal.rank"],
-        input=json.dumps(asdict(task)) + "\n",
-        stdout=subprocess.PIPE,
-        env=environment,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        ended = "failed; its traceback is above"
-        if done.returncode < 0:
-            ended = f"was ended by {signal.Signals(-done.returncode).name}"
-        logger.warning("rank %s %s", task.rank, ended)
+class Player:
+    """A process that has imported what ranks need, and is forked for each of them.
+
+    Args:
+        path: folders before the installed packages.
+    """
+
+    def __init__(self, path: Sequence[str]) -> None:
+        inherited = os.environ.get("PYTHONPATH", "")
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (*path, inherited))),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "opcd_nemo.rehearsal.rank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def __enter__(self) -> Player:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def play(self, task: Task) -> dict[str, Any] | None:
+        """What a rank did; None after a failure, which is shown.
+
+        The tasks of a player are of the same GPU, with or without Transformer Engine.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended, and says why
+            self._process.stdin.write(f"{json.dumps(asdict(task))}\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        result: dict[str, Any] = json.loads(line) if line else {"ended": self._process.wait()}
+        if (code := result.get("ended")) is None:
+            return result
+        how = "failed; its traceback is above"
+        if code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+        logger.warning("rank %s %s", task.rank, how)
         return None
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result

@@ -49,7 +49,8 @@ def compiled_guard() -> Path:
         return module
     compiler = shutil.which("g++")
     if compiler is None:
-        raise UserError("opcd rehearse", ABSENT, "a machine with g++", problem="g++ is not there")
+        allowed = "g++ on PATH, as `apt-get install g++` puts it there"
+        raise UserError("opcd rehearse", ABSENT, allowed, problem="g++ is not there")
     check_writable("XDG_CACHE_HOME", module.parent)
     module.parent.mkdir(parents=True, exist_ok=True)
     partial = module.with_suffix(f".{os.getpid()}")

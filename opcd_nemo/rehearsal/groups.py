@@ -18,7 +18,7 @@ from opcd_nemo.rehearsal.names import BEGIN, END
 from opcd_nemo.rehearsal.recorder import Recorder
 
 
-def start_world(rank: int, world_size: int, per_node: int, recorder: Recorder) -> None:
+def start_world(rank: int, world_size: int, per_node: int) -> None:
     """Be a rank of a world that has no other process."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  # shapes of collectives
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,6 +30,10 @@ def start_world(rank: int, world_size: int, per_node: int, recorder: Recorder) -
         "LOCAL_WORLD_SIZE": str(min(per_node, world_size)),
     }
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+
+
+def install(recorder: Recorder) -> None:
+    """Put the stand-ins in place, before megatron-core is imported, which takes their names."""
     real_new_group: Any = dist.new_group
     together: list[bool] = []
 

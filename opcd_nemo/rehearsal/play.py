@@ -153,14 +153,14 @@ def decode_the_last_token(run: Run, lengths: Lengths, rows: int) -> None:
     parallel.flush()
 
 
-def rollouts(run: Run, lengths: Lengths) -> list[Rollout]:
-    """Micro-batches of whole answers, the first of them the longest that a run can meet.
+def rollouts(run: Run, lengths: Lengths, micro_batches: int = MICRO_BATCHES) -> list[Rollout]:
+    """So many micro-batches of whole answers, the first of them the longest that a run can meet.
 
     On other data-parallel ranks answers are shorter.
     """
     read = _tokens(_CONTEXT, lengths.context)
     made = []
-    for index in range(MICRO_BATCHES * run.micro_batch_size):
+    for index in range(micro_batches * run.micro_batch_size):
         shorter = 97 * (index // run.micro_batch_size * (1 + index) + run.parallel.dp_rank)
         length = max(1, lengths.response - shorter % max(1, lengths.response // 4))
         ids = _prompt(lengths.prompt - index // run.micro_batch_size * 5 * index, index)

@@ -40,6 +40,24 @@ class Collective:
     site: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What an operation is by its schema, which is read once."""
+
+    namespace: str
+    name: str
+    launches: bool
+
+    @classmethod
+    def of(cls, func: Any) -> _Kind:
+        name = func._schema.name.split("::")[1]
+        returns = func._schema.returns
+        is_view = bool(returns) and all(
+            each.alias_info is not None and not each.alias_info.is_write for each in returns
+        )
+        return cls(func.namespace, name, not is_view and name not in _NO_LAUNCH)
+
+
 class Recorder(TorchDispatchMode):
     """Counts, by phase of a step, while it is entered.
 
@@ -58,6 +76,7 @@ class Recorder(TorchDispatchMode):
         self.collectives: list[Collective] = []
         self._going: dict[int, str] = {}
         self._begun = 0
+        self._kinds: dict[Any, _Kind] = {}
         self._live = 0
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
 
@@ -82,16 +101,19 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what it is."""
-        name = func._schema.name.split("::")[1]
-        if func.namespace == "c10d":
-            self._note_collective(name, args)
+        if (kind := self._kinds.get(func)) is None:
+            kind = self._kinds[func] = _Kind.of(func)
+        if kind.namespace == "c10d":
+            self._note_collective(kind.name, args)
         out = func(*args, **(kwargs or {}))
-        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outs, ins = list[torch.Tensor](), list[torch.Tensor]()
+        _add_tensors(out, outs)
+        _add_tensors(args, ins)
+        _add_tensors(kwargs, ins)
         for tensor in outs:
             self._track(tensor)
-        if func.namespace not in ("c10d", "prim") and any(map(_on_gpu, (*ins, *outs))):
-            self._note_operation(name, func, ins, outs)
+        if kind.namespace not in ("c10d", "prim") and any(map(_on_gpu, (*ins, *outs))):
+            self._note_operation(kind, ins, outs)
         return out
 
     def launch(self, name: str) -> None:
@@ -116,6 +138,11 @@ class Recorder(TorchDispatchMode):
         """The rank waits for it."""
         self._going.pop(number, None)
 
+    @property
+    def held(self) -> int:
+        """Bytes that something refers to now."""
+        return self._live
+
     def resized(self, storage: Any, size: int) -> None:
         """Follow `storage.resize_`, by which Megatron frees its gradient buffers."""
         if (key := storage._cdata) in self._sizes:
@@ -124,19 +151,15 @@ class Recorder(TorchDispatchMode):
             self._grow(size - before)
 
     def _note_operation(
-        self, name: str, func: Any, ins: list[torch.Tensor], outs: list[torch.Tensor]
+        self, kind: _Kind, ins: list[torch.Tensor], outs: list[torch.Tensor]
     ) -> None:
         from_host = any(not _on_gpu(tensor) and tensor.dim() for tensor in ins)
-        if from_host and name in ("copy_", "_to_copy"):
+        if from_host and kind.name in ("copy_", "_to_copy"):
             self.copies[self.current][site()] += 1
         elif any(not _on_gpu(tensor) and tensor.dim() for tensor in outs):
-            self.sync(name)
-        returns = func._schema.returns
-        is_view = bool(returns) and all(
-            each.alias_info is not None and not each.alias_info.is_write for each in returns
-        )
-        if not is_view and name not in _NO_LAUNCH:
-            self.launch(name)
+            self.sync(kind.name)
+        if kind.launches:
+            self.launch(kind.name)
 
     def _note_collective(self, name: str, args: Any) -> None:
         leaves = tree_leaves(args)
@@ -186,6 +209,18 @@ class Recorder(TorchDispatchMode):
 
     def _free(self, key: int, _: object) -> None:
         self._live -= self._sizes.pop(key)[1]
+
+
+def _add_tensors(value: Any, found: list[torch.Tensor]) -> None:
+    """Add the tensors of arguments or results; `tree_leaves` takes several times as long."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            _add_tensors(each, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _add_tensors(each, found)
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,11 @@ NOT_SHOWN = (
     "libraries' buffers. Nothing has run on a GPU."
 )
 
+_LAYERS = {
+    "local": "layers: Megatron's local ones; rehearse.transformer_engine=2.16.1 plays others",
+    "te": "layers: Transformer Engine's",
+}
+
 
 def rehearsal_report(
     results: Sequence[dict[str, Any]],
@@ -36,17 +41,19 @@ def rehearsal_report(
     cells = "".join(f"{_gib(planned[name]) if name in planned else '-':>10}" for name in PHASES)
     lines.append(f"{'opcd plan':>18}{cells}")
     most = fullest_gib(results)
-    lines.append(
-        f"highest: {most:.2f} GiB of {memory_gib:g} GiB; layers: {results[0]['layer_spec']}"
-    )
+    lines.append(f"highest: {most:.2f} GiB of {memory_gib:g} GiB")
+    lines.append(_LAYERS[results[0]["layer_spec"]])
     if most > memory_gib:
         lines.append(f"DOES NOT FIT: {most - memory_gib:.2f} GiB more than a GPU has")
     lines += ["", *_counts(results[0]), ""]
+    total = sum(len(result["collectives"]) for result in results)
     if mismatches:
         lines += ["the ranks would wait for each other for ever, or do not wait:", *mismatches]
+    elif len(results) == 1:
+        rank = results[0]["rank"]
+        lines.append(f"collectives of rank {rank}: {total}, compared with no other rank")
     else:
         ranks = ", ".join(str(result["rank"]) for result in results)
-        total = sum(len(result["collectives"]) for result in results)
         lines.append(f"collectives of ranks {ranks}: {total}, the same on all ranks of each group")
     return "\n".join([*lines, NOT_SHOWN])
 

@@ -27,6 +27,8 @@ def read_rehearsal(words: Sequence[str]) -> tuple[TrainConfig, RehearseConfig, A
     raw, accelerator = split_settings(raw, "accelerator", Accelerator)
     fill_missing(raw)
     config = load_config(raw)
+    if config.parallel.device == "auto":
+        config.parallel.device = "cuda"
     if settings.transformer_engine is None:
         config.parallel.layer_spec = "local"
     return config, settings, accelerator

@@ -19,6 +19,7 @@ from opcd_nemo.rehearsal.devices import cache_folder
 from opcd_nemo.storage.durable import check_writable
 
 _IMAGES_PYTHON = "3.12"  # of NVIDIA's images, for which new wheels are built
+_EXAMPLES = {"megatron-core": "0.18.0", "transformer_engine": "2.16.1"}
 _FOLDERS = {"megatron-core": "megatron/core", "transformer_engine": "transformer_engine"}
 
 
@@ -31,7 +32,9 @@ def unpacked(key: str, project: str, word: str) -> Path:
     folder = Path(word).expanduser()
     if not re.fullmatch(r"\d+(\.\w+)*", word):
         if not (folder / _FOLDERS[project]).is_dir():
-            allowed = f"a version, or a folder that holds {_FOLDERS[project]}"
+            allowed = (
+                f"a version, as {_EXAMPLES[project]}, or a folder with {_FOLDERS[project]} in it"
+            )
             raise UserError(key, word, allowed)
         return folder.absolute()
     kept = cache_folder() / f"{project}-{word}"

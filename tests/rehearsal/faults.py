@@ -29,6 +29,26 @@ def collective_left_out() -> None:
     clip_grads.torch.distributed.all_reduce = lambda *_, **__: None
 
 
+def collectives_swapped() -> None:
+    """The rank tells its statistics after the update; the others do so before."""
+    from opcd_nemo.training import step
+    from opcd_nemo.training.optim import StudentOptimizer
+
+    gather, update, waiting = step.over_ranks, StudentOptimizer.step, list[Any]()
+
+    def keep(parallel: Any, stats: Any) -> Any:
+        waiting.append((parallel, stats))
+        return stats
+
+    def update_first(self: StudentOptimizer) -> Any:
+        stats = update(self)
+        gather(*waiting.pop())
+        return stats
+
+    step.over_ranks = keep
+    StudentOptimizer.step = update_first  # type: ignore[method-assign]
+
+
 def tokens_sent_back_among_hidden_states() -> None:
     """As before they had a group of their own: two ranks both send, and wait for a receive."""
     from opcd_nemo.distributed.groups import Parallel
@@ -96,7 +116,7 @@ def main() -> None:
         return real(*words)
 
     rank._play = play
-    rank.main()
+    sys.exit(rank.main())
 
 
 if __name__ == "__main__":

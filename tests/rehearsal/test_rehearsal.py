@@ -100,16 +100,17 @@ def test_what_a_rank_holds_is_what_its_models_weigh(qwen: list[dict[str, Any]]) 
     for result in qwen:
         assert result["place"]["tp"][1] == result["place"]["dp"][1] == 4
         assert 1.8 < result["peak_bytes"]["build"] / 2**30 < 1.9
+        assert len({*result["held_bytes"].values()}) == 1  # before and after the resume
 
 
 def test_a_token_waits_for_the_gpu_once_and_a_micro_batch_twice(qwen: list[dict[str, Any]]) -> None:
-    """3 tokens, then the rows end; 3 steps of 2 micro-batches."""
+    """3 tokens, then the rows end; 5 micro-batches in 3 steps."""
     rank = qwen[0]
     reads = {name.partition(" ")[2]: n for name, n in rank["syncs"]["rollout"].items()}
     engine = sum(n for name, n in reads.items() if name.startswith("engines/megatron.py"))
     assert engine == 4
     assert syncs(rank, "rollout") == 5  # and which rows are left
-    assert syncs(rank, "student") == 2 * 3 * 2  # the loss, and how far the engine is from it
+    assert syncs(rank, "student") == 2 * 5  # the loss, and how far the engine is from it
 
 
 @pytest.mark.parametrize(("words", "ranks"), [(PIPELINE, (0, 8)), (CONTEXT, (0, 3))])
@@ -156,11 +157,17 @@ def test_a_crash_of_transformer_engine_is_seen(image: list[str], fault: str, mes
     assert message in done.stderr
 
 
-def test_a_collective_that_a_rank_leaves_out_is_named(qwen: list[dict[str, Any]]) -> None:
-    done = start(QWEN, 0, 16, fault="collective_left_out")
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [("collective_left_out", "clip_grads.py"), ("collectives_swapped", "all_gather_object")],
+)
+def test_collectives_that_a_rank_leaves_out_or_swaps_are_named(
+    qwen: list[dict[str, Any]], fault: str, named: str
+) -> None:
+    done = start(QWEN, 0, 16, fault=fault)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = mismatches([json.loads(done.stdout), qwen[1]])
-    assert any("ranks 0 and 5 differ" in line and "clip_grads.py" in line for line in lines)
+    assert any("ranks 0 and 5 differ" in line and named in line for line in lines)
 
 
 def test_what_is_sent_and_never_waited_for_is_named() -> None:
