@@ -145,7 +145,7 @@ bench-vllm: $(DEV) ## tokens a CPU-second of both engines, the server's processe
 	OPCD_VLLM=$(VLLM)/bin/python $(BIN)/python -m tests.bench_rollout --against vllm --dtypes fp32 \
 		--batches 8 32 128 --new-tokens 24 256 --temperature 1 --repeats 1
 
-test-vllm: $(DEV) ## engine=vllm against a real vLLM on this CPU: weights, answers, whole runs (15 CPU-minutes)
+test-vllm: $(DEV) ## engine=vllm against a real vLLM on this CPU: weights, answers, whole runs, games (20 CPU-minutes)
 	OPCD_VLLM=$(VLLM)/bin/python $(PYTEST) tests/vllm
 
 crash-test: $(DEV) ## kill runs at 20 random moments, each to the same bits; change layouts (15 min)
