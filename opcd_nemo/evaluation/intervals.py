@@ -56,10 +56,13 @@ def with_intervals(evaluations: Sequence[Evaluation], unit: Unit) -> dict[str, A
     def of(value: Value, within: tuple[float, float] | None = SHARE) -> dict[str, Any]:
         return asdict(estimate(values_SQ(evaluations, value, unit), within))
 
+    length = of(_LENGTH, None)
+    if length["low"] is not None:
+        length["low"] = max(0.0, length["low"])  # Student's t knows no end; a length has one
     num_samples = len(next(iter(evaluations[0].by_question.values())))
     return {
         **{name: of(value) for name, value in _SHARES.items()},
-        "response_tokens": of(_LENGTH, None),
+        "response_tokens": length,
         "pass_at_k": {str(k): of(pass_at(k)) for k in range(1, num_samples + 1)},
     }
 

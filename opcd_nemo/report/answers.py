@@ -44,10 +44,11 @@ class ShownAnswer:
 def shown_answer(answer: Answer) -> ShownAnswer:
     """An answer with remarks about it."""
     kind = verdict(answer)
+    played = None if answer.transcript is None else game(answer.transcript)
     words = {
-        "right": "right",
+        "right": "right" if played is None else "won",
         "partly": f"score {answer.score:.2f}",
-        "wrong": "wrong",
+        "wrong": "wrong" if played is None else "lost",
         "nothing": "no answer found",
     }[kind]
     leaks = ", tells of a context" if answer.leaked else ""
@@ -57,7 +58,7 @@ def shown_answer(answer: Answer) -> ShownAnswer:
         left_out=max(0, len(text) - _MOST_LETTERS),
         verdict=kind,
         words=f"{words}{leaks}, {answer.num_tokens} token{'s' * (answer.num_tokens != 1)}",
-        game=None if answer.transcript is None else game(answer.transcript),
+        game=played,
     )
 
 
@@ -96,9 +97,13 @@ class Question:
 def side_by_side(
     rows: Mapping[str, Evaluation], words: Mapping[str, str], most: int
 ) -> list[Question]:
-    """The first questions, each with the first answer of every row that has an answer."""
+    """The first questions, each with the first answer of every row that has an answer.
+
+    What every game asks alike is in the heading of the first game alone.
+    """
     answers = {name: evaluation.by_question for name, evaluation in rows.items()}
-    found = []
+    found: list[Question] = []
+    said: set[str] = set()
     for uid, samples in list(next(iter(answers.values())).items())[:most]:
         of_rows = [
             (words[name], shown_answer(by_uid[uid][0]))
@@ -107,7 +112,9 @@ def side_by_side(
         ]
         question = samples[0].question
         if of_rows[0][1].game is not None:  # the boards show the situation
-            question = question.partition("\n\n")[0]
+            asked, title = question.partition("\n\n")[0], f"Game {len(found) + 1}"
+            question = title if asked in said else f"{title}: {asked}"
+            said.add(asked)
         found.append(Question(text=question, answers=tuple(of_rows)))
     return found
 

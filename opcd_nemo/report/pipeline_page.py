@@ -148,7 +148,7 @@ def _notes(root: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
     problems = entry.lineage.get("problems")
     problems = problems if isinstance(problems, list) else []
     lineage = [
-        (str(name), f"{len(value)} of them" if isinstance(value, list) else plain(value))
+        (str(name).replace("_", " "), str(len(value)) if isinstance(value, list) else plain(value))
         for name, value in entry.lineage.items()
     ]
     return {

@@ -50,6 +50,15 @@ def test_a_share_stays_within_its_range_and_a_length_need_not() -> None:
     assert found["response_tokens"]["low"] < found["response_tokens"]["value"]
 
 
+def test_no_answer_has_fewer_than_no_tokens() -> None:
+    """Of two seeds that differ Student's t knows next to nothing."""
+    short, long = scored(0.0, 0.0), scored(0.0, 0.0)
+    long = Evaluation(answers=tuple(replace(each, num_tokens=40) for each in long.answers))
+    found = with_intervals([short, long], str)["response_tokens"]
+    assert found["low"] == 0
+    assert found["high"] > 40
+
+
 def test_a_pair_is_compared_on_the_questions_of_both() -> None:
     few, many = scored(1.0, 1.0, 0.0), scored(0.0, 0.0, 0.0, 1.0, 1.0)
     found = paired(few, many, str)

@@ -256,6 +256,9 @@ def test_a_pipelines_page_has_notes_candidates_and_games(tmp_path: Path) -> None
     assert "&lt;script&gt;document.title=" in page
     for words in ("3 candidates", "best, round 1", "+0.087", "p = 0.131", 'class="game"'):
         assert words in page, words
+    for words in ("Game 1: Get to the goal.</h3>", "Game 6</h3>", "lost, 29 tokens", "written by"):
+        assert words in page, words
+    assert page.count("Get to the goal.") == 1
     assert '<a href="opcd-1/report.html">' in page
 
 
