@@ -44,6 +44,9 @@ from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Rollout
 
 
+_BEHIND = "rollout/steps_behind"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """Who samples and which loss; OPCD, off-policy and SFT differ in nothing else."""
@@ -272,7 +275,7 @@ def _behind(parallel: Parallel, rollouts: Sequence[Rollout], step: int) -> Stats
     if not parallel.is_last_stage:
         return Stats()
     behind = float(sum(step - rollout.weights_version for rollout in rollouts))
-    return Stats({"rollout/steps_behind": (behind, float(len(rollouts)))})
+    return Stats({_BEHIND: (behind, float(len(rollouts)))})
 
 
 def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
@@ -287,6 +290,8 @@ def over_ranks(parallel: Parallel, stats: Stats) -> Stats:
 def _stop_if_other_weights(stats: Stats, limit: float | None) -> None:
     """Stop every rank when what was sampled is not the student's, before the optimizer."""
     if limit is None or MISMATCH_K3 not in stats.sums:
+        return
+    if stats.sums.get(_BEHIND, (0.0, 0.0))[0]:  # older weights were wanted, and are as far away
         return
     k3 = stats.mean(MISMATCH_K3)
     if k3 > limit:
