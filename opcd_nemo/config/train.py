@@ -95,7 +95,8 @@ class RolloutConfig:
     )
     max_mismatch: float | None = doc(
         "a run stops where the student's own samples are further than this from what the trainer "
-        "says of them (rollout/mismatch_k3, nats a token); null: it goes on",
+        "says of them (rollout/mismatch_k3, nats a token), but in steps that are sampled ahead; "
+        "null: it goes on",
         above=0,
         maximum=100,
         default=0.1,

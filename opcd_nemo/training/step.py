@@ -43,7 +43,6 @@ from opcd_nemo.training.optim import StudentOptimizer
 from opcd_nemo.training.teacher import Teacher
 from opcd_nemo.types import Rollout
 
-
 _BEHIND = "rollout/steps_behind"
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from opcd_nemo.errors import EngineError, UserError
+from opcd_nemo.errors import EngineError, MismatchError, UserError
+from opcd_nemo.losses import MISMATCH, MISMATCH_K3
+from opcd_nemo.metrics import Stats
 from opcd_nemo.training import ahead as ahead_module
 from opcd_nemo.training.ahead import Ahead
+from opcd_nemo.training.step import _behind, _stop_if_other_weights
 from opcd_nemo.types import Rollout
 
 ALONE: Any = SimpleNamespace(
@@ -110,3 +113,16 @@ def test_a_step_whose_rollouts_are_missing_is_said(caplog: pytest.LogCaptureFixt
 def test_damaged_rollouts_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="its rollouts cannot be read"):
         Ahead([10], 20).restore(text, range(2))
+
+
+def test_samples_of_other_weights_end_a_run_but_where_they_were_wanted() -> None:
+    parallel: Any = SimpleNamespace(is_last_stage=True)
+    far = Stats({MISMATCH_K3: (3.0, 10.0), MISMATCH: (-3.0, 10.0)})
+    _stop_if_other_weights(far, None)
+    with pytest.raises(MismatchError, match=r"mismatch_k3 is 0.3 nats, above rollout.max_mism"):
+        _stop_if_other_weights(far, 0.1)
+    far.add(_behind(parallel, [rollout(0)], step=3))  # after a checkpoint
+    with pytest.raises(MismatchError):
+        _stop_if_other_weights(far, 0.1)
+    far.add(_behind(parallel, [rollout(0)], step=4))
+    _stop_if_other_weights(far, 0.1)
