@@ -21,7 +21,7 @@ from opcd_nemo.formats.locate import parse_json
 from opcd_nemo.rollout.engine import RolloutEngine
 from opcd_nemo.storage.durable import check_writable, write_whole
 from opcd_nemo.storage.plain_file import is_there, read_bounded
-from opcd_nemo.storage.ranks import on_every_rank, on_first_of_model
+from opcd_nemo.storage.ranks import on_every_rank, on_first_of_model, on_rank_0
 from opcd_nemo.types import Prompt, Sample
 
 _MADE_OF = "samples_of.json"
@@ -86,7 +86,7 @@ class RecordedEngine:
         Args:
             engine: draws what is not recorded.
             folder: of the samples.
-            parallel: the first rank of a replica writes.
+            parallel: the first rank of a replica writes samples, rank 0 whose they are.
             made_of: written beside the first samples.
             vocab_size: a sample has no token beyond.
         """
@@ -94,12 +94,16 @@ class RecordedEngine:
         self._parallel = parallel
         self._writes = parallel.tp_rank == parallel.pp_rank == 0
         self._files: list[Path] = []
-        on_every_rank(parallel, lambda: self._open(made_of))
+        on_every_rank(parallel, self._open)
+        # replicas that write the same file at once take each other's unfinished file away
+        on_rank_0(parallel, lambda: self._say_whose(made_of))
 
-    def _open(self, made_of: Mapping[str, Any]) -> None:
+    def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files = sorted(self._folder.glob("step=*.jsonl"))
-        if self._writes and not (self._folder / _MADE_OF).exists():
+
+    def _say_whose(self, made_of: Mapping[str, Any]) -> None:
+        if not (self._folder / _MADE_OF).exists():
             write_whole(self._folder / _MADE_OF, json.dumps(made_of, indent=1))
 
     @property

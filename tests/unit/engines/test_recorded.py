@@ -21,7 +21,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=3)
 def rank(tp_rank: int, from_first: Callable[[Any], Any] = lambda value: value) -> Any:
     """A rank of a replica; `from_first` makes of its own value what the first rank sends."""
     return SimpleNamespace(
-        rank=0,
+        rank=tp_rank,
         tp_rank=tp_rank,
         pp_rank=0,
         gather_objects=lambda value: [value],
@@ -92,6 +92,16 @@ def test_only_one_rank_of_a_replica_writes(tmp_path: Path) -> None:
     other = rank(1, lambda _: (None, None))  # the first has no samples, then has written them
     recorded(Counting(), tmp_path, other).generate(prompts(0), SAMPLING, seed=1, step=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_replica_says_whose_the_samples_are(tmp_path: Path) -> None:
+    """Two that write the same file at once take each other's unfinished file away."""
+    replica = rank(0)
+    replica.rank = 2  # the first rank of the second replica
+    recorded(Counting(), tmp_path, replica)
+    assert not list(tmp_path.iterdir())
+    recorded(Counting(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["samples_of.json"]
 
 
 def test_what_the_first_rank_has_recorded_is_what_the_others_take(tmp_path: Path) -> None:
