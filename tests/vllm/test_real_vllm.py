@@ -53,6 +53,21 @@ def test_greedy_answers_are_those_of_the_ranks_after_every_step(
     assert any(line["changed"] for line in lines[1:])
 
 
+def test_a_step_is_sampled_while_the_one_before_it_trains(tmp_path: Path) -> None:
+    words = [*MODEL, *ENGINE, "parallel=single", "trainer.max_steps=3"]
+    words += ["batching.global_batch_size=4", f"exp_manager.exp_dir={tmp_path}"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"]
+    text = run(*torchrun, "-m", "tests.vllm.ahead", "1", *words)
+    on_policy, ahead = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
+    assert ahead["rollout/steps_behind"] == [0.0, 1.0, 1.0]
+    assert ahead["loss/reverse_kl"][0] == pytest.approx(on_policy["loss/reverse_kl"][0], rel=1e-5)
+    before, *others = ahead["time_line"]
+    for line in others:
+        assert line["sampled"][0] < before["trained"][1]
+        assert line["answers"] == 4
+        before = line
+
+
 def test_a_run_scores_as_in_process_and_ends_its_server(tmp_path: Path) -> None:
     words = [
         *("trainer.max_steps=2", "evaluation.num_questions=4", "evaluation.num_retention=4"),
