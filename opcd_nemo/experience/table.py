@@ -97,8 +97,9 @@ def table_text(summary: Mapping[str, Any]) -> str:
         shown = "?" if p_value is None else f"{p_value:.3f}"
         lines.append(f"* {pair}, paired by seed and question: {difference}, p = {shown}")
     experience, count = summary["experience"], len(summary["seeds"])
+    over = f"{count} seeds and the questions" if count > 1 else "the questions of a single seed"
     lines.append(
-        f"* seeds {summary['seeds']}; intervals are 95 %, over {count} seeds and the questions "
+        f"* seeds {summary['seeds']}; intervals are 95 %, over {over} "
         "(of games: the maps, each its plays' mean)"
     )
     if summary["maps"] is not None:

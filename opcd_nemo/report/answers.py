@@ -48,7 +48,7 @@ def shown_answer(answer: Answer) -> ShownAnswer:
     words = {
         "right": "right" if played is None else "won",
         "partly": f"score {answer.score:.2f}",
-        "wrong": "wrong" if played is None else "lost",
+        "wrong": "wrong" if played is None else "not won",
         "nothing": "no answer found",
     }[kind]
     leaks = ", tells of a context" if answer.leaked else ""

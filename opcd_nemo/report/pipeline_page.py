@@ -78,6 +78,7 @@ def pipeline_page(folder: Path) -> str:
         "after": shown(pick(summary, "rows", summary["method"], "retention")),
         "paired": _paired(summary),
         "seeds": plain(summary.get("seeds")),
+        "has_seeds": _has_seeds(summary),
         "maps": _maps(summary),
         "notes": _notes(root, summary),
         "candidates": _candidates(files, pick(summary, "experience", "content_hash")),
@@ -86,6 +87,12 @@ def pipeline_page(folder: Path) -> str:
         "runs": _runs(folder, files),
     }
     return small_page(lambda limits: render("pipeline.html.j2", limits, **values))
+
+
+def _has_seeds(summary: Mapping[str, Any]) -> bool:
+    """Whether several seeds tell how another seed may differ."""
+    seeds = summary.get("seeds")
+    return isinstance(seeds, list) and len(seeds) > 1
 
 
 def _score(summary: Mapping[str, Any], row: str) -> Any:

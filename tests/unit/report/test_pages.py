@@ -239,6 +239,15 @@ def test_runs_are_compared_question_by_question(tmp_path: Path) -> None:
         write_page([str(first), str(tmp_path / "." / "a")])
 
 
+def test_intervals_of_a_single_seed_are_over_questions_alone(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "pipeline")
+    summary = json.loads(read(folder / "summary.json"))
+    (folder / "summary.json").write_text(json.dumps(summary | {"seeds": [1]}))
+    page = read(write_page([str(folder)]))
+    assert "A single seed, [1]. Brackets are 95 % intervals for other questions" in page
+    assert "other seeds" not in page
+
+
 @pytest.mark.parametrize("problems", [None, 5, "abc", {"a": 1}])
 def test_a_lineage_without_a_list_of_problems_shows_none(tmp_path: Path, problems: Any) -> None:
     folder = tmp_path / "pipeline"
@@ -256,9 +265,15 @@ def test_a_pipelines_page_has_notes_candidates_and_games(tmp_path: Path) -> None
     assert "&lt;script&gt;document.title=" in page
     for words in ("3 candidates", "best, round 1", "+0.087", "p = 0.131", 'class="game"'):
         assert words in page, words
-    for words in ("Game 1: Get to the goal.</h3>", "Game 6</h3>", "lost, 29 tokens", "written by"):
+    for words in (
+        "Game 1: Get to the goal.</h3>",
+        "Game 6</h3>",
+        "not won, 29 tokens",
+        "written by",
+    ):
         assert words in page, words
     assert page.count("Get to the goal.") == 1
+    assert "intervals for other seeds and other questions" in page
     assert '<a href="opcd-1/report.html">' in page
 
 
