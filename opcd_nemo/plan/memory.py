@@ -122,7 +122,7 @@ def _phases(work: Work, accelerator: Accelerator) -> dict[str, dict[str, float]]
         "evaluation": {**held, **_evaluation(work, accelerator), **packed},
         "teacher": {**held, **scores, **_scoring(work, accelerator)},
         "student": {**held, **gradients, **scores, **_training(work, accelerator)},
-        "optimizer": {**held, **gradients, **scores},
+        "optimizer": {**held, **gradients, **scores, "scaled gradient": _scaled_gradient(work)},
     }
 
 
@@ -140,6 +140,20 @@ def _held(work: Work) -> dict[str, float]:
         "optimizer": student * (master + 8) / shards,
         "context": _key_values(work, work.tokens.held, of_teacher=True),
     }
+
+
+def _scaled_gradient(work: Work) -> float:
+    """Clipping without Transformer Engine's kernel: a copy of a gradient in this rank's share.
+
+    The embedding's is the largest; a share may end within it.
+    """
+    if work.transformer_engine:
+        return 0.0
+    layout = work.layout
+    shards = layout.dp if layout.distributed_optimizer else 1
+    columns = padded_vocab_size(work.student.vocab_size, layout.tp) / layout.tp
+    share = largest_stage(work.student, layout) / shards
+    return 4 * min(share, columns * work.student.hidden_size)
 
 
 def _key_values(work: Work, tokens: float, *, of_teacher: bool) -> float:

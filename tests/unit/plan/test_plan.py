@@ -123,6 +123,16 @@ def test_held_bytes_are_two_weights_and_twelve_of_the_optimizer() -> None:
     assert parts(model=QWEN, teacher_update="ema")["teacher weights"] == 6 * count
 
 
+def test_clipping_copies_the_largest_gradient_of_a_share_without_transformer_engine() -> None:
+    def copied(**changes: Any) -> float:
+        phases = memory._phases(work(model=QWEN, **changes), accelerator())
+        return phases["optimizer"]["scaled gradient"]
+
+    assert copied() == 4 * QWEN.vocab_size * QWEN.hidden_size
+    assert copied(layout=layout(dp=1024)) == 4 * num_parameters(QWEN) / 1024
+    assert copied(transformer_engine=True) == 0
+
+
 def test_activations_shrink_with_what_is_split_or_recomputed() -> None:
     whole = parts(model=QWEN)["activations"]
     split = parts(model=QWEN, layout=layout(tp=4))["activations"]
