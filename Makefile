@@ -80,7 +80,7 @@ test-recipes-f-to-z: $(DEV)
 test-rehearsal: $(DEV)
 	$(PYTEST) tests/rehearsal
 
-rehearsal: $(DEV) ## every recipe for H100s, both layer specs, on fake GPUs against the plan (2 hours; goes on where it stopped)
+rehearsal: $(DEV) ## every recipe for H100s, both layer specs, on fake GPUs against the plan (20 CPU-minutes; goes on where it stopped)
 	$(BIN)/python -m tests.rehearsal.matrix
 
 test-lanes: ## on Python 3.12 (6 GB): all of `test`, then models and training with newer megatron-cores

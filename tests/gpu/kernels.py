@@ -150,7 +150,7 @@ def pieces_match_fp32(device: str, prefix: int, lengths: tuple[int, ...], held: 
     upstream = torch.randn(total, 8, 128, generator=random)
     results = []
     for to, dtype in ((device, torch.bfloat16), ("cpu", torch.float32)):
-        q, k, v, *before = (each.to(to, dtype).requires_grad_() for each in drawn)
+        q, k, v, *before = (each.to(to, dtype, copy=True).requires_grad_() for each in drawn)
         pieces = pieces_of_rows(prefix, lengths, total, held, torch.device(to))
         out = attend_pieces(q, k, v, pieces, (before[0], before[1]) if held else None)
         (out.float() * upstream.to(to)).sum().backward()
