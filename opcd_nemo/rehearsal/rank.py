@@ -60,6 +60,8 @@ def main() -> int:
     shown, sys.stdout = sys.stdout, sys.stderr  # libraries print
     devices.load_guard()
     first, failed = sys.stdin.readline(), False
+    if not first:
+        return 0  # no rank is played
     stand_ins = _stand_ins(Task(**json.loads(first)))
     for line in chain([first], sys.stdin):
         if not (pid := os.fork()):
