@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = _work(prepared, Path(folder), options.steps)
         rows = [_theirs(options.trl_python, work, precision) for precision in PRECISIONS]
-        rows += [_ours(Path(folder), options.steps, layout) for layout in LAYOUTS]
+        rows += [_ours(prepared, Path(folder), options.steps, layout) for layout in LAYOUTS]
     base = next(row for row in rows if DEFAULT in row.name).cpu_s_a_step
     _print("trainer", "precision", "CPU-s a step", "of TRL's", "tokens a step")
     for row in rows:
@@ -129,7 +129,7 @@ def _theirs(python: str, work: Path, precision: str) -> Measured:
     return Measured(name, found["precision"], found["cpu_s"][1:], found["tokens"][1:])
 
 
-def _ours(folder: Path, steps: int, layout: str) -> Measured:
+def _ours(prepared: PreparedRun, folder: Path, steps: int, layout: str) -> Measured:
     command = [sys.executable, "-m", "opcd_nemo.cli", "train", *_words(steps, layout)]
     out = folder / layout
     command += [f"exp_manager.exp_dir={out}", "name=run"]
@@ -137,11 +137,12 @@ def _ours(folder: Path, steps: int, layout: str) -> Measured:
     subprocess.run(command, env=quiet, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     counted = [line for line in lines if "cpu/step_s" in line][1:]
+    count = prepared.config.batching.global_batch_size
     return Measured(
         f"opcd_nemo, {layout}",
-        "",
+        f"{prepared.config.student.dtype}",
         [line["cpu/step_s"] for line in counted],
-        [line["rollout/response_tokens"] for line in counted],
+        [line["rollout/response_tokens"] * count for line in counted],  # of an answer, on average
     )
 
 
