@@ -30,8 +30,9 @@ from opcd_nemo.formats.locate import BUNDLED_MODEL
 from opcd_nemo.formats.stored_model import open_model
 from opcd_nemo.formats.tokenizer import write_tokenizer
 from opcd_nemo.launch.compose import compose
-from opcd_nemo.tasks import Episode, Message
+from opcd_nemo.tasks import Episode
 from opcd_nemo.training.prepared import PreparedRun, prepare_run
+from opcd_nemo.types import Message
 
 TRAINER = Path(__file__).with_name("bench_trl_trainer.py")
 DEFAULT = "default"
