@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import logging
 import os
 import random
@@ -22,7 +23,6 @@ from types import FrameType
 import numpy as np
 import torch
 
-from opcd_nemo.distributed.devices import return_freed_memory
 from opcd_nemo.distributed.groups import end_parallel
 from opcd_nemo.distributed.launcher import STOP_SIGNALS
 from opcd_nemo.launch.output import LOG, quiet_imports, quiet_libraries, show_log
@@ -68,7 +68,7 @@ def borrowed_process(words: Sequence[str], *, quiet: bool) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        return_freed_memory()
+        gc.collect()  # trainer and model name each other, and hold gigabytes
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
 import os
 
@@ -15,7 +13,6 @@ from opcd_nemo.errors import UserError
 from opcd_nemo.types import LayerSpec
 
 _RANKS_A_PROCESSOR = 8
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device(device: str, ranks_per_node: int) -> tuple[torch.device, str]:
@@ -56,26 +53,6 @@ def last_devices(count: int) -> str:
         problem = f"this machine has {len(devices)} GPUs and {ranks} ranks"
         raise UserError("engine.gpus", count, "as many as the ranks leave", problem=problem)
     return ",".join(devices[-count:])
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, for the next phase of a step, until `return_freed_memory`.
-
-    glibc maps every large tensor anew, and the kernel clears it page by page: a sixth of a step.
-    Another malloc (jemalloc, musl) has its ways and is left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-
-
-def return_freed_memory() -> None:
-    """Return to the system what this process has freed: another run may follow, or none."""
-    gc.collect()  # trainer and model name each other, and hold gigabytes
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _check_processors(ranks: int) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import logging
 import math
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from opcd_nemo.config.train import ParallelConfig
 from opcd_nemo.distributed import _megatron_cpu
-from opcd_nemo.distributed.devices import choose_device, choose_layer_spec, keep_freed_memory
+from opcd_nemo.distributed.devices import choose_device, choose_layer_spec
 from opcd_nemo.distributed.launcher import environment_number, environment_world
 from opcd_nemo.errors import UserError
 from opcd_nemo.types import Fp8Format, LayerSpec
@@ -178,11 +179,10 @@ class Parallel:
         return value
 
     def give_back_memory(self) -> None:
-        """Let a GPU's pool part with freed memory: between phases, large pieces lie idle.
-
-        A CPU's process keeps it for the next phase: see `keep_freed_memory`.
-        """
-        if self.device.type != "cpu":
+        """Return freed memory to the system: between phases of a step, large pieces lie idle."""
+        if self.device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
+        else:
             torch.cuda.empty_cache()
 
     def barrier(self) -> None:
@@ -267,7 +267,6 @@ def init_parallel(settings: ParallelConfig, seed: int) -> Parallel:
     torch.set_num_threads(settings.threads_per_rank)
     if device.type == "cpu":
         _megatron_cpu.install()
-        keep_freed_memory()
     else:
         torch.cuda.set_device(device)
     _start_process_group(device, rank, world_size, settings.timeout_s)

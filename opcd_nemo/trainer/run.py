@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -24,7 +25,6 @@ from opcd_nemo.config.secrets import recorded, words_without_secrets
 from opcd_nemo.config.stored import escaped
 from opcd_nemo.config.third_parties import CHECKPOINT_FIXED, MANAGER_FIXED
 from opcd_nemo.config.train import TrainConfig
-from opcd_nemo.distributed.devices import return_freed_memory
 from opcd_nemo.distributed.groups import Parallel, init_parallel
 from opcd_nemo.distributed.launcher import (
     LAUNCHER_PID_ENV,
@@ -92,7 +92,8 @@ def _train_controls(
 ) -> None:
     """Do the runs of the controls, each alone in memory, and add their rows to the report."""
     for name, control in controls.items():
-        return_freed_memory()
+        gc.collect()  # trainer and model name each other, and hold gigabytes
+        parallel.give_back_memory()
         logger.info("training the control %s", name)
         with RunFolder.hold(run_folder.path / name, parallel) as of_control:
             _train(control, parallel, of_control, time.perf_counter())
