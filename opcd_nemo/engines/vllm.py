@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.engines.keeper import start_keeper
@@ -49,7 +49,6 @@ if TYPE_CHECKING:  # megatron-core: what checks, plans or reports a run does wit
 
 logger = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
 _TICK_S = 10.0  # how often a silent server is looked after
 _TOLD_S = 60.0  # how often a long rollout is told of
 _GIVE_UP_S = 0.05  # until the requests that are left are given up again
@@ -124,16 +123,16 @@ class VllmEngine:
         """
         if not self._writers:
             self._meet()
-        elif version == self.weights_version and all(self._on_all(self._is_held)):
+        elif version == self.weights_version and all(on_every_rank(self._parallel, self._is_held)):
             return  # unless the engine of another model has used the server since
         self._pushes += 1
         name, label = f"{self._token}-{self._pushes}", f"{self._token}:{version}"
-        self._on_all(lambda: self._make_room(name))
-        written = self._on_all(lambda: self._write(name))
+        on_every_rank(self._parallel, lambda: self._make_room(name))
+        written = on_every_rank(self._parallel, lambda: self._write(name))
         self._check_names(written)
         for index, site in self._sites.items():
             site.weights = (self._place(self._writers[index], name), label)
-        self._on_all(lambda: self._each_of_mine(Site.push))
+        on_every_rank(self._parallel, lambda: self._each_of_mine(Site.push))
         self.weights_version = version
 
     def release_weights(self) -> None:
@@ -141,7 +140,9 @@ class VllmEngine:
         self.weights_version = -1
         if self._colocated and self._writers:
             self._parallel.barrier()  # a request to a server that sleeps waits for ever
-            self._on_all(lambda: self._each_of_mine(lambda site: site.server.sleep()))
+            on_every_rank(
+                self._parallel, lambda: self._each_of_mine(lambda site: site.server.sleep())
+            )
 
     def _each_of_mine(self, act: Callable[[Site], None]) -> None:
         """Do something with the servers that this rank is the first to use."""
@@ -197,12 +198,14 @@ class VllmEngine:
 
     def _meet(self) -> None:
         """Find or start the servers, and say which replica writes for which. Collective."""
-        names = self._on_all(lambda: (process_name(), secrets.token_hex(4)))
+        names = on_every_rank(self._parallel, lambda: (process_name(), secrets.token_hex(4)))
         rank, first = self._parallel.rank, first_of_machine(self._parallel) if self._launch else 0
         shape = self._model.config
         self._folder = self._root / f"opcd-{names[first][0]}-{shape.num_layers}x{shape.hidden_size}"
         self._token = names[0][1]
-        opened = self._on_all(lambda: self._open() if rank == first else ([], False))
+        opened = on_every_rank(
+            self._parallel, lambda: self._open() if rank == first else ([], False)
+        )
         urls = [url for each, _ in opened for url in each]
         self._with_head = any(with_head for _, with_head in opened)
         users = users_of(len(urls), self._parallel.dp)
@@ -211,7 +214,7 @@ class VllmEngine:
             mine = {i: url for i, url in enumerate(urls) if self._parallel.dp_rank in users[i]}
         else:
             mine = {}
-        self._on_all(lambda: self._open_sites(mine))
+        on_every_rank(self._parallel, lambda: self._open_sites(mine))
 
     def _open(self) -> tuple[list[str], bool]:
         """On a first rank: this model's servers, for this run; whether some have a head to fill."""
@@ -264,9 +267,6 @@ class VllmEngine:
                 max_restarts=self._max_restarts,
                 start_s=self._start_s,
             )
-
-    def _on_all(self, act: Callable[[], Value]) -> list[Value]:
-        return on_every_rank(self._parallel, act)
 
     # ------------------------------------------------------------------ answers
 

@@ -38,7 +38,7 @@ def rehearse(words: Sequence[str]) -> int:
         UserError: a key is wrong, or g++ or a package is missing.
     """
     tasks, path = tasks_of(words)
-    memory_gib, planned = read_rehearsal(words)[2].memory_gib, planned_bytes(words)
+    memory_gib, planned = tasks[0].memory_gib, planned_bytes(words)
     results = []
     with Player(path) as player:
         for task in tasks:
