@@ -34,11 +34,13 @@ class Prompt:
     """Token ids to be continued, and the key of their randomness.
 
     `index` counts the prompts of a step over all ranks: a sample is a pure function of
-    (seed, step, index), whatever the batch or the data-parallel size.
+    (seed, step, index), whatever the batch or the data-parallel size. `goes_on`: the next prompts
+    may start with this one and its answer.
     """
 
     token_ids: tuple[int, ...]
     index: int
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ def work(**changes: Any) -> Work:
         "sequences": 8,
         "max_batch_size": 32,
         "packs_weights": False,
+        "keeps_turns": False,
+        "turns": 1.0,
         "chunk_tokens": 128,
         "top_k": 0,
         "transformer_engine": False,

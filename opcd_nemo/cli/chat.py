@@ -105,6 +105,7 @@ class Chat:
             Prompt(
                 token_ids=self._tokenizer.render([*side.opening, *side.turns, question]),
                 index=index,
+                goes_on=True,
             )
             for index, (side, question) in enumerate(zip(asked, questions, strict=True))
         ]

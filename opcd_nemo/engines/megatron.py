@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from opcd_nemo.config.doc import Doc
 from opcd_nemo.config.limits import MOST_SEQUENCES
 from opcd_nemo.config.sampling import Sampling
-from opcd_nemo.model.attention import DecodeAttention, KVCache
+from opcd_nemo.engines.held_turns import HeldTurn, HeldTurns
+from opcd_nemo.model.cache import DecodeAttention, KVCache
 from opcd_nemo.model.packing import Stream, pack, starts_with
 from opcd_nemo.model.varlen import KeyValue
 from opcd_nemo.rollout.sampling import row_uniforms, sample_tokens
@@ -66,7 +67,13 @@ class MegatronEngine:
     """The engine of `conf/engine/megatron.yaml`."""
 
     def __init__(
-        self, model: LanguageModel, eos_ids: Sequence[int], *, max_batch_size: BatchSize, pack: bool
+        self,
+        model: LanguageModel,
+        eos_ids: Sequence[int],
+        *,
+        max_batch_size: BatchSize,
+        pack: bool,
+        keep_turns: bool = False,
     ) -> None:
         """Generate with `model`.
 
@@ -75,12 +82,16 @@ class MegatronEngine:
             eos_ids: token ids that end a response.
             max_batch_size: sequences decoded together.
             pack: reorder the weights once per `load_weights` for small products (CPU only).
+            keep_turns: hold the keys and values of a game's turn for its next turn (CPU only; a
+                GPU's time goes into decoding, and its memory is short).
 
         `on_finished` is told how many answers have ended, as they do.
         """
         self._model, self._eos = model, frozenset(eos_ids)
         self._max_batch_size = max_batch_size
-        self._pack = pack and model.parallel.device.type == "cpu"
+        on_cpu = model.parallel.device.type == "cpu"
+        self._pack, self._keep_turns = pack and on_cpu, keep_turns and on_cpu
+        self._turns: list[HeldTurn] = []  # of the last call of `generate`
         self._head: PackedWeight | None = None
         self._prefixes: dict[tuple[int, ...], dict[int, KeyValue]] = {}
         self.weights_version = -1
@@ -91,7 +102,7 @@ class MegatronEngine:
         if version == self.weights_version:
             return
         self.weights_version = version
-        self._prefixes.clear()
+        self._forget()
         if self._pack:
             self._head = self._model.pack_weights()
 
@@ -100,8 +111,12 @@ class MegatronEngine:
         self.weights_version = -1
         self._model.unpack_weights()
         self._head = None
-        self._prefixes.clear()
+        self._forget()
         self._model.parallel.give_back_memory()
+
+    def _forget(self) -> None:
+        self._prefixes.clear()
+        self._turns.clear()
 
     @torch.no_grad()
     def generate(
@@ -116,11 +131,12 @@ class MegatronEngine:
         """One continuation a prompt, in order. Collective over tp and pp."""
         self._model.module.eval()
         samples: list[Sample | None] = [None] * len(prompts)
+        held, self._turns = HeldTurns(self._turns), []
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
         width = self._max_batch_size * self._model.parallel.pp
         for start in range(0, len(prompts), width):
             groups = self._groups(prompts, by_length[start : start + width], sampling, seed, step)
-            self._decode(groups, sampling, prefix_ids)
+            self._decode(groups, sampling, prefix_ids, held)
             for group in groups:
                 for row, index in enumerate(group.indices):
                     samples[index] = Sample(
@@ -147,13 +163,19 @@ class MegatronEngine:
             groups.append(_Group(rows, chosen, torch.stack(uniforms).to(device)))
         return groups
 
-    def _decode(self, groups: list[_Group], sampling: Sampling, prefix_ids: Sequence[int]) -> None:
+    def _decode(
+        self,
+        groups: list[_Group],
+        sampling: Sampling,
+        prefix_ids: Sequence[int],
+        held: HeldTurns,
+    ) -> None:
         # Only the last stage samples, and all stages need the token for the group's next step. It
         # is sent at once and received as late as possible, when its group's turn comes again: the
         # other groups keep the stages busy while it travels. A send and its receive have no name
         # that could be matched, so every stage goes through the groups in the same order.
         for group in groups:
-            self._finish_step(group, self._prefill(group, sampling, prefix_ids), sampling)
+            self._finish_step(group, self._prefill(group, sampling, prefix_ids, held), sampling)
         for step in count():
             if step % _TOKENS_PER_BEAT == 0:
                 heartbeat.touch()
@@ -166,12 +188,12 @@ class MegatronEngine:
         self._model.parallel.flush()
 
     def _prefill(
-        self, group: _Group, sampling: Sampling, prefix_ids: Sequence[int]
+        self, group: _Group, sampling: Sampling, prefix_ids: Sequence[int], held: HeldTurns
     ) -> torch.Tensor | None:
         """Hidden states at the prompts' last tokens, on the last stage."""
         ids = [prompt.token_ids for prompt in group.prompts]
-        held = bool(prefix_ids) and all(starts_with(row, prefix_ids) for row in ids)
-        skipped = len(prefix_ids) if held else 0
+        has_prefix = bool(prefix_ids) and all(starts_with(row, prefix_ids) for row in ids)
+        skipped = len(prefix_ids) if has_prefix else 0
         longest, device = max(map(len, ids)), self._model.parallel.device
         group.cache = KVCache(longest + sampling.max_new_tokens, device)
         batch = pack(
@@ -181,7 +203,13 @@ class MegatronEngine:
             first_position=skipped,
             multiple=self._model.stream_multiple,
         )
-        prefix = self._prefix(tuple(prefix_ids)) if held else None
+        before = held.before(ids)
+        if before is not None:
+            rest = [row[count:] for row, (_, count) in zip(ids, before, strict=True)]
+            if sum(map(len, rest)) < batch.packing.stream_tokens:
+                group.cache.start_from(before)
+                return self._model.extend(rest, group.cache)
+        prefix = self._prefix(tuple(prefix_ids)) if has_prefix else None
         hidden = self._model.prefill(batch, group.cache, prefix)
         group.cache.start([len(row) for row in ids])
         return hidden
@@ -237,6 +265,9 @@ class MegatronEngine:
                 group.finished_by_eos[row] or len(group.tokens[row]) == sampling.max_new_tokens
             ):
                 unfinished.append(slot)
+            elif self._keep_turns and group.prompts[row].goes_on:
+                ids = (*group.prompts[row].token_ids, *group.tokens[row][:-1])
+                self._turns.append(HeldTurn(token_ids=ids, layers=group.cache.row(slot)))
         if finished := len(group.rows) - len(unfinished):
             group.keep(unfinished)
             if self.on_finished is not None:

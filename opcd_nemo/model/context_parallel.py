@@ -26,8 +26,14 @@ from dataclasses import dataclass
 
 import torch
 
-from opcd_nemo.model.attention import Packing
-from opcd_nemo.model.varlen import KeyValue, Piece, Pieces, attend_pieces, causal_attention
+from opcd_nemo.model.varlen import (
+    KeyValue,
+    Packing,
+    Piece,
+    Pieces,
+    attend_pieces,
+    causal_attention,
+)
 
 Indices = slice | torch.Tensor
 
@@ -84,15 +90,15 @@ class _Piece:
 
     queries: slice  # of this rank's tokens
     keys: slice  # of the stream
-    is_row: bool  # else of the shared prefix
+    before: tuple[range, ...]  # of the stream: what comes before these keys
     is_padding: bool
 
-    def of_keys(self, shared: tuple[range, ...]) -> Piece:
-        """The same by the keys that it sees; `shared` are the keys of the shared prefix."""
-        before = shared if self.is_row and not self.is_padding else ()
+    @property
+    def of_keys(self) -> Piece:
+        """The same by the keys that it sees."""
         return Piece(
             queries=self.queries.stop - self.queries.start,
-            keys=(*before, range(self.keys.start, self.keys.stop)),
+            keys=(*self.before, range(self.keys.start, self.keys.stop)),
             sees_held=not self.is_padding,
         )
 
@@ -121,12 +127,10 @@ class SplitAttention:
     ) -> None:
         self.cos_TD, self.sin_TD = tables
         self._share, self._gather, self._prefix = share, gather, prefix
-        self._shared = packing.prefix_tokens
         self._pieces = list(_pieces(packing, share))
         held = 0 if not prefix else len(next(iter(prefix.values()))[0])
-        shared = (range(packing.prefix_tokens),) if packing.prefix_tokens else ()
         self._launch = Pieces(
-            tuple(piece.of_keys(shared) for piece in self._pieces),
+            tuple(piece.of_keys for piece in self._pieces),
             held,
             packing.stream_tokens,
             packing.device,
@@ -147,14 +151,14 @@ class SplitAttention:
         # a rank that has nothing but padding takes part in every collective of backward
         nothing = q_TAD[:0].sum() + k_TGD[:0].sum() + v_TGD[:0].sum()
         held = [] if self._prefix is None else [self._prefix[layer]]
-        before = [*held, (k_TGD[: self._shared], v_TGD[: self._shared])]
         parts = []
         for piece in self._pieces:
             q_QAD = q_TAD[piece.queries]
             if piece.is_padding:
                 parts.append(torch.zeros_like(q_QAD) + nothing)
                 continue
-            seen = [*(before if piece.is_row else held), (k_TGD[piece.keys], v_TGD[piece.keys])]
+            before = [slice(part.start, part.stop) for part in piece.before]
+            seen = [*held, *((k_TGD[part], v_TGD[part]) for part in (*before, piece.keys))]
             k_SGD, v_SGD = (torch.cat(part) for part in zip(*seen, strict=True))
             parts.append(causal_attention(q_QAD[None], k_SGD[None], v_SGD[None])[0])
         return torch.cat(parts)
@@ -162,19 +166,21 @@ class SplitAttention:
 
 def _pieces(packing: Packing, share: StreamShare) -> Iterator[_Piece]:
     """The parts of every sequence, of the shared prefix and of the padding that are here."""
-    lengths = [packing.prefix_tokens, *packing.lengths]
-    lengths.append(packing.stream_tokens - sum(lengths))
+    shared = (range(packing.prefix_tokens),)
+    parts = [(packing.prefix_tokens, ()), *packing.parts]
+    parts.append((packing.stream_tokens - packing.used_tokens, ()))
     first = 0
     for run in share.runs:
         start = 0
-        for part, length in enumerate(lengths):
+        for part, (length, before) in enumerate(parts):
+            is_padding = part == len(parts) - 1
             begin, end = max(run.start, start), min(run.stop, start + length)
             if begin < end:
                 yield _Piece(
                     queries=slice(first + begin - run.start, first + end - run.start),
                     keys=slice(start, end),
-                    is_row=part > 0,
-                    is_padding=part == len(lengths) - 1,
+                    before=() if part == 0 or is_padding else (*shared, *before),
+                    is_padding=is_padding,
                 )
             start += length
         first += len(run)

@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from opcd_nemo.distributed.groups import Parallel
 from opcd_nemo.formats.shape import ModelConfig
 from opcd_nemo.formats.sharding import padded_ffn_size, padded_query_groups, padded_vocab_size
-from opcd_nemo.model.attention import AttentionState, DecodeAttention
+from opcd_nemo.model.attention import AttentionState
+from opcd_nemo.model.cache import DecodeAttention, ExtendAttention
 from opcd_nemo.model.decode import decode_block
 from opcd_nemo.model.layers import block_spec, weights_are_packed
 
@@ -23,7 +24,9 @@ class HiddenGPT(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
     def forward(self, token_ids_T: torch.Tensor, state: AttentionState) -> torch.Tensor:
         """This stage's hidden states [T, 1, H] (T / tp under sequence parallelism)."""
         hidden = self.embedding(token_ids_T[None], None) if self.pre_process else None
-        if isinstance(state, DecodeAttention) and weights_are_packed(self.decoder):
+        if isinstance(state, DecodeAttention | ExtendAttention) and weights_are_packed(
+            self.decoder
+        ):
             hidden = self.decoder.input_tensor if hidden is None else hidden
             return decode_block(self.decoder, hidden[:, 0], state)[:, None]
         out: torch.Tensor = self.decoder(hidden_states=hidden, attention_mask=state)

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,18 +39,14 @@ from opcd_nemo.formats.sharding import (
 )
 from opcd_nemo.formats.stored_model import StoredModel
 from opcd_nemo.metrics import Stats
-from opcd_nemo.model.attention import (
-    KVCache,
-    PackedAttention,
-    Packing,
-    Rotary,
-)
+from opcd_nemo.model.attention import PackedAttention, Rotary
+from opcd_nemo.model.cache import ExtendAttention, KVCache
 from opcd_nemo.model.context_parallel import Indices, SplitAttention, StreamShare
 from opcd_nemo.model.gpt import build_module, transformer_config
 from opcd_nemo.model.head import Head
 from opcd_nemo.model.layers import PackedWeight, pack_weights, unpack_weights
 from opcd_nemo.model.packing import Stream, TokenBatch
-from opcd_nemo.model.varlen import KeyValue
+from opcd_nemo.model.varlen import KeyValue, Packing, Rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their words in conf/
 
@@ -292,6 +289,24 @@ class LanguageModel:
         self.module.eval()
         hidden = self.stage_forward(self.stream(batch, cache=cache, prefix=prefix))
         return None if hidden is None else hidden[batch.predict_index_N]
+
+    def extend(self, rows: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor | None:
+        """Fill the cache with its rows' next tokens; hidden [R, H] of the last, on the last stage.
+
+        Collective over tp and pp.
+        """
+        self.module.eval()
+        device, lengths = self.parallel.device, tuple(map(len, rows))
+        padding = -sum(lengths) % self.stream_multiple
+        ids = [token for row in rows for token in row] + [0] * padding
+        before = zip(cache.lengths, lengths, strict=True)
+        positions = [place for held, added in before for place in range(held, held + added)]
+        tables = self.rotary_tables(torch.tensor(positions + [0] * padding, device=device))
+        state = ExtendAttention(tables, cache, Rows(0, lengths, device))
+        hidden = self.stage_forward(Stream(torch.tensor(ids, device=device), state))
+        cache.start([held + added for held, added in zip(cache.lengths, lengths, strict=True)])
+        last = torch.tensor(list(accumulate(lengths)), device=device) - 1
+        return None if hidden is None else hidden[last]
 
     def forward_backward(
         self, wrapped: torch.nn.Module, batches: Sequence[TokenBatch], loss: HeadLoss

@@ -1,4 +1,4 @@
-"""Sequences packed into a stream of tokens.
+"""Sequences packed into a stream of tokens: what several have in common is computed once.
 
 Shape letters: `T` stream tokens, `N` response tokens.
 """
@@ -6,13 +6,14 @@ Shape letters: `T` stream tokens, `N` response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from opcd_nemo.model.attention import AttentionState, Packing, shared_prefix_tokens
+from opcd_nemo.model.attention import AttentionState, shared_prefix_tokens
 from opcd_nemo.model.context_parallel import Indices, StreamShare
+from opcd_nemo.model.varlen import Branch, Packing
 
 
 class Stream(NamedTuple):
@@ -65,23 +66,42 @@ def pack(
     device: torch.device,
     first_position: int = 0,
     multiple: int = 1,
+    games: Sequence[int] | None = None,
 ) -> TokenBatch:
     """Pack sequences into a stream whose length is a multiple of `multiple`.
 
-    The last `num_predicted[i]` tokens of sequence i predict. `first_position` is the position of
-    every sequence's first token, when a prefix before that token is held elsewhere.
+    Args:
+        sequences: token ids of each.
+        num_predicted: the last so many tokens of each sequence predict.
+        device: where the tensors go.
+        first_position: of every sequence's first token, when a prefix before it is held elsewhere.
+        multiple: of the stream's length.
+        games: of each sequence the game that it is a turn of. Turns of a game repeat what was said
+            before: what they have in common is stored once.
     """
     shared = shared_prefix_tokens(sequences) if len(sequences) > 1 else 0
+    trunks = _trunks(sequences, range(len(sequences)) if games is None else games, shared)
     ids = list(sequences[0][:shared])
     positions = list(range(first_position, first_position + shared))
+    begins: dict[int, int] = {}  # where a sequence's first token would be, were all of it its row's
+
+    def store(index: int, common: int) -> int:
+        begins[index] = len(ids) - common
+        ids.extend(sequences[index][common:])
+        positions.extend(range(first_position + common, first_position + len(sequences[index])))
+        return len(sequences[index]) - common
+
+    lengths = tuple(store(i, shared) for i, (trunk, _) in enumerate(trunks) if trunk == i)
+    branches = tuple(
+        Branch(store(i, common), range(begins[trunk] + shared, begins[trunk] + common))
+        for i, (trunk, common) in enumerate(trunks)
+        if trunk != i and common < len(sequences[i])
+    )
     predict: list[int] = []
-    for sequence, count in zip(sequences, num_predicted, strict=True):
-        start = len(ids)
-        ids.extend(sequence[shared:])
-        positions.extend(range(first_position + shared, first_position + len(sequence)))
-        for index in range(len(sequence) - count, len(sequence)):
-            predict.append(index if index < shared else start + index - shared)
-    lengths = tuple(len(sequence) - shared for sequence in sequences)
+    for i, (count, (trunk, common)) in enumerate(zip(num_predicted, trunks, strict=True)):
+        for place in range(len(sequences[i]) - count, len(sequences[i])):
+            begin = 0 if place < shared else begins[trunk if place < common else i]
+            predict.append(begin + place)
     on_host = torch.tensor(predict, dtype=torch.long)
     padding = -len(ids) % multiple
     return TokenBatch(
@@ -89,8 +109,27 @@ def pack(
         position_ids_T=torch.tensor(positions + [0] * padding, device=device),
         predict_index_N=on_host.to(device),
         predict_on_host_N=on_host,
-        packing=Packing(shared, lengths, len(ids) + padding, device),
+        packing=Packing(shared, lengths, len(ids) + padding, device, branches),
     )
+
+
+def _trunks(
+    sequences: Sequence[Sequence[int]], games: Sequence[int], shared: int
+) -> list[tuple[int, int]]:
+    """Of each sequence the longest one of its game, and how many first tokens are in both.
+
+    A sequence that has no more than the first `shared` tokens in common with it stands alone.
+    """
+    longest: dict[int, int] = {}
+    for index, game in enumerate(games):
+        if len(sequences[index]) > len(sequences[longest.setdefault(game, index)]):
+            longest[game] = index
+    trunks = []
+    for index, game in enumerate(games):
+        trunk = longest[game]
+        common = common_start(sequences[index], sequences[trunk])
+        trunks.append((trunk, common) if index != trunk and common > shared else (index, shared))
+    return trunks
 
 
 def pad_stream(batch: TokenBatch, tokens: int) -> TokenBatch:
@@ -102,8 +141,14 @@ def pad_stream(batch: TokenBatch, tokens: int) -> TokenBatch:
         position_ids_T=torch.nn.functional.pad(batch.position_ids_T, (0, padding)),
         predict_index_N=batch.predict_index_N,
         predict_on_host_N=batch.predict_on_host_N,
-        packing=Packing(packing.prefix_tokens, packing.lengths, tokens, packing.device),
+        packing=replace(packing, stream_tokens=tokens),
     )
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens are in both."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def starts_with(token_ids: Sequence[int], prefix: Sequence[int]) -> bool:

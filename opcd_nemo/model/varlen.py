@@ -17,7 +17,6 @@ a row, `S` key slots a row, `A` query heads and `G` key-value groups of this ran
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -25,15 +24,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 _LARGEST_HEAD = 256  # that the flash kernel takes; it wants multiples of 8
 
 
 def causal_attention(
-    q_RQAD: torch.Tensor, k_RSGD: torch.Tensor, v_RSGD: torch.Tensor
+    q_RQAD: torch.Tensor,
+    k_RSGD: torch.Tensor,
+    v_RSGD: torch.Tensor,
+    hidden_RS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [R, Q, A, D] in which query slot i sees the key slots up to S - Q + i.
+
+    `hidden_RS`, on a CPU, are key slots that no query sees.
 
     On a CPU it is two batched products around an fp32 softmax: measured 5x faster, backward
     included, than the fused CPU kernel in bf16 at the sizes of a laptop run.
@@ -41,6 +46,7 @@ def causal_attention(
     rows, queries, heads, size = q_RQAD.shape
     keys, groups = k_RSGD.shape[1:3]
     if q_RQAD.device.type != "cpu":
+        assert hidden_RS is None
         # not above: this import brings torch's compiler, 2 CPU-seconds of each command
         from torch.nn.attention.bias import causal_lower_right
 
@@ -56,12 +62,106 @@ def causal_attention(
     q = q_RQAD.reshape(rows, queries, groups, share, size).permute(0, 2, 3, 1, 4)
     q = q.reshape(rows, groups, share * queries, size)
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    if hidden_RS is not None:
+        hidden = (hidden | hidden_RS[:, None])[:, None, None]
     scores = (q @ k_RSGD.permute(0, 2, 3, 1)).float() * size**-0.5
     scores = scores.view(rows, groups, share, queries, keys).masked_fill(hidden, -math.inf)
     probabilities = scores.softmax(-1).to(q.dtype).view(rows, groups, share * queries, keys)
     out = probabilities @ v_RSGD.transpose(1, 2)
     out = out.view(rows, groups, share, queries, size).permute(0, 3, 1, 2, 4)
     return out.reshape(rows, queries, heads, size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Adjacent rows of a stream, of so many tokens each."""
+
+    start: int
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def stop(self) -> int:
+        """Where the rows end in the stream."""
+        return self.start + sum(self.lengths)
+
+    @cached_property
+    def slots_RQ(self) -> torch.Tensor:
+        """Stream indices of the rows' tokens; padding has the first token's."""
+        tokens = torch.arange(self.start, self.stop, device=self.device)
+        rows = tokens.split(self.lengths)
+        return pad_sequence(list(rows), batch_first=True, padding_value=self.start)
+
+    @cached_property
+    def filled_T(self) -> torch.Tensor:
+        """Flat index into [R, Q] of the rows' tokens, in stream order."""
+        width = max(self.lengths)
+        return torch.cat(
+            [
+                torch.arange(length, device=self.device) + row * width
+                for row, length in enumerate(self.lengths)
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens of a sequence whose start another row holds: an earlier turn of a game."""
+
+    length: int
+    before: range
+    """Where the stream has the tokens between the shared prefix and these."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences lie in a stream: a shared prefix once, the rest of some, branches of others.
+
+    Example: a game's prompt grows from `a b` to `a b c`, its answers are `x` and `y`. Beside
+    another sequence `a f` the stream is `a | b c y | f | x`: the prefix, two rows, and a branch
+    that has `b` before it.
+    """
+
+    prefix_tokens: int
+    lengths: tuple[int, ...]
+    stream_tokens: int
+    device: torch.device
+    branches: tuple[Branch, ...] = ()
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that nothing but the prefix comes before."""
+        return Rows(self.prefix_tokens, self.lengths, self.device)
+
+    @cached_property
+    def branch_rows(self) -> Rows:
+        """The rows of the branches."""
+        lengths = tuple(branch.length for branch in self.branches)
+        return Rows(self.rows.stop, lengths, self.device)
+
+    @property
+    def parts(self) -> list[tuple[int, tuple[range, ...]]]:
+        """Rows, then branches: how many tokens, and what is before them after the prefix."""
+        rows: list[tuple[int, tuple[range, ...]]] = [(length, ()) for length in self.lengths]
+        return rows + [(branch.length, (branch.before,)) for branch in self.branches]
+
+    @property
+    def used_tokens(self) -> int:
+        """The rest of the stream is padding."""
+        return self.branch_rows.stop
+
+    @cached_property
+    def before_RS(self) -> torch.Tensor:
+        """Stream indices of the tokens before each branch, at the right of the row."""
+        before = [torch.arange(branch.before.start, branch.before.stop) for branch in self.branches]
+        return pad_sequence(before, batch_first=True, padding_side="left").to(self.device)
+
+    @cached_property
+    def no_token_RS(self) -> torch.Tensor:
+        """Where `before_RS` has no token but padding."""
+        counts = torch.tensor([len(branch.before) for branch in self.branches])
+        width = self.before_RS.shape[1]
+        return (torch.arange(width) < width - counts[:, None]).to(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,23 +280,21 @@ def _one_by_one(
     return torch.cat([causal_attention(q[None], k[None], v[None])[0] for q, k, v in rows])
 
 
-def pieces_of_rows(
-    prefix_tokens: int,
-    lengths: Sequence[int],
-    stream_tokens: int,
-    held: int,
-    device: torch.device,
-) -> Pieces:
-    """A shared start, the rows after it, which see it, and padding, which sees itself alone."""
-    shared = range(prefix_tokens)
-    pieces = [Piece(queries=prefix_tokens, keys=(shared,), sees_held=True)] if shared else []
-    start = prefix_tokens
-    for length in lengths:
-        keys = range(start, start + length)
-        seen = (shared, keys) if shared else (keys,)
-        pieces.append(Piece(queries=length, keys=seen, sees_held=True))
+def pieces_of(packing: Packing, held: int) -> Pieces:
+    """A shared start, what comes after it and sees it, and padding, which sees itself alone.
+
+    Args:
+        packing: of the stream.
+        held: tokens before the stream whose keys are held.
+    """
+    shared = (range(packing.prefix_tokens),) if packing.prefix_tokens else ()
+    pieces = [Piece(queries=packing.prefix_tokens, keys=shared, sees_held=True)] if shared else []
+    start = packing.prefix_tokens
+    for length, before in packing.parts:
+        keys = (*shared, *before, range(start, start + length))
+        pieces.append(Piece(queries=length, keys=keys, sees_held=True))
         start += length
-    if padding := stream_tokens - start:
-        keys = range(start, stream_tokens)
-        pieces.append(Piece(queries=padding, keys=(keys,), sees_held=False))
-    return Pieces(tuple(pieces), held, stream_tokens, device)
+    if padding := packing.stream_tokens - start:
+        keys = (range(start, packing.stream_tokens),)
+        pieces.append(Piece(queries=padding, keys=keys, sees_held=False))
+    return Pieces(tuple(pieces), held, packing.stream_tokens, packing.device)

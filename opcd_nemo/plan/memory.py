@@ -166,8 +166,14 @@ def _key_values(work: Work, tokens: float, *, of_teacher: bool) -> float:
 
 def _rollout(work: Work, accelerator: Accelerator) -> dict[str, float]:
     """Who samples for training, as many sequences as a step has."""
-    of_teacher = work.samples_from_teacher
-    return _decoding(work, accelerator, work.rows, work.tokens.max_new, of_teacher=of_teacher)
+    return _decoding(
+        work,
+        accelerator,
+        work.rows,
+        work.tokens.max_new,
+        games=work.rows / work.turns,
+        of_teacher=work.samples_from_teacher,
+    )
 
 
 def _evaluation(work: Work, accelerator: Accelerator) -> dict[str, float]:
@@ -175,18 +181,25 @@ def _evaluation(work: Work, accelerator: Accelerator) -> dict[str, float]:
     rows = -(-work.evaluated // work.layout.dp)
     longest = max(work.tokens.max_new, work.tokens.retention_max_new)
     both = (
-        _decoding(work, accelerator, rows, longest, of_teacher=of_teacher)
+        _decoding(work, accelerator, rows, longest, games=rows, of_teacher=of_teacher)
         for of_teacher in (False, True)
     )
     return max(both, key=lambda parts: sum(parts.values()))
 
 
 def _decoding(
-    work: Work, accelerator: Accelerator, rows: int, longest: int, *, of_teacher: bool
+    work: Work,
+    accelerator: Accelerator,
+    rows: int,
+    longest: int,
+    *,
+    games: float,
+    of_teacher: bool,
 ) -> dict[str, float]:
     """Cache, prompts and sampling of the sequences that decode together, over pipeline groups.
 
-    A row that ends makes its group's cache anew, a layer at a time.
+    A row that ends makes its group's cache anew, a layer at a time; where turns are kept, each game
+    has its last turn's.
     """
     layout, tokens = work.layout, work.tokens
     together = min(rows, work.max_batch_size * layout.pp)
@@ -197,6 +210,7 @@ def _decoding(
     stream = prompt_stream(work, group, with_context=of_teacher)
     return {
         "KV cache": cache,
+        "held turns": work.keeps_turns * _key_values(work, games * length, of_teacher=of_teacher),
         "sampling": group * model.vocab_size * _SAMPLING_BYTES,
         "activations": max(
             _pass(work, stream, accelerator, of_teacher=of_teacher),

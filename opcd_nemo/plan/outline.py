@@ -178,6 +178,7 @@ def work_of(
     loss, evaluation = build_plug(config.loss), config.evaluation
     every, steps = evaluation.every_n_steps, config.trainer["max_steps"]
     trained = set(evaluation.controls) & set(TRAINED_CONTROLS)
+    on_cpu = config.parallel.device in ("auto", "cpu")
     return Work(
         student=models[0],
         teacher=models[1],
@@ -190,8 +191,10 @@ def work_of(
         layout=layout_of(config),
         tokens=tokens,
         sequences=round(config.batching.global_batch_size * settings.turns),
+        turns=settings.turns,
         max_batch_size=config.engine["max_batch_size"],
-        packs_weights=bool(config.engine.get("pack")) and config.parallel.device in ("auto", "cpu"),
+        packs_weights=bool(config.engine.get("pack")) and on_cpu,
+        keeps_turns=bool(config.engine.get("keep_turns")) and on_cpu and settings.turns > 1,
         chunk_tokens=config.loss["chunk_tokens"],
         top_k=config.loss.get("k", 0),
         transformer_engine=config.parallel.layer_spec == "te",

@@ -89,8 +89,10 @@ class Work:
     layout: Layout
     tokens: Tokens
     sequences: int  # a step, over all ranks and turns
+    turns: float  # of an episode
     max_batch_size: int  # sequences decoded together
     packs_weights: bool
+    keeps_turns: bool  # a turn's keys and values, for the next turn
     chunk_tokens: int
     top_k: int  # of the loss; 0: over the whole vocabulary
     transformer_engine: bool

@@ -21,7 +21,7 @@ from opcd_nemo.engines.vllm_weights import stage_tensors
 from opcd_nemo.formats.shape import ModelConfig, tensor_shapes
 from opcd_nemo.formats.sharding import padded_query_groups
 from opcd_nemo.formats.stored_model import StoredModel
-from opcd_nemo.model.attention import DecodeAttention, KVCache
+from opcd_nemo.model.cache import DecodeAttention, KVCache
 from opcd_nemo.model.packing import Stream
 from opcd_nemo.rehearsal.names import MICRO_BATCHES, SHARED
 from opcd_nemo.training.build import build_run

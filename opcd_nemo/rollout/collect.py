@@ -8,7 +8,7 @@ from typing import Literal
 from opcd_nemo.config.sampling import Sampling
 from opcd_nemo.rollout.conversation import Conversation
 from opcd_nemo.rollout.engine import RolloutEngine
-from opcd_nemo.tasks import Episode
+from opcd_nemo.tasks import Episode, has_many_turns
 from opcd_nemo.types import Prompt, Rollout
 
 SamplerName = Literal["student", "teacher"]
@@ -60,8 +60,9 @@ def collect_rollouts(
             Prompt(
                 token_ids=of_turn.student_ids if sampler == "student" else of_turn.teacher_ids,
                 index=index + turn * _MOST_EPISODES,
+                goes_on=has_many_turns(episode),
             )
-            for of_turn, (index, _) in zip(rendered, live, strict=True)
+            for of_turn, (index, episode) in zip(rendered, live, strict=True)
         ]
         samples = engine.generate(prompts, sampling, seed=seed, step=step, prefix_ids=prefix_ids)
         turns = zip(live, rendered, prompts, samples, strict=True)

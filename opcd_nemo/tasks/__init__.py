@@ -66,6 +66,14 @@ class Episode(Protocol):
         ...
 
 
+def has_many_turns(episode: Episode) -> bool:
+    """Whether further turns may repeat what was said in earlier ones: a game's class says so.
+
+    It says it by `many_turns = True`. Engines then keep what they have computed of a turn.
+    """
+    return bool(getattr(episode, "many_turns", False))
+
+
 class Task(Protocol):
     """A source of episodes; every method is pure in its arguments and the task's seed."""
 

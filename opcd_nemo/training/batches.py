@@ -83,7 +83,8 @@ def make_distill_batches(
 
     Args:
         rollouts: this rank's rollouts, all of cp's together; ranks may have different numbers of
-            them (games).
+            them (games). What the turns of a game have in common
+            is computed once, where they are in one micro-batch.
         micro_batch_size: sequences a micro-batch.
         aggregation: how tokens are weighed.
         sum_over_ranks: sums a tensor over the data-parallel ranks.
@@ -112,6 +113,7 @@ def make_distill_batches(
                     [len(row.response_ids) for row in rows],
                     device=device,
                     multiple=stream_multiple,
+                    games=[row.episode_index for row in rows],
                 ),
                 teacher=_teacher_streams(rows, teacher_prefix, device, stream_multiple),
                 target_ids_N=torch.tensor(targets, device=device),
@@ -159,6 +161,7 @@ def _teacher_streams(
                 device=device,
                 first_position=skipped,
                 multiple=multiple,
+                games=[rows[i].episode_index for i in chosen],
             )
             tokens = torch.tensor([p for i in chosen for p in indices[i]], device=device)
             streams.append(TeacherStream(batch=batch, tokens_N=tokens, has_prefix=skipped > 0))

@@ -108,7 +108,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> Stats:
     """Phases 2 to 4 with this rank's rollouts, as `distill_step`. Collective over the world."""
     phase = run.phase_of(step)
     with run.watch.phase("teacher"):
-        everybodys = run.parallel.gather_over_cp(rollouts)
+        everybodys = sorted(run.parallel.gather_over_cp(rollouts), key=_game_by_game)
         batches = distill_batches(run, everybodys, phase.loss, phase.sampler)
         scores = teacher_scores(run, batches, phase.loss)
     with run.watch.phase("student"):
@@ -128,6 +128,11 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> Stats:
         run.optimizer.release_gradients()  # sampling and evaluation need the memory
         run.parallel.give_back_memory()
     return stats
+
+
+def _game_by_game(rollout: Rollout) -> tuple[int, int]:
+    """The order in which the turns of a game are neighbours, to be computed together."""
+    return rollout.episode_index, rollout.turn_index
 
 
 def _episodes(run: Run, step: int) -> tuple[list[Episode], int]:

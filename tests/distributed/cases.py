@@ -238,10 +238,15 @@ def training_pairs(step: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def training_turn(step: int, place: int, turn: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Prompt and response of a turn: later prompts begin with all that was said before."""
+    """Prompt and response of a turn: later prompts begin with what was said before.
+
+    The first two prompts of a game end with a token that the prompt after them has not: these turns
+    are branches of the game, all others are in its longest turn.
+    """
     prompt, response = training_pairs(step)[place]
     for later in range(1, turn + 1):
-        prompt, response = (*prompt, *response), training_pairs(step + 1000 * later)[place][1]
+        told = prompt if later > 2 else prompt[:-1]
+        prompt, response = (*told, *response), training_pairs(step + 1000 * later)[place][1]
     return prompt, response
 
 
@@ -263,6 +268,14 @@ def generation_prompts(*, led: bool) -> list[Prompt]:
             index=index,
         )
         for index in range(32)
+    ]
+
+
+def first_turns(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts before a few tokens were added, which their answers need not start with."""
+    return [
+        replace(prompt, token_ids=prompt.token_ids[: -1 - prompt.index % 3] or (1,), goes_on=True)
+        for prompt in prompts
     ]
 
 

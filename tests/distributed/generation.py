@@ -39,12 +39,21 @@ class Generator:
         width: int = 32,
         prefix: Sequence[int] = (),
         parts: int = 1,
+        after: Sequence[Prompt] = (),
     ) -> list[Sample]:
-        """All prompts' samples, in order; the share is generated in `parts` calls."""
+        """All prompts' samples, in order; the share is generated in `parts` calls.
+
+        `after` are prompts of a turn before.
+        """
         parallel = self.model.parallel
-        engine = MegatronEngine(self.model, self.eos, max_batch_size=width, pack=pack)
+        engine = MegatronEngine(
+            self.model, self.eos, max_batch_size=width, pack=pack, keep_turns=bool(after)
+        )
         engine.load_weights(0)
         mine = [prompts[place] for place in parallel.share(len(prompts))]
+        if after:
+            first = [after[place] for place in parallel.share(len(prompts))]
+            engine.generate(first, sampling, seed=3, step=5, prefix_ids=prefix)
         samples: list[Sample] = []
         for part in range(parts):
             chosen = mine[len(mine) * part // parts : len(mine) * (part + 1) // parts]
@@ -69,6 +78,9 @@ def generate_all(parallel: Parallel, models: Path) -> dict[str, Any]:
         "drawn": generator(led, DRAWN),
         "drawn, split": generator(led, DRAWN, parts=3),
         "decoded rows": _decoded_rows(generator, ragged),
+        "second turn": generator(led, prefix=cases.PREFIX, after=cases.first_turns(led)),
+        "second turn, narrow": generator(led, width=5, after=cases.first_turns(led)),
+        "turns rows": _decoded_rows(generator, led, after=cases.first_turns(led)),
     }
     if parallel.world_size <= 2:
         found |= _more_variants(generator, ragged, led)
@@ -98,7 +110,7 @@ def _more_variants(
     }
 
 
-def _decoded_rows(generator: Generator, prompts: Sequence[Prompt]) -> list[int]:
+def _decoded_rows(generator: Generator, prompts: Sequence[Prompt], **variant: Any) -> list[int]:
     """Stream length of every forward of this rank, from prefill to the last step."""
     model, lengths = generator.model, []
     forward = model.stage_forward
@@ -108,6 +120,6 @@ def _decoded_rows(generator: Generator, prompts: Sequence[Prompt]) -> list[int]:
         return forward(stream)
 
     model.stage_forward = counting  # type: ignore[method-assign]
-    generator(prompts)
+    generator(prompts, **variant)
     del model.stage_forward
     return lengths

@@ -80,6 +80,22 @@ def test_a_held_prefix_and_a_lead_in_the_stream_go_together(
     assert tokens(samples) == greedy(SAMPLED_FROM, LED)
 
 
+@pytest.mark.parametrize("variant", ["second turn", "second turn, narrow"])
+@pytest.mark.parametrize("layout", UNSPLIT)
+def test_a_turn_after_a_held_turn_is_answered_as_alone(
+    layout: str, variant: str, results: Results, greedy: Any
+) -> None:
+    assert tokens(results(layout)["generate"][variant]) == greedy(SAMPLED_FROM, LED)
+
+
+def test_what_is_held_of_a_turn_is_not_computed_again(results: Results) -> None:
+    rows = results("one")["generate"]["turns rows"]
+    first, second = (place for place, count in enumerate(rows) if count > len(LED))
+    assert first == 0
+    added = sum(1 + prompt.index % 3 for prompt in LED)
+    assert rows[second] <= added < rows[first]
+
+
 @pytest.mark.parametrize("layout", NARROW)
 @pytest.mark.parametrize(
     ("variant", "prompts"),

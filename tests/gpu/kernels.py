@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -29,7 +30,7 @@ from opcd_kernels import (
     token_logprob,
     topk_divergence,
 )
-from opcd_nemo.model.varlen import attend_pieces, pieces_of_rows
+from opcd_nemo.model.varlen import Branch, Packing, attend_pieces, pieces_of
 from tests.kernels.kernel_cases import (
     BETA,
     KINDS,
@@ -141,9 +142,9 @@ def tokens_and_topk_equal_the_cpu(device: str) -> None:
             torch.testing.assert_close(part.cpu(), expected, rtol=1e-5, atol=5e-6)
 
 
-def pieces_match_fp32(device: str, prefix: int, lengths: tuple[int, ...], held: int) -> None:
+def pieces_match_fp32(device: str, packing: Packing, held: int) -> None:
     """Attention of several rows in one launch, forward and backward, is the CPU's in fp32."""
-    total = prefix + sum(lengths) + 5  # the last are padding
+    total = packing.stream_tokens
     random = torch.Generator().manual_seed(0)
     shapes = (total, 8, 128), (total, 2, 128), (total, 2, 128), (held, 2, 128), (held, 2, 128)
     drawn = [torch.randn(shape, generator=random).bfloat16() for shape in shapes]
@@ -151,7 +152,7 @@ def pieces_match_fp32(device: str, prefix: int, lengths: tuple[int, ...], held: 
     results = []
     for to, dtype in ((device, torch.bfloat16), ("cpu", torch.float32)):
         q, k, v, *before = (each.to(to, dtype, copy=True).requires_grad_() for each in drawn)
-        pieces = pieces_of_rows(prefix, lengths, total, held, torch.device(to))
+        pieces = pieces_of(replace(packing, device=torch.device(to)), held)
         out = attend_pieces(q, k, v, pieces, (before[0], before[1]) if held else None)
         (out.float() * upstream.to(to)).sum().backward()
         results.append([each.detach().float().cpu() for each in (out, q.grad, k.grad, v.grad)])
@@ -217,8 +218,14 @@ def checks(device: str) -> Iterator[Callable[[], None]]:
         yield partial(linear_form_matches_its_own_logits, device, weighted=weighted)
     for kind, model in product(KINDS, ("student", "teacher")):
         yield partial(nan_stays_in_its_row, device, kind, model)
-    for prefix, lengths, held in ((0, (300,), 0), (16, (200, 130, 77), 0), (16, (90, 140), 256)):
-        yield partial(pieces_match_fp32, device, prefix, lengths, held)
+    cpu, turn = torch.device("cpu"), Branch(30, range(16, 80))
+    for packing, held in (  # the last 5 tokens are padding
+        (Packing(0, (300,), 305, cpu), 0),
+        (Packing(16, (200, 130, 77), 428, cpu), 0),
+        (Packing(16, (90, 140), 251, cpu), 256),
+        (Packing(16, (90, 140), 281, cpu, (turn,)), 256),
+    ):
+        yield partial(pieces_match_fp32, device, packing, held)
     widths = COLUMNS if on_gpu else COLUMNS[:3]
     for columns, kind, dtype, logit_map in product(widths, KINDS, DTYPES, (PLAIN, CAPPED)):
         yield partial(match_float64, device, kind, dtype, columns, logit_map)

@@ -67,7 +67,8 @@ def test_a_checkpoint_is_continued_as_if_nothing_had_been_renamed(name: str, fol
     found = [{key: line[key] for key in old} for line, old in zip(found, expected, strict=True)]
     for line, old in zip(found, expected, strict=True):
         assert line == pytest.approx(old, rel=1e-4, abs=1e-7)
-    if machine() == json.loads((FILES / "machine.json").read_text()):
+    # since then what the turns of a game have in common is computed once: other last bits
+    if name != "game" and machine() == json.loads((FILES / "machine.json").read_text()):
         assert found == expected
         assert after["weights_sha256"] == before["weights_sha256"]
 

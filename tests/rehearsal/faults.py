@@ -71,7 +71,7 @@ def transposed_output_is_viewed() -> None:
     """As where torch takes its memory-efficient kernel for a decoding step."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    from opcd_nemo.model import attention
+    from opcd_nemo.model import cache
 
     def masked(q_RAD: Any, k_RGSD: Any, v_RGSD: Any, visible_RS: Any) -> Any:
         rows, heads, size = q_RAD.shape
@@ -80,7 +80,7 @@ def transposed_output_is_viewed() -> None:
         out = scaled_dot_product_attention(q, k_RGSD, v_RGSD, attn_mask=mask)
         return out.view(rows, heads, size)
 
-    attention.masked_attention = masked
+    cache.masked_attention = masked
 
 
 def wrong_type_into_a_product() -> None:

@@ -38,6 +38,8 @@ class GameEpisode:
     that were read and without the reasoning around them.
     """
 
+    many_turns = True
+
     def __init__(self, *, uid: str, board: Board, rules: Rules) -> None:
         """Start a game."""
         self.uid = uid

@@ -107,6 +107,8 @@ def _random_state() -> Iterator[None]:
 class TextArenaEpisode:
     """One game; each turn is a chat of its own that tells all that happened."""
 
+    many_turns = True
+
     def __init__(self, *, uid: str, game: Game, environment: Environment, rules: Rules) -> None:
         """Start a game."""
         self.uid = uid

@@ -10,18 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opcd_nemo.model.attention import (
-    DecodeAttention,
-    KVCache,
-    PackedAttention,
-    Packing,
-    Rotary,
-    masked_products,
-    rotate,
-    shared_prefix_tokens,
-)
+from opcd_nemo.model.attention import PackedAttention, Rotary, rotate, shared_prefix_tokens
+from opcd_nemo.model.cache import DecodeAttention, ExtendAttention, KVCache, masked_products
 from opcd_nemo.model.packing import pack
-from opcd_nemo.model.varlen import KeyValue, causal_attention
+from opcd_nemo.model.varlen import KeyValue, Packing, Rows, causal_attention
 from tests.error_limits import check, relative_error
 from tests.tiny import LLAMA3_ROPE, model_config
 
@@ -130,6 +122,85 @@ def test_the_gradient_of_a_shared_lead_is_the_sum_over_its_rows(seed: int) -> No
     for leaf, expected in zip(leaves, total, strict=True):
         assert leaf.grad is not None
         check("attention: gradient, float64", relative_error(leaf.grad, expected), 1e-5)
+
+
+def random_games(draw: random.Random) -> tuple[list[list[int]], list[int]]:
+    """Turns of three games in any order: a prompt repeats the one before, but not its end."""
+    turns: list[tuple[list[int], int]] = []
+    for game in range(3):
+        told = [5, 6] + [draw.randrange(9) for _ in range(draw.randint(1, 4))]
+        for _ in range(draw.randint(1, 4)):
+            answer = [draw.randrange(9) for _ in range(draw.randint(0, 3))]
+            turns.append(([*told, 7, *answer], game))
+            told += [*draw.choice(([7, *answer], [])), draw.randrange(9)]
+    draw.shuffle(turns)
+    return [tokens for tokens, _ in turns], [game for _, game in turns]
+
+
+@pytest.mark.parametrize(("seed", "prefix"), product(range(12), (0, 4)))
+def test_turns_of_a_game_attend_as_each_alone_forward_and_backward(seed: int, prefix: int) -> None:
+    turns, games = random_games(random.Random(seed))
+    lead = [1, 2, 3, 4][:prefix]
+    held = {1: tuple(v for v in token_vectors(lead, 7)[1:])} if prefix else None
+    counts = list(map(len, turns))
+    batch = pack(turns, counts, device=CPU, first_position=prefix, multiple=4, games=games)
+    assert batch.packing.used_tokens < sum(counts)
+    ids, positions = batch.token_ids_T.tolist(), batch.position_ids_T.tolist()
+    vectors = [
+        token_vectors([*[0] * place, token], 7) for token, place in zip(ids, positions, strict=True)
+    ]
+    leaves = [torch.stack([v[kind][-1] for v in vectors]).requires_grad_() for kind in range(3)]
+    state = PackedAttention(NO_TABLES, batch.packing, prefix=held)  # type: ignore[arg-type]
+    out = state.attend(1, *leaves)[batch.predict_index_N]
+    out.square().sum().backward()
+    total = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
+    places = batch.predict_index_N.split(counts)
+    for turn, place, mine in zip(turns, places, out.split(counts), strict=True):
+        own = [t.double().requires_grad_() for t in token_vectors([*lead, *turn], 7)]
+        expected = alone(*own)[prefix:]
+        check("attention: packed, float64", relative_error(mine, expected), 1e-5)
+        expected.square().sum().backward()
+        for sum_, vector in zip(total, own, strict=True):
+            assert vector.grad is not None
+            sum_.index_add_(0, place, vector.grad[prefix:])
+    for leaf, true in zip(leaves, total, strict=True):
+        assert leaf.grad is not None
+        check("attention: gradient, float64", relative_error(leaf.grad, true), 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_turn_goes_on_from_what_is_held_of_the_turn_before(seed: int) -> None:
+    draw = random.Random(seed)
+    first = [[draw.randrange(9) for _ in range(draw.randint(1, 7))] for _ in range(3)]
+    packing = pack(first, [1] * 3, device=CPU).packing
+    cache = KVCache(9, CPU)
+    PackedAttention(NO_TABLES, packing, cache=cache).attend(1, *stream_vectors(first, 0, 0, 0))
+    cache.start(list(map(len, first)))
+    kept = [draw.randint(0, len(turn)) for turn in first]
+    following = KVCache(20, CPU)
+    following.start_from([(cache.row(slot), count) for slot, count in enumerate(kept)])
+    assert following.lengths == kept
+    turns = [
+        turn[:count] + [draw.randrange(9) for _ in range(draw.randint(1, 6))]
+        for turn, count in zip(first, kept, strict=True)
+    ]
+    whole = [token_vectors(turn, 7) for turn in turns]
+    added = Rows(0, tuple(len(turn) - count for turn, count in zip(turns, kept, strict=True)), CPU)
+    q, k, v = (
+        torch.cat(
+            [vectors[kind][count:] for vectors, count in zip(whole, kept, strict=True)]
+            + [torch.full((2, heads, SIZE), 50.0)]  # padding
+        )
+        for kind, heads in ((0, HEADS), (1, GROUPS), (2, GROUPS))
+    )
+    out = ExtendAttention(NO_TABLES, following, added).attend(1, q, k, v)
+    assert (out[added.stop :] == 0).all()
+    rows = out[: added.stop].split(added.lengths)
+    for slot, (mine, vectors, count) in enumerate(zip(rows, whole, kept, strict=True)):
+        error = relative_error(mine, alone(*vectors)[count:])
+        check("attention: decoding, float64", error, 1e-5)
+        keys = following.layers[1][0][slot, :, : len(turns[slot])]
+        assert torch.equal(keys.transpose(0, 1), vectors[1])
 
 
 def test_decoding_continues_what_the_prefill_left_and_forgets_finished_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from opcd_nemo.distributed.groups import check_batch, check_layout
 from opcd_nemo.errors import UserError
-from opcd_nemo.model.attention import PackedAttention, Packing
+from opcd_nemo.model.attention import PackedAttention
 from opcd_nemo.model.context_parallel import SplitAttention, StreamShare
-from opcd_nemo.model.varlen import KeyValue
+from opcd_nemo.model.varlen import Branch, KeyValue, Packing
 from tests.error_limits import check, relative_error
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -26,12 +27,23 @@ def shares(tokens: int, cp: int) -> list[StreamShare]:
 
 
 def random_packing(seed: int, cp: int) -> Packing:
-    """Rows of 1 to 9 tokens with or without a shared prefix, padded; seed 0: but one token."""
+    """Rows of 1 to 9 tokens, some with branches, with or without a shared prefix, padded.
+
+    Seed 0: but one token.
+    """
     draw = random.Random(seed)
     lengths = tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 5)) if seed) or (1,)
     shared = draw.choice((0, 4)) if seed else 0
-    used = shared + sum(lengths)
-    return Packing(shared, lengths, used + -used % (2 * cp), CPU)
+    branches: list[Branch] = []
+    start = shared
+    for length in lengths:
+        for _ in range(draw.randint(0, 2) if seed % 2 else 0):
+            before = range(start, start + draw.randint(1, length))
+            branches.append(Branch(draw.randint(1, 4), before))
+        start += length
+    packing = Packing(shared, lengths, 0, CPU, tuple(branches))
+    used = packing.used_tokens
+    return replace(packing, stream_tokens=used + -used % (2 * cp))
 
 
 @pytest.mark.parametrize(("cp", "chunk"), product((1, *RANKS), (1, 3)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from opcd_nemo.model.attention import PackedAttention, Packing
+from opcd_nemo.model.attention import PackedAttention
 from opcd_nemo.model.context_parallel import SplitAttention, StreamShare
-from opcd_nemo.model.varlen import KeyValue, attend_pieces, pieces_of_rows
+from opcd_nemo.model.varlen import Branch, KeyValue, Packing, attend_pieces, pieces_of
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 CPU = torch.device("cpu")
@@ -47,19 +48,31 @@ def assert_alike(
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def branches_of(prefix: int, lengths: tuple[int, ...], count: int) -> tuple[Branch, ...]:
+    """So many branches of 3, 2 and 1 tokens, each after a little more of the first row."""
+    held = [min(place + 1, lengths[0]) for place in range(count)] if lengths else []
+    return tuple(
+        Branch(3 - place, range(prefix, prefix + tokens)) for place, tokens in enumerate(held)
+    )
+
+
 @pytest.mark.parametrize("held", [0, 6])
+@pytest.mark.parametrize("branches", [0, 1, 3])
 @pytest.mark.parametrize(("prefix", "lengths", "padding"), STREAMS)
-def test_rows_in_one_launch(prefix: int, lengths: tuple[int, ...], padding: int, held: int) -> None:
+def test_rows_in_one_launch(
+    prefix: int, lengths: tuple[int, ...], padding: int, branches: int, held: int
+) -> None:
     torch.manual_seed(0)
-    real = prefix + sum(lengths)
+    packing = Packing(prefix, lengths, 0, CPU, branches_of(prefix, lengths, branches))
+    real = packing.used_tokens
     total = real + padding
+    packing = replace(packing, stream_tokens=total)
     q, k, v = heads(total)
     before: KeyValue | None = (
         (drawn(held, GROUPS, SIZE), drawn(held, GROUPS, SIZE)) if held else None
     )
-    packing = Packing(prefix, lengths, total, CPU)
     state = PackedAttention(NO_TABLES, packing, prefix={1: before} if before else None)
-    pieces = pieces_of_rows(prefix, lengths, total, held, CPU)
+    pieces = pieces_of(packing, held)
     assert_alike(
         lambda: attend_pieces(q, k, v, pieces, before),
         lambda: state.attend(1, q, k, v),
@@ -70,9 +83,12 @@ def test_rows_in_one_launch(prefix: int, lengths: tuple[int, ...], padding: int,
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("held", [0, 6])
-@pytest.mark.parametrize(("prefix", "lengths"), [(0, (12,)), (3, (4, 1)), (2, (3, 5, 1))])
+@pytest.mark.parametrize(
+    ("prefix", "lengths", "branches"),
+    [(0, (12,), 0), (3, (4, 1), 0), (2, (3, 5, 1), 0), (2, (4,), 2), (0, (4, 1), 3)],
+)
 def test_a_share_of_a_stream_in_one_launch(
-    prefix: int, lengths: tuple[int, ...], held: int, rank: int
+    prefix: int, lengths: tuple[int, ...], branches: int, held: int, rank: int
 ) -> None:
     torch.manual_seed(1)
     share = StreamShare(stream_tokens=12, cp=2, cp_rank=rank)
@@ -86,10 +102,10 @@ def test_a_share_of_a_stream_in_one_launch(
         ranks = (StreamShare(stream_tokens=12, cp=2, cp_rank=each) for each in (0, 1))
         return torch.cat([each.take(both) for each in ranks])
 
-    packing = Packing(prefix, lengths, 12, CPU)
+    packing = Packing(prefix, lengths, 12, CPU, branches_of(prefix, lengths, branches))
     prefixes = {1: before} if before else None
     state = SplitAttention(NO_TABLES, packing, share, gather, prefix=prefixes)
-    padding = sum(piece.is_padding * piece.of_keys(()).queries for piece in state._pieces)
+    padding = sum(piece.is_padding * piece.of_keys.queries for piece in state._pieces)
     mine = [share.take(each) for each in (q, k, v)]
     assert_alike(
         lambda: attend_pieces(mine[0], k, v, state._launch, before),
@@ -102,8 +118,9 @@ def test_a_share_of_a_stream_in_one_launch(
 def test_keys_that_lie_in_order_are_not_copied() -> None:
     for prefix, lengths, padding in STREAMS:
         total = prefix + sum(lengths) + padding
-        pieces = pieces_of_rows(prefix, lengths, total, 0, CPU)
+        packing = Packing(prefix, lengths, total, CPU)
+        pieces = pieces_of(packing, 0)
         stream = torch.zeros(total, GROUPS, SIZE)
         alone = prefix == 0 or not lengths
         assert (pieces.collect(None, stream) is stream) == alone
-        assert not pieces_of_rows(prefix, lengths, total, 4, CPU).in_order
+        assert not pieces_of(packing, 4).in_order

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opcd_nemo.model.packing import TokenBatch, pack, pad_stream
+from opcd_nemo.model.varlen import Branch
 from opcd_nemo.training.batches import (
     Aggregation,
     DistillBatch,
@@ -104,6 +105,34 @@ def test_a_lone_sequence_shares_nothing_and_equal_ones_keep_a_token_each() -> No
     assert pack([[1, 2, 3]], [1], device=CPU).packing.prefix_tokens == 0
     packing = pack([[1, 2, 3]] * 3, [1] * 3, device=CPU).packing
     assert (packing.prefix_tokens, packing.lengths) == (2, (1, 1, 1))
+
+
+def test_what_the_turns_of_a_game_have_in_common_is_stored_once() -> None:
+    told = [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]  # the prompts repeat what happened
+    turns = [[*prompt, 9, answer] for prompt, answer in zip(told, (7, 8, 7), strict=True)]
+    batch = pack([*turns, [1, 5]], [2, 2, 2, 1], device=CPU, games=[0, 0, 0, 1])
+    assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 9, 7, 5, 9, 7, 9, 8]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
+    assert batch.predict_index_N.tolist() == [9, 10, 11, 12, 6, 7, 8]
+    packing = batch.packing
+    assert (packing.prefix_tokens, packing.lengths) == (1, (7, 1))
+    assert packing.branches == (Branch(2, range(1, 2)), Branch(2, range(1, 4)))
+
+
+def test_a_game_whose_prompts_repeat_its_answers_costs_its_last_turn() -> None:
+    game = [list(range(1, 10 + 4 * turn)) for turn in range(5)]
+    batch = pack(game, [3] * 5, device=CPU, games=[0] * 5)
+    assert batch.token_ids_T.tolist() == game[-1]
+    assert batch.predict_index_N.tolist() == [
+        len(turn) - 3 + offset for turn in game for offset in range(3)
+    ]
+
+
+def test_sequences_of_other_games_share_but_their_common_start() -> None:
+    alike = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 9]]
+    apart = pack(alike, [1] * 3, device=CPU, games=[0, 1, 2])
+    assert torch.equal(apart.token_ids_T, pack(alike, [1] * 3, device=CPU).token_ids_T)
+    assert not apart.packing.branches
 
 
 def distill(rollouts: Sequence[Rollout], **changes: Any) -> list[DistillBatch]:
@@ -205,7 +234,7 @@ def test_rows_with_the_held_context_leave_it_out_of_the_stream() -> None:
     assert 0 < len(held) < 8
     with_prefix, without = batch.teacher
     assert (with_prefix.has_prefix, without.has_prefix) == (True, False)
-    assert len(with_prefix.batch.packing.lengths) == len(held)
+    assert len(with_prefix.tokens_N) == sum(len(row.response_ids) for row in held)
     assert with_prefix.batch.position_ids_T[0] == len(CONTEXT)
     assert without.batch.position_ids_T[0] == 0
     assert not set(CONTEXT) & set(with_prefix.batch.token_ids_T.tolist())
