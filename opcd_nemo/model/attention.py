@@ -108,7 +108,7 @@ class PackedAttention:
             self._record[layer] = (k_TGD, v_TGD.clone())  # a view would keep queries and keys too
         if q_TAD.device.type != "cpu":
             return self._in_one_launch(layer, q_TAD, k_TGD, v_TGD)
-        if self._cache is None and not shared and len(packing.parts) == 1:
+        if self._cache is None and not shared and packing.used_tokens == sum(packing.lengths[:1]):
             return self._alone(layer, q_TAD, k_TGD, v_TGD)
         k_BGD, v_BGD = k_TGD[:shared], v_TGD[:shared]  # what comes before every row
         if self._prefix is not None:
@@ -117,7 +117,9 @@ class PackedAttention:
         parts: list[torch.Tensor] = []
         if shared:
             parts.append(causal_attention(q_TAD[None, :shared], k_BGD[None], v_BGD[None])[0])
-        if packing.lengths:
+        if packing.branches:
+            parts.append(self._of_trees(q_TAD, (k_BGD, v_BGD), (k_TGD, v_TGD)))
+        elif packing.lengths:
             k_RSGD, v_RSGD = (
                 self._by_rows(before, stream) for before, stream in ((k_BGD, k_TGD), (v_BGD, v_TGD))
             )
@@ -125,8 +127,6 @@ class PackedAttention:
                 self._cache.fill(layer, k_RSGD, v_RSGD)
             out = causal_attention(q_TAD[packing.rows.slots_RQ], k_RSGD, v_RSGD)
             parts.append(out.flatten(0, 1)[packing.rows.filled_T])
-        if packing.branches:
-            parts.append(self._of_branches(q_TAD, (k_BGD, v_BGD), (k_TGD, v_TGD)))
         if padding := packing.stream_tokens - packing.used_tokens:
             parts.append(q_TAD.new_zeros(padding, *q_TAD.shape[1:]))
         return torch.cat(parts)
@@ -137,18 +137,17 @@ class PackedAttention:
         before = before_BGD.expand(len(slots), *before_BGD.shape)
         return torch.cat((before, stream_TGD[slots]), dim=1)
 
-    def _of_branches(self, q_TAD: torch.Tensor, before: KeyValue, stream: KeyValue) -> torch.Tensor:
-        """Attention output [T, A, D] of the branches; keys and values before all rows, and all."""
-        packing = self._packing
-        slots = packing.branch_rows.slots_RQ
-        seen = torch.cat((packing.before_RS, slots), dim=1)
-        keys, values = (
-            torch.cat((first_BGD.expand(len(seen), *first_BGD.shape), stream_TGD[seen]), dim=1)
-            for first_BGD, stream_TGD in zip(before, stream, strict=True)
-        )
-        hidden = F.pad(packing.no_token_RS, (len(before[0]), slots.shape[1]))
-        out = causal_attention(q_TAD[slots], keys, values, hidden)
-        return out.flatten(0, 1)[packing.branch_rows.filled_T]
+    def _of_trees(self, q_TAD: torch.Tensor, before: KeyValue, stream: KeyValue) -> torch.Tensor:
+        """Attention output [T, A, D] of rows with branches, a row and its branches at a time."""
+        (k_BGD, v_BGD), (k_TGD, v_TGD) = before, stream
+        parts, start = [], self._packing.prefix_tokens
+        for hidden in self._packing.hidden_of_trees:
+            tree = slice(start, start + len(hidden))
+            keys, values = torch.cat((k_BGD, k_TGD[tree])), torch.cat((v_BGD, v_TGD[tree]))
+            hidden = F.pad(hidden, (len(k_BGD), 0))
+            parts.append(causal_attention(q_TAD[None, tree], keys[None], values[None], hidden)[0])
+            start = tree.stop
+        return torch.cat(parts)
 
     def _in_one_launch(
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor

@@ -33,6 +33,7 @@ from opcd_nemo.model.varlen import (
     Pieces,
     attend_pieces,
     causal_attention,
+    parts_of,
 )
 
 Indices = slice | torch.Tensor
@@ -167,20 +168,18 @@ class SplitAttention:
 def _pieces(packing: Packing, share: StreamShare) -> Iterator[_Piece]:
     """The parts of every sequence, of the shared prefix and of the padding that are here."""
     shared = (range(packing.prefix_tokens),)
-    parts = [(packing.prefix_tokens, ()), *packing.parts]
-    parts.append((packing.stream_tokens - packing.used_tokens, ()))
+    parts: list[tuple[tuple[range, ...], range]] = [((), *shared)]
+    parts += [((*shared, *before), own) for before, own in parts_of(packing)]
+    parts.append(((), range(packing.used_tokens, packing.stream_tokens)))
     first = 0
     for run in share.runs:
-        start = 0
-        for part, (length, before) in enumerate(parts):
-            is_padding = part == len(parts) - 1
-            begin, end = max(run.start, start), min(run.stop, start + length)
+        for part, (before, own) in enumerate(parts):
+            begin, end = max(run.start, own.start), min(run.stop, own.stop)
             if begin < end:
                 yield _Piece(
                     queries=slice(first + begin - run.start, first + end - run.start),
-                    keys=slice(start, end),
-                    before=() if part == 0 or is_padding else (*shared, *before),
-                    is_padding=is_padding,
+                    keys=slice(own.start, end),
+                    before=before,
+                    is_padding=part == len(parts) - 1,
                 )
-            start += length
         first += len(run)

@@ -91,12 +91,16 @@ def pack(
         positions.extend(range(first_position + common, first_position + len(sequences[index])))
         return len(sequences[index]) - common
 
-    lengths = tuple(store(i, shared) for i, (trunk, _) in enumerate(trunks) if trunk == i)
-    branches = tuple(
-        Branch(store(i, common), range(begins[trunk] + shared, begins[trunk] + common))
-        for i, (trunk, common) in enumerate(trunks)
-        if trunk != i and common < len(sequences[i])
-    )
+    lengths: list[int] = []
+    branches: list[Branch] = []
+    for row, (trunk, _) in enumerate(trunks):
+        if trunk == row:
+            lengths.append(store(row, shared))
+            branches += [
+                Branch(len(lengths) - 1, common - shared, store(i, common))
+                for i, (other, common) in enumerate(trunks)
+                if other == row and i != row and common < len(sequences[i])
+            ]
     predict: list[int] = []
     for i, (count, (trunk, common)) in enumerate(zip(num_predicted, trunks, strict=True)):
         for place in range(len(sequences[i]) - count, len(sequences[i])):
@@ -109,7 +113,7 @@ def pack(
         position_ids_T=torch.tensor(positions + [0] * padding, device=device),
         predict_index_N=on_host.to(device),
         predict_on_host_N=on_host,
-        packing=Packing(shared, lengths, len(ids) + padding, device, branches),
+        packing=Packing(shared, tuple(lengths), len(ids) + padding, device, tuple(branches)),
     )
 
 
@@ -146,9 +150,15 @@ def pad_stream(batch: TokenBatch, tokens: int) -> TokenBatch:
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are in both."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    """How many first tokens are in both, which are of one type."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def starts_with(token_ids: Sequence[int], prefix: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ a row, `S` key slots a row, `A` query heads and `G` key-value groups of this ran
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -34,11 +35,11 @@ def causal_attention(
     q_RQAD: torch.Tensor,
     k_RSGD: torch.Tensor,
     v_RSGD: torch.Tensor,
-    hidden_RS: torch.Tensor | None = None,
+    hidden_QS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [R, Q, A, D] in which query slot i sees the key slots up to S - Q + i.
 
-    `hidden_RS`, on a CPU, are key slots that no query sees.
+    `hidden_QS`, on a CPU, are the key slots that a query does not see, in place of the later ones.
 
     On a CPU it is two batched products around an fp32 softmax: measured 5x faster, backward
     included, than the fused CPU kernel in bf16 at the sizes of a laptop run.
@@ -46,7 +47,7 @@ def causal_attention(
     rows, queries, heads, size = q_RQAD.shape
     keys, groups = k_RSGD.shape[1:3]
     if q_RQAD.device.type != "cpu":
-        assert hidden_RS is None
+        assert hidden_QS is None
         # not above: this import brings torch's compiler, 2 CPU-seconds of each command
         from torch.nn.attention.bias import causal_lower_right
 
@@ -61,9 +62,9 @@ def causal_attention(
     share = heads // groups
     q = q_RQAD.reshape(rows, queries, groups, share, size).permute(0, 2, 3, 1, 4)
     q = q.reshape(rows, groups, share * queries, size)
-    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    if hidden_RS is not None:
-        hidden = (hidden | hidden_RS[:, None])[:, None, None]
+    hidden = hidden_QS
+    if hidden is None:
+        hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     scores = (q @ k_RSGD.permute(0, 2, 3, 1)).float() * size**-0.5
     scores = scores.view(rows, groups, share, queries, keys).masked_fill(hidden, -math.inf)
     probabilities = scores.softmax(-1).to(q.dtype).view(rows, groups, share * queries, keys)
@@ -106,20 +107,21 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens of a sequence whose start another row holds: an earlier turn of a game."""
+    """Tokens of a sequence whose start is in a row: a turn of a game, beside the longest."""
 
+    row: int
+    after: int
+    """How many of the row's tokens come before these, besides the shared prefix."""
     length: int
-    before: range
-    """Where the stream has the tokens between the shared prefix and these."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences lie in a stream: a shared prefix once, the rest of some, branches of others.
+    """How sequences lie in a stream: a shared prefix once, then rows, each with its branches.
 
     Example: a game's prompt grows from `a b` to `a b c`, its answers are `x` and `y`. Beside
-    another sequence `a f` the stream is `a | b c y | f | x`: the prefix, two rows, and a branch
-    that has `b` before it.
+    another sequence `a f` the stream is `a | b c y | x | f`: the prefix, a row, a branch that has a
+    token of this row before it, and another row.
     """
 
     prefix_tokens: int
@@ -127,41 +129,44 @@ class Packing:
     stream_tokens: int
     device: torch.device
     branches: tuple[Branch, ...] = ()
+    """In the order of their rows."""
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows that nothing but the prefix comes before."""
+        """The rows, where none has a branch."""
+        assert not self.branches
         return Rows(self.prefix_tokens, self.lengths, self.device)
 
     @cached_property
-    def branch_rows(self) -> Rows:
-        """The rows of the branches."""
-        lengths = tuple(branch.length for branch in self.branches)
-        return Rows(self.rows.stop, lengths, self.device)
-
-    @property
-    def parts(self) -> list[tuple[int, tuple[range, ...]]]:
-        """Rows, then branches: how many tokens, and what is before them after the prefix."""
-        rows: list[tuple[int, tuple[range, ...]]] = [(length, ()) for length in self.lengths]
-        return rows + [(branch.length, (branch.before,)) for branch in self.branches]
+    def trees(self) -> list[tuple[range, list[Branch]]]:
+        """Of each row where it lies in the stream, and its branches, which follow it."""
+        of_row: list[list[Branch]] = [[] for _ in self.lengths]
+        for branch in self.branches:
+            of_row[branch.row].append(branch)
+        trees, start = [], self.prefix_tokens
+        for length, branches in zip(self.lengths, of_row, strict=True):
+            trees.append((range(start, start + length), branches))
+            start += length + sum(branch.length for branch in branches)
+        return trees
 
     @property
     def used_tokens(self) -> int:
         """The rest of the stream is padding."""
-        return self.branch_rows.stop
+        return self.prefix_tokens + sum(self.lengths) + sum(each.length for each in self.branches)
 
     @cached_property
-    def before_RS(self) -> torch.Tensor:
-        """Stream indices of the tokens before each branch, at the right of the row."""
-        before = [torch.arange(branch.before.start, branch.before.stop) for branch in self.branches]
-        return pad_sequence(before, batch_first=True, padding_side="left").to(self.device)
+    def hidden_of_trees(self) -> list[torch.Tensor]:
+        """For each row and its branches [L, L] which tokens (slots) a token (row) does not see."""
+        return [self._hidden(row, branches) for row, branches in self.trees]
 
-    @cached_property
-    def no_token_RS(self) -> torch.Tensor:
-        """Where `before_RS` has no token but padding."""
-        counts = torch.tensor([len(branch.before) for branch in self.branches])
-        width = self.before_RS.shape[1]
-        return (torch.arange(width) < width - counts[:, None]).to(self.device)
+    def _hidden(self, row: range, branches: list[Branch]) -> torch.Tensor:
+        tokens = len(row) + sum(branch.length for branch in branches)
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).triu(1)
+        start = len(row)
+        for branch in branches:
+            hidden[start : start + branch.length, branch.after : start] = True
+            start += branch.length
+        return hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +285,16 @@ def _one_by_one(
     return torch.cat([causal_attention(q[None], k[None], v[None])[0] for q, k, v in rows])
 
 
+def parts_of(packing: Packing) -> Iterator[tuple[tuple[range, ...], range]]:
+    """Rows and branches in stream order: what they see of another row, and where they lie."""
+    for row, branches in packing.trees:
+        yield (), row
+        start = row.stop
+        for branch in branches:
+            yield (row[: branch.after],), range(start, start + branch.length)
+            start += branch.length
+
+
 def pieces_of(packing: Packing, held: int) -> Pieces:
     """A shared start, what comes after it and sees it, and padding, which sees itself alone.
 
@@ -289,11 +304,9 @@ def pieces_of(packing: Packing, held: int) -> Pieces:
     """
     shared = (range(packing.prefix_tokens),) if packing.prefix_tokens else ()
     pieces = [Piece(queries=packing.prefix_tokens, keys=shared, sees_held=True)] if shared else []
-    start = packing.prefix_tokens
-    for length, before in packing.parts:
-        keys = (*shared, *before, range(start, start + length))
-        pieces.append(Piece(queries=length, keys=keys, sees_held=True))
-        start += length
+    for before, own in parts_of(packing):
+        pieces.append(Piece(queries=len(own), keys=(*shared, *before, own), sees_held=True))
+    start = packing.used_tokens
     if padding := packing.stream_tokens - start:
         keys = (range(start, packing.stream_tokens),)
         pieces.append(Piece(queries=padding, keys=keys, sees_held=False))

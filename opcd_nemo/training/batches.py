@@ -8,13 +8,13 @@ Shape letters: `T` stream tokens, `N` response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from opcd_nemo.model.packing import TokenBatch, pack, pad_stream, starts_with
+from opcd_nemo.model.packing import TokenBatch, common_start, pack, pad_stream, starts_with
 from opcd_nemo.types import Rollout
 
 Aggregation = Literal["sequence_mean", "token_mean"]
@@ -85,7 +85,8 @@ def make_distill_batches(
         rollouts: this rank's rollouts, all of cp's together; ranks may have different numbers of
             them (games). What the turns of a game have in common
             is computed once, where they are in one micro-batch.
-        micro_batch_size: sequences a micro-batch.
+        micro_batch_size: sequences a micro-batch; of games as many turns as take no more tokens
+            than so many of the longest.
         aggregation: how tokens are weighed.
         sum_over_ranks: sums a tensor over the data-parallel ranks.
         device: where the tensors go.
@@ -100,16 +101,15 @@ def make_distill_batches(
     sequences, tokens = sum_over_ranks(counts).tolist()
     weights = response_weights(rollouts, aggregation, (sequences, tokens))
     batches = []
-    for start in range(0, len(rollouts), micro_batch_size):
-        rows = rollouts[start : start + micro_batch_size]
-        row_weights = weights[start : start + micro_batch_size]
+    for place in _micro_batches(rollouts, micro_batch_size, teacher_prefix):
+        rows, row_weights = rollouts[place], weights[place]
         targets = [token for row in rows for token in row.response_ids]
         logprobs = [logprob for row in rows for logprob in row.sampled_logprobs]
         weight = [w for w, row in zip(row_weights, rows, strict=True) for _ in row.response_ids]
         batches.append(
             DistillBatch(
                 student=pack(
-                    [(*row.prompt_ids, *row.response_ids[:-1]) for row in rows],
+                    _sequences(rows, None),
                     [len(row.response_ids) for row in rows],
                     device=device,
                     multiple=stream_multiple,
@@ -124,6 +124,46 @@ def make_distill_batches(
             )
         )
     return _pad_alike(batches) if equal_streams else batches
+
+
+def _micro_batches(
+    rollouts: Sequence[Rollout], size: int, prefix: Sequence[int] | None
+) -> Iterator[slice]:
+    """Neighbours, `size` of them; where games have several turns, by their tokens in the streams.
+
+    Turns of a game have most in common, and `size` of them alone would make a short stream.
+    """
+    if len({row.episode_index for row in rollouts}) == len(rollouts):
+        yield from (slice(start, start + size) for start in range(0, len(rollouts), size))
+        return
+    sides = [_sequences(rollouts, None)]
+    if prefix is not None:
+        sides.append(_sequences(rollouts, prefix))
+    room = [size * max(map(len, side)) for side in sides]
+    start, used = 0, [0] * len(sides)
+    for index, row in enumerate(rollouts):
+        follows = index > 0 and row.episode_index == rollouts[index - 1].episode_index
+        for number, side in enumerate(sides):
+            known = common_start(side[index - 1], side[index]) if follows else 0
+            used[number] += len(side[index]) - known
+        if index > start and any(tokens > most for tokens, most in zip(used, room, strict=True)):
+            yield slice(start, index)
+            start, used = index, [len(side[index]) for side in sides]
+    yield slice(start, len(rollouts))
+
+
+def _sequences(rollouts: Sequence[Rollout], prefix: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """What the student reads; with a prefix what the teacher reads, but for a held prefix."""
+    if prefix is None:
+        return [(*row.prompt_ids, *row.response_ids[:-1]) for row in rollouts]
+    return [
+        (*row.teacher_prompt_ids[_held_tokens(row, prefix) :], *row.response_ids[:-1])
+        for row in rollouts
+    ]
+
+
+def _held_tokens(row: Rollout, prefix: Sequence[int]) -> int:
+    return len(prefix) if starts_with(row.teacher_prompt_ids, prefix) else 0
 
 
 def _pad_alike(batches: list[DistillBatch]) -> list[DistillBatch]:
@@ -143,7 +183,7 @@ def _teacher_streams(
     held: list[int] = []
     bare: list[int] = []
     for index, row in enumerate(rows):
-        (held if starts_with(row.teacher_prompt_ids, prefix) else bare).append(index)
+        (held if _held_tokens(row, prefix) else bare).append(index)
     indices: list[list[int]] = []
     count = 0
     for row in rows:
@@ -153,10 +193,7 @@ def _teacher_streams(
     for chosen, skipped in ((held, len(prefix)), (bare, 0)):
         if chosen:
             batch = pack(
-                [
-                    (*rows[i].teacher_prompt_ids[skipped:], *rows[i].response_ids[:-1])
-                    for i in chosen
-                ],
+                _sequences([rows[i] for i in chosen], prefix),
                 [len(rows[i].response_ids) for i in chosen],
                 device=device,
                 first_position=skipped,

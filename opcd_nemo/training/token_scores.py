@@ -77,18 +77,18 @@ def _start_of(rollout: Rollout) -> Rollout:
 def _batches(
     run: Run, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[DistillBatch, Sequence[Rollout]]]:
-    batches = make_distill_batches(
-        rollouts,
-        micro_batch_size=run.micro_batch_size,
-        aggregation="token_mean",
-        sum_over_ranks=lambda counts: counts,  # every rank has all of them; no weight is used
-        device=run.parallel.device,
-        teacher_prefix=run.teacher.prefix_ids,
-        stream_multiple=run.student.split_multiple,
-    )
-    for index, batch in enumerate(batches):
-        first = index * run.micro_batch_size
-        yield batch, rollouts[first : first + run.micro_batch_size]
+    for first in range(0, len(rollouts), run.micro_batch_size):
+        rows = rollouts[first : first + run.micro_batch_size]
+        (batch,) = make_distill_batches(
+            rows,
+            micro_batch_size=run.micro_batch_size,
+            aggregation="token_mean",
+            sum_over_ranks=lambda counts: counts,  # every rank has all of them; no weight is used
+            device=run.parallel.device,
+            teacher_prefix=run.teacher.prefix_ids,
+            stream_multiple=run.student.split_multiple,
+        )
+        yield batch, rows
 
 
 def _tokens(

@@ -35,12 +35,9 @@ def random_packing(seed: int, cp: int) -> Packing:
     lengths = tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 5)) if seed) or (1,)
     shared = draw.choice((0, 4)) if seed else 0
     branches: list[Branch] = []
-    start = shared
-    for length in lengths:
+    for row, length in enumerate(lengths):
         for _ in range(draw.randint(0, 2) if seed % 2 else 0):
-            before = range(start, start + draw.randint(1, length))
-            branches.append(Branch(draw.randint(1, 4), before))
-        start += length
+            branches.append(Branch(row, draw.randint(1, length), draw.randint(1, 4)))
     packing = Packing(shared, lengths, 0, CPU, tuple(branches))
     used = packing.used_tokens
     return replace(packing, stream_tokens=used + -used % (2 * cp))

@@ -48,12 +48,10 @@ def assert_alike(
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def branches_of(prefix: int, lengths: tuple[int, ...], count: int) -> tuple[Branch, ...]:
+def branches_of(lengths: tuple[int, ...], count: int) -> tuple[Branch, ...]:
     """So many branches of 3, 2 and 1 tokens, each after a little more of the first row."""
-    held = [min(place + 1, lengths[0]) for place in range(count)] if lengths else []
-    return tuple(
-        Branch(3 - place, range(prefix, prefix + tokens)) for place, tokens in enumerate(held)
-    )
+    after = [min(place + 1, lengths[0]) for place in range(count)] if lengths else []
+    return tuple(Branch(0, tokens, 3 - place) for place, tokens in enumerate(after))
 
 
 @pytest.mark.parametrize("held", [0, 6])
@@ -63,7 +61,7 @@ def test_rows_in_one_launch(
     prefix: int, lengths: tuple[int, ...], padding: int, branches: int, held: int
 ) -> None:
     torch.manual_seed(0)
-    packing = Packing(prefix, lengths, 0, CPU, branches_of(prefix, lengths, branches))
+    packing = Packing(prefix, lengths, 0, CPU, branches_of(lengths, branches))
     real = packing.used_tokens
     total = real + padding
     packing = replace(packing, stream_tokens=total)
@@ -102,7 +100,7 @@ def test_a_share_of_a_stream_in_one_launch(
         ranks = (StreamShare(stream_tokens=12, cp=2, cp_rank=each) for each in (0, 1))
         return torch.cat([each.take(both) for each in ranks])
 
-    packing = Packing(prefix, lengths, 12, CPU, branches_of(prefix, lengths, branches))
+    packing = Packing(prefix, lengths, 12, CPU, branches_of(lengths, branches))
     prefixes = {1: before} if before else None
     state = SplitAttention(NO_TABLES, packing, share, gather, prefix=prefixes)
     padding = sum(piece.is_padding * piece.of_keys.queries for piece in state._pieces)

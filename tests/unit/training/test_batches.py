@@ -111,12 +111,12 @@ def test_what_the_turns_of_a_game_have_in_common_is_stored_once() -> None:
     told = [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]  # the prompts repeat what happened
     turns = [[*prompt, 9, answer] for prompt, answer in zip(told, (7, 8, 7), strict=True)]
     batch = pack([*turns, [1, 5]], [2, 2, 2, 1], device=CPU, games=[0, 0, 0, 1])
-    assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 9, 7, 5, 9, 7, 9, 8]
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
-    assert batch.predict_index_N.tolist() == [9, 10, 11, 12, 6, 7, 8]
+    assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 9, 7, 9, 7, 9, 8, 5]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 1]
+    assert batch.predict_index_N.tolist() == [8, 9, 10, 11, 6, 7, 12]
     packing = batch.packing
     assert (packing.prefix_tokens, packing.lengths) == (1, (7, 1))
-    assert packing.branches == (Branch(2, range(1, 2)), Branch(2, range(1, 4)))
+    assert packing.branches == (Branch(0, 1, 2), Branch(0, 3, 2))
 
 
 def test_a_game_whose_prompts_repeat_its_answers_costs_its_last_turn() -> None:
