@@ -94,12 +94,10 @@ def _perform(stage: Stage, folder: PipelineFolder, launch: Launch) -> int:
     if is_first_node():  # on the others a file that this node has just written may be unseen
         _require_inputs(stage, folder)
     for run in _parts(stage, folder.settings):
-        (last,) = folder.files(stage.writes[-1], run)
-        if last.is_file() and not stage.repeats:
-            logger.info("%s: finished before (%s)", stage.name, last)
+        last = folder.files(stage.writes[-1], run)
+        if all(file.is_file() for file in last) and not stage.repeats:
+            logger.info("%s: finished before (%s)", stage.name, last[-1])
         elif stage.needs_ranks:
-            if run is not None:
-                logger.info("%s: %s", stage.name, run)
             if code := launch(_words(stage, folder.settings.round, run)):
                 return _failed(run or stage.name, code)
         elif is_first_node():
@@ -113,13 +111,19 @@ def _words(stage: Stage, number: int, run: str | None) -> list[str]:
 
 
 def _parts(stage: Stage, settings: Settings) -> Iterator[str | None]:
-    """The training runs of a stage that is launched once for each; None for all others."""
+    """What a stage is launched for: None is all of it.
+
+    A launch does all training runs, for starting ranks takes as long as ten steps of a small model.
+    A server of a run's rollouts lives as long as its ranks: these runs have a launch each.
+    """
     if "{run}" not in stage.writes[-1]:
         yield None
     elif settings.run is not None:
         yield settings.run
-    else:
+    elif settings.train.engine.get("launch"):
         yield from settings.runs
+    else:
+        yield None
 
 
 def _require_inputs(stage: Stage, folder: PipelineFolder) -> None:

@@ -24,6 +24,7 @@ from opcd_nemo.model.varlen import (
     attend_pieces,
     causal_attention,
     pieces_of,
+    tree_attention,
 )
 
 
@@ -145,7 +146,7 @@ class PackedAttention:
             tree = slice(start, start + len(hidden))
             keys, values = torch.cat((k_BGD, k_TGD[tree])), torch.cat((v_BGD, v_TGD[tree]))
             hidden = F.pad(hidden, (len(k_BGD), 0))
-            parts.append(causal_attention(q_TAD[None, tree], keys[None], values[None], hidden)[0])
+            parts.append(tree_attention(q_TAD[tree], keys, values, hidden))
             start = tree.stop
         return torch.cat(parts)
 

@@ -95,7 +95,7 @@ class Stage(Protocol):
         name: the value of the key `stage`.
         reads: files of the round's folder that must exist before.
         writes: files of the round's folder that exist after; the last is written last. A name with
-            `{run}` is a file of every training run, each of which is launched by itself.
+            `{run}` is a file of every training run, which a launch may do alone.
         needs_ranks: whether ranks run the stage, or the pipeline's process on the first node.
         repeats: whether the stage runs again when its files exist, to do only what they lack.
     """

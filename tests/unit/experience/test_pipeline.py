@@ -75,10 +75,28 @@ def test_stages_follow_each_other_and_a_failure_stops_them(tmp_path: Path) -> No
         return 75 if "run=off_policy-1" in extra else 0
 
     folder = written(tmp_path)
-    assert run_pipeline(folder.settings, launch) == 75
+    own_server = PipelineFolder(settings(tmp_path, "engine=vllm", "engine.launch=true"))
+    assert run_pipeline(own_server.settings, launch) == 75
     assert launched == [
         ("stage=consolidate", "round=1", "run=opcd-1"),
         ("stage=consolidate", "round=1", "run=off_policy-1"),
+    ]
+    assert run_pipeline(folder.settings, lambda extra: 75) == 75
+
+
+def test_a_launch_does_all_training_runs(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    launched: list[tuple[str, ...]] = []
+
+    def launch(extra: Sequence[str]) -> int:
+        launched.append(tuple(extra))
+        return 75
+
+    assert run_pipeline(folder.settings, launch) == 75
+    assert run_pipeline(settings(tmp_path, "stage=consolidate", "run=opcd-2"), launch) == 75
+    assert launched == [
+        ("stage=consolidate", "round=1"),
+        ("stage=consolidate", "round=1", "run=opcd-2"),
     ]
 
 
@@ -104,11 +122,16 @@ def test_finished_runs_are_left_alone(tmp_path: Path) -> None:
     launched: list[str] = []
 
     def launch(extra: Sequence[str]) -> int:
-        launched.append(extra[-1])
+        launched.append(extra[0])
         return 1
 
     assert run_pipeline(folder.settings, launch) == 1
-    assert launched == [f"run={folder.settings.runs[4]}"]
+    for run in folder.settings.runs[4:]:
+        (folder.path / run).mkdir()
+        (folder.path / run / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="answers.jsonl"):  # of the next stage
+        run_pipeline(folder.settings, launch)
+    assert launched == ["stage=consolidate"]
 
 
 def test_the_selection_has_its_lineage(tmp_path: Path) -> None:
