@@ -28,8 +28,8 @@ _REMEDY = (
     "lines as stage=score writes them: put a copy of the file back; or remove this line and those "
     "after it, and their questions are asked again"
 )
-ScoreFn = Callable[[Candidate, int], list[float]]
-"""The candidate's scores on so many validation questions, from the first on."""
+ScoreFn = Callable[[Sequence[Candidate], int], list[list[float]]]
+"""Each candidate's scores on so many validation questions, from the first on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +133,8 @@ def halve(pool: Sequence[Candidate], settings: ScoringConfig, score: ScoreFn) ->
         dropped = scored[count:] + dropped
         left = [each.candidate for each in scored[:count]] or left
         scored = [
-            Scored(candidate=candidate, scores=tuple(score(candidate, questions)))
-            for candidate in left
+            Scored(candidate=candidate, scores=tuple(scores))
+            for candidate, scores in zip(left, score(left, questions), strict=True)
         ]
         scored.sort(key=_order)
         logger.info(

@@ -73,7 +73,7 @@ def products(
     scores = (q @ k_RSGD.permute(0, 2, 3, 1)).float() * size**-0.5
     scores = scores.view(rows, groups, share, queries, keys).masked_fill(hidden_QS, -math.inf)
     probabilities = scores.softmax(-1).to(q.dtype).view(rows, groups, share * queries, keys)
-    out = probabilities @ v_RSGD.transpose(1, 2)
+    out: torch.Tensor = probabilities @ v_RSGD.transpose(1, 2)
     out = out.view(rows, groups, share, queries, size).permute(0, 3, 1, 2, 4)
     return out.reshape(rows, queries, heads, size)
 

@@ -46,6 +46,11 @@ class Models:
         inputs = self._with_experience(items) if items else self.inputs
         return build_evaluator(replace(self.config, seed=seed), inputs, self.parallel)
 
+    def without_data_parallel(self) -> Models:
+        """The same for what the ranks that share a model do by themselves."""
+        alone = replace(self.parallel, dp=1, dp_rank=0, cp=1, cp_rank=0)
+        return replace(self, parallel=alone)
+
     def _with_experience(self, items: tuple[str, ...]) -> Inputs:
         source = experience_context(self.folder, items)
         return self.inputs.with_source(source, self.config.evaluation.num_questions)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 
+from opcd_nemo.evaluation.evaluator import Evaluator
 from opcd_nemo.experience.candidates import Candidate
 from opcd_nemo.experience.folder import CANDIDATES, SCORES
 from opcd_nemo.experience.run_configs import stage_config
@@ -34,7 +36,7 @@ class Score:
         models = context.open_models(stage_config(folder))
         scores = _Scores(models)
         pool = folder.candidates()
-        ranked = halve(pool, settings, scores.of_candidate)
+        ranked = halve(pool, settings, scores.of_candidates)
         of_none = scores.of("none", (), settings.num_questions)
         without = sum(of_none) / len(of_none)
         logger.info("scoring: %.3f without experience", without)
@@ -63,23 +65,44 @@ class _Scores:
         assert self._book is not None
         return self._book
 
-    def of_candidate(self, candidate: Candidate, count: int) -> list[float]:
-        """A candidate's scores on the first questions. Collective over the world."""
-        return self.of(candidate.hash, candidate.items, count)
+    def of_candidates(self, candidates: Sequence[Candidate], count: int) -> list[list[float]]:
+        """Their scores on the first questions. Collective over the world.
+
+        Data-parallel ranks that have a candidate each play larger batches than if they shared the
+        questions of one.
+        """
+        dp = self._models.parallel.dp
+        for start in range(0, len(candidates), dp):
+            together = candidates[start : start + dp]
+            if dp > 1 and len(together) == dp:
+                self._ask_apart({each.hash: each.items for each in together}, count)
+            else:
+                for each in together:
+                    self.of(each.hash, each.items, count)
+        return [self._known(each.hash)[:count] for each in candidates]
 
     def of(self, key: str, items: tuple[str, ...], count: int) -> list[float]:
         """The scores of items, which the book has under `key`. Collective over the world."""
-        parallel = self._models.parallel
-        known = on_rank_0(parallel, lambda: self._of_rank_0.known(key))
-        if len(known) < count:
-            new = self._ask(items, range(len(known), count))
-            on_rank_0(parallel, lambda: self._of_rank_0.add(key, new))
-            known = known + new
-            heartbeat.touch()
-        return known[:count]
+        asked = range(len(self._known(key)), count)
+        if asked:
+            evaluator = self._models.evaluator(items, self._models.config.seed)
+            self._add({key: self._ask(evaluator, items, asked)})
+        return self._known(key)[:count]
 
-    def _ask(self, items: tuple[str, ...], questions: range) -> list[float]:
-        evaluator = self._models.evaluator(items, self._models.config.seed)
+    def _ask_apart(self, items: Mapping[str, tuple[str, ...]], count: int) -> None:
+        """Each data-parallel rank asks for an entry of as many. Collective over the world."""
+        alone = self._models.without_data_parallel()
+        key = list(items)[self._models.parallel.dp_rank]
+        known = {each: len(self._known(each)) for each in items}
+        asked = range(known[key], count)
+        new: list[float] = []
+        if asked:
+            evaluator = alone.evaluator(items[key], alone.config.seed)
+            new = self._ask(evaluator, items[key], asked)
+        found = self._models.parallel.gather_over_dp([(key, new)])
+        self._add({each: scores for each, scores in found if scores})
+
+    def _ask(self, evaluator: Evaluator, items: tuple[str, ...], questions: range) -> list[float]:
         found = evaluator.task_score(
             self._engine, "validation", with_context=bool(items), questions=questions
         )
@@ -87,3 +110,17 @@ class _Scores:
             sum(answer.score for answer in samples) / len(samples)
             for samples in found.by_question.values()
         ]
+
+    def _known(self, key: str) -> list[float]:
+        """What the book has. Collective over the world."""
+        return on_rank_0(self._models.parallel, lambda: self._of_rank_0.known(key))
+
+    def _add(self, scores: Mapping[str, list[float]]) -> None:
+        """Write scores on the next questions into the book. Collective over the world."""
+
+        def add() -> None:
+            for key, new in scores.items():
+                self._of_rank_0.add(key, new)
+
+        on_rank_0(self._models.parallel, add)
+        heartbeat.touch()

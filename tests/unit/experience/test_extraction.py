@@ -314,9 +314,9 @@ def test_rungs_double_questions_and_halve_candidates() -> None:
 def test_halving_finds_the_best_and_asks_less() -> None:
     asked: list[tuple[str, int]] = []
 
-    def ask(one: Candidate, count: int) -> list[float]:
-        asked.append((one.items[0], count))
-        return [float(one.items[0]) / 10] * count
+    def ask(some: Sequence[Candidate], count: int) -> list[list[float]]:
+        asked.extend((one.items[0], count) for one in some)
+        return [[float(one.items[0]) / 10] * count for one in some]
 
     ranked = halve(pool("1", "7", "3", "9", "9", "2", "5", "4"), scoring(), ask)
     assert [one.candidate.items[0] for one in ranked] == ["9", "7", "5", "4", "3", "2", "1"]
@@ -329,12 +329,14 @@ def test_a_tie_goes_to_fewer_tokens_then_to_the_earlier() -> None:
         Candidate(chain=0, step=step, items=(str(step),), num_tokens=tokens, problems=())
         for step, tokens in enumerate((5, 3, 3))
     )
-    ranked = halve([one, two, three], scoring(), lambda _, n: [0.5] * n)
+    ranked = halve([one, two, three], scoring(), lambda some, n: [[0.5] * n for _ in some])
     assert [each.candidate for each in ranked[:2]] == [two, three]
 
 
 def test_random_selection_draws_among_the_long_ones() -> None:
-    ranked = halve(pool(*"abcdefgh"), scoring(num_questions=10), lambda _, n: [0.0] * n)
+    ranked = halve(
+        pool(*"abcdefgh"), scoring(num_questions=10), lambda some, n: [[0.0] * n for _ in some]
+    )
     rule = SelectionConfig(rule="random", min_steps=5, count=2)
     drawn = [tuple(one.candidate.step for one in select(ranked, rule, seed)) for seed in range(20)]
     assert {step for pair in drawn for step in pair} == {4, 5, 6, 7}
@@ -351,7 +353,7 @@ def test_a_random_pool_takes_one_of_every_chain_first() -> None:
         for chain in range(3)
         for step in range(4)
     ]
-    ranked = halve(many, scoring(num_questions=10), lambda _, n: [0.0] * n)
+    ranked = halve(many, scoring(num_questions=10), lambda some, n: [[0.0] * n for _ in some])
     for seed in range(10):
         rule = SelectionConfig(rule="random", min_steps=1, count=3)
         assert {one.candidate.chain for one in select(ranked, rule, seed)} == {0, 1, 2}

@@ -129,7 +129,7 @@ def test_finished_runs_are_left_alone(tmp_path: Path) -> None:
     for run in folder.settings.runs[4:]:
         (folder.path / run).mkdir()
         (folder.path / run / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match="answers.jsonl"):  # of the next stage
+    with pytest.raises(UserError, match=r"answers\.jsonl"):  # of the next stage
         run_pipeline(folder.settings, launch)
     assert launched == ["stage=consolidate"]
 
