@@ -319,14 +319,7 @@ def _create_groups(
     from megatron.core import parallel_state, tensor_parallel
 
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=settings.context_parallel_size,
-        distributed_timeout_minutes=settings.timeout_s / 60,
-    )
+    return_group = _megatron_groups(tp, pp, settings.context_parallel_size, settings.timeout_s)
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Parallel(
@@ -350,10 +343,36 @@ def _create_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
-        return_group=_second_group(
-            parallel_state.get_pipeline_model_parallel_group(), settings.timeout_s
-        ),
+        return_group=return_group,
     )
+
+
+_made: list[Any] = []  # the world, the layout and the return group of this process's last run
+
+
+def _megatron_groups(tp: int, pp: int, cp: int, timeout_s: float) -> Any:
+    """Make Megatron's groups; returns the return group. Collective over the world.
+
+    A run after another in one process, of the same layout, has the groups of the run before: nobody
+    ends a group's threads, of which a run makes fifty.
+    """
+    from megatron.core import parallel_state
+
+    world, layout = dist.group.WORLD, (tp, pp, cp, timeout_s)
+    is_made = parallel_state.model_parallel_is_initialized()
+    if is_made and _made and _made[0] is world and _made[1] == layout:
+        return _made[2]
+    if is_made:
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    group = _second_group(parallel_state.get_pipeline_model_parallel_group(), timeout_s)
+    _made[:] = world, layout, group
+    return group
 
 
 def _second_group(group: Any, timeout_s: float) -> Any:

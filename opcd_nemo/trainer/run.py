@@ -135,6 +135,7 @@ def _train(prepared: PreparedRun, parallel: Parallel, run_folder: RunFolder, sta
         package = run_folder.path / f"{run_folder.path.name}.nemo"
         model.save_to(str(package))  # after the report, which goes along
         logger.info("written: %s", package)
+    model.run.optimizer.end()
     return "" if model.summary is None else str(model.summary["weights_sha256"])
 
 

@@ -18,6 +18,7 @@ from opcd_nemo.model.packing import TokenBatch, common_start, pack, pad_stream, 
 from opcd_nemo.types import Rollout
 
 Aggregation = Literal["sequence_mean", "token_mean"]
+_KEY = 1 / 8  # of a token's activations: what a key and a value that a turn sees take, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +130,10 @@ def make_distill_batches(
 def _micro_batches(
     rollouts: Sequence[Rollout], size: int, prefix: Sequence[int] | None
 ) -> Iterator[slice]:
-    """Neighbours, `size` of them; where games have several turns, by their tokens in the streams.
+    """Neighbours, `size` of them; where games have several turns, by what they take of memory.
 
-    Turns of a game have most in common, and `size` of them alone would make a short stream.
+    Turns of a game have most in common, and `size` of them alone would make a short stream: more
+    are taken, until the stream would take the memory of `size` answers of the longest.
     """
     if len({row.episode_index for row in rollouts}) == len(rollouts):
         yield from (slice(start, start + size) for start in range(0, len(rollouts), size))
@@ -139,16 +141,16 @@ def _micro_batches(
     sides = [_sequences(rollouts, None)]
     if prefix is not None:
         sides.append(_sequences(rollouts, prefix))
-    room = [size * max(map(len, side)) for side in sides]
-    start, used = 0, [0] * len(sides)
+    room = [size * max(map(len, side)) * (1 + _KEY) for side in sides]
+    start, used = 0, [0.0] * len(sides)
     for index, row in enumerate(rollouts):
         follows = index > 0 and row.episode_index == rollouts[index - 1].episode_index
         for number, side in enumerate(sides):
             known = common_start(side[index - 1], side[index]) if follows else 0
-            used[number] += len(side[index]) - known
+            used[number] += len(side[index]) * (1 + _KEY) - known
         if index > start and any(tokens > most for tokens, most in zip(used, room, strict=True)):
             yield slice(start, index)
-            start, used = index, [len(side[index]) for side in sides]
+            start, used = index, [len(side[index]) * (1 + _KEY) for side in sides]
     yield slice(start, len(rollouts))
 
 

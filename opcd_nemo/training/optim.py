@@ -76,6 +76,16 @@ class StudentOptimizer:
         """Free the gradient buffers, 4 bytes a parameter, until `zero_grad` makes them anew."""
         self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
 
+    def end(self) -> None:
+        """Let the student, its gradients and moments be freed once nobody else names them.
+
+        Autograd's nodes hold Megatron's hooks, these the student, its configuration the optimizer,
+        and the optimizer's views of parameters the nodes: references of which Python's collector
+        does not see all.
+        """
+        self.ddp.grad_accs.clear()
+        self.ddp.config.grad_scale_func = self.ddp.config.no_sync_func = None
+
     def zero_grad(self) -> None:
         """Clear the gradient buffers before accumulation."""
         self.ddp.restore_grad_buffers(synchronize=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -238,6 +239,37 @@ def test_rows_with_the_held_context_leave_it_out_of_the_stream() -> None:
     assert with_prefix.batch.position_ids_T[0] == len(CONTEXT)
     assert without.batch.position_ids_T[0] == 0
     assert not set(CONTEXT) & set(with_prefix.batch.token_ids_T.tolist())
+
+
+def game(turns: int, episode: int) -> list[Rollout]:
+    """A game whose prompts repeat all that was said before."""
+    return [
+        replace(
+            random_rollouts(random.Random(0), 1)[0],
+            episode_index=episode,
+            turn_index=turn,
+            prompt_ids=(1, *range(3, 20 + 5 * turn), 2),
+            teacher_prompt_ids=(*CONTEXT, 1, *range(3, 20 + 5 * turn), 2),
+            response_ids=(7, 8),
+            sampled_logprobs=(0.0, 0.0),
+        )
+        for turn in range(turns)
+    ]
+
+
+def test_a_micro_batch_of_games_has_as_many_turns_as_fit() -> None:
+    rollouts = [row for episode in range(6) for row in game(1 + episode % 4, episode)]
+    batches = distill(rollouts, micro_batch_size=2)
+    longest = max(len(row.prompt_ids) + 1 for row in rollouts)
+    assert 1 < len(batches) < len(rollouts) / 2
+    counts = [len(batch.target_ids_N) // 2 for batch in batches]
+    assert sum(counts) == len(rollouts)
+    assert max(counts) > 2
+    assert all(batch.student.packing.used_tokens <= 2 * longest for batch in batches)
+    whole = distill(rollouts, micro_batch_size=len(rollouts))
+    assert len(whole) == 1
+    weights = torch.cat([batch.weight_N for batch in batches])
+    assert torch.equal(weights, whole[0].weight_N)
 
 
 def test_a_teacher_that_does_not_score_gets_no_streams() -> None:
