@@ -10,11 +10,13 @@ import pytest
 from tests.recipes.conftest import SMOKE, run_python
 
 PROGRAM = """\
+import gc
 import json
 import random
 import signal
 import sys
 
+import torch
 from lightning.pytorch.trainer.connectors import accelerator_connector
 
 from opcd_nemo import distill, load_model
@@ -39,6 +41,7 @@ state, handler, argv = random.getstate(), signal.getsignal(signal.SIGINT), list(
 first = run(score=ends)
 second = run(context=[("What is a bell?", "A bell rings.")], quiet=True)
 assert (random.getstate(), signal.getsignal(signal.SIGINT), sys.argv) == (state, handler, argv)
+left = sum(isinstance(each, torch.nn.Parameter) for each in gc.get_objects())
 model = load_model(second.student, max_new_tokens=4)
 answers = [model.chat("What is a violin?") for _ in range(2)]
 third = run()  # while a model is loaded
@@ -54,6 +57,7 @@ print(json.dumps({
     "answers": [*answers, model.chat("What is a violin?")],
     "with_context": model.chat("What is a violin?", with_context=True),
     "too_long": too_long,
+    "parameters_left": left,
 }))
 """
 RANKS = """\
@@ -96,6 +100,10 @@ def test_runs_of_a_process_follow_each_other(found: dict[str, object]) -> None:
     assert names == ["distill-1", "distill-2", "distill-3"]
     assert "after training" in found["table"]
     assert found["page"] > 10_000
+
+
+def test_the_models_of_a_run_are_freed_after_it(found: dict[str, object]) -> None:
+    assert found["parameters_left"] == 0
 
 
 def test_a_loaded_model_survives_a_run(found: dict[str, object]) -> None:
