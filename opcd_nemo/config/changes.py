@@ -22,6 +22,7 @@ _WITHOUT_EFFECT = (
     "engine.colocated",
     *(f"engine.{name}" for name in ("timeout_s", "start_timeout_s", "max_restarts")),
     "rollout.max_mismatch",
+    "engine.keep_turns",  # changes the last bits, as a layout does
 )
 """What is refused or changes nothing; the draw that a run has is in the origin by itself."""
 _ABSENT = "(absent)"
