@@ -25,6 +25,7 @@ from opcd_nemo.config.changes import RESULT_KEYS, differences
 from opcd_nemo.config.renamed import former_method, present_method, present_pipeline
 from opcd_nemo.config.secrets import recorded, without_secrets
 from opcd_nemo.context.registry import Entry, Registry
+from opcd_nemo.distributed.launcher import environment_world
 from opcd_nemo.errors import ABSENT, UserError
 from opcd_nemo.evaluation.answers_file import ANSWERS
 from opcd_nemo.evaluation.evaluator import ANSWER
@@ -143,7 +144,8 @@ class PipelineFolder:
         file = self.root / ORIGIN
         self.path.mkdir(parents=True, exist_ok=True)
         settled = file.exists() and not self._not_yet_used()
-        if is_first_node() and not settled:
+        rank, _ = environment_world()
+        if rank == 0 and is_first_node() and not settled:  # two writers take each other's file
             write_whole(file, OmegaConf.to_yaml(OmegaConf.create(self._origin())))
 
     def check_unchanged(self) -> None:

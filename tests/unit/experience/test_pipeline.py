@@ -114,6 +114,15 @@ def test_a_stage_s_ranks_can_take_the_folder_and_no_second_job_can(tmp_path: Pat
     assert (folder.path / "selected.json").is_file()
 
 
+def test_a_single_rank_writes_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        folder.open()
+        assert (folder.path / "experience.yaml").exists() == (rank == "0")
+
+
 def test_finished_runs_are_left_alone(tmp_path: Path) -> None:
     folder = written(tmp_path)
     for run in folder.settings.runs[:4]:
