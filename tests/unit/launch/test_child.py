@@ -52,4 +52,9 @@ def test_ctrl_c_of_a_terminal_ends_the_child_alone() -> None:
             os._exit(130)
         os._exit(0)
 
-    assert in_child(interrupted) == 130
+    # a shell starts a background job with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert in_child(interrupted) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
