@@ -34,8 +34,8 @@ class Prompt:
     """Token ids to be continued, and the key of their randomness.
 
     `index` counts the prompts of a step over all ranks: a sample is a pure function of
-    (seed, step, index), whatever the batch or the data-parallel size. `goes_on`: the next prompts
-    may start with this one and its answer.
+    (seed, step, index), whatever the batch or the data-parallel size. `goes_on`: a later
+    prompt may start with this prompt and its answer.
     """
 
     token_ids: tuple[int, ...]

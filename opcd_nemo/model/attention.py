@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from opcd_nemo.formats.shape import ModelConfig
-from opcd_nemo.model.cache import KVCache
+from opcd_nemo.model.cache import KVCache, pad_tokens
 from opcd_nemo.model.varlen import (
     KeyValue,
     Packing,
@@ -109,7 +109,12 @@ class PackedAttention:
             self._record[layer] = (k_TGD, v_TGD.clone())  # a view would keep queries and keys too
         if q_TAD.device.type != "cpu":
             return self._in_one_launch(layer, q_TAD, k_TGD, v_TGD)
-        if self._cache is None and not shared and packing.used_tokens == sum(packing.lengths[:1]):
+        if (
+            self._cache is None
+            and not shared
+            and len(packing.lengths) == 1
+            and not packing.branches
+        ):
             return self._alone(layer, q_TAD, k_TGD, v_TGD)
         k_BGD, v_BGD = k_TGD[:shared], v_TGD[:shared]  # what comes before every row
         if self._prefix is not None:
@@ -176,8 +181,7 @@ class PackedAttention:
             held_k, held_v = self._prefix[layer]
             keys, values = torch.cat((held_k, keys)), torch.cat((held_v, values))
         out = causal_attention(q_TAD[None, :length], keys[None], values[None])[0]
-        padding = self._packing.stream_tokens - length
-        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+        return pad_tokens(out, self._packing.stream_tokens)
 
 
 class CoreAttention(torch.nn.Module):

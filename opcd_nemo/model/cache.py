@@ -79,6 +79,23 @@ class KVCache:
             self.layers[layer] = (keys, values)
         self.start([count for _, count in rows])
 
+    def put(
+        self,
+        layer: int,
+        rows_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+    ) -> KeyValue:
+        """Store the keys and values of tokens in their rows' slots; returns all of the layer's.
+
+        The stream's padding, after the tokens, is left out.
+        """
+        keys, values = self.layers[layer]
+        keys[rows_T, :, slots_T] = k_TGD[: len(rows_T)]
+        values[rows_T, :, slots_T] = v_TGD[: len(rows_T)]
+        return keys, values
+
     def keep(self, rows: torch.Tensor) -> None:
         """Forget every row but these, so that finished sequences stop costing."""
         for layer in list(self.layers):  # in turn: copies of all layers would double the cache
@@ -86,6 +103,12 @@ class KVCache:
             self.layers[layer] = keys[rows], values[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.lengths_R = self.lengths_R[rows]
+
+
+def pad_tokens(out_TAD: torch.Tensor, stream_tokens: int) -> torch.Tensor:
+    """The output with zeros for the stream's padding."""
+    padding = stream_tokens - len(out_TAD)
+    return F.pad(out_TAD, (0, 0, 0, 0, 0, padding)) if padding else out_TAD
 
 
 def masked_attention(
@@ -140,15 +163,12 @@ class DecodeAttention:
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
         """Append the new keys and values, and attend to everything so far."""
-        keys, values = self._cache.layers[layer]
-        rows = len(self._row_R)
-        keys[self._row_R, :, self._next_R] = k_TGD[:rows]
-        values[self._row_R, :, self._next_R] = v_TGD[:rows]
+        keys, values = self._cache.put(layer, self._row_R, self._next_R, k_TGD, v_TGD)
+        q_RAD = q_TAD[: len(self._row_R)]
         out = masked_attention(
-            q_TAD[:rows], keys[:, :, : self._width], values[:, :, : self._width], self._visible_RS
+            q_RAD, keys[:, :, : self._width], values[:, :, : self._width], self._visible_RS
         )
-        padding = len(q_TAD) - rows
-        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+        return pad_tokens(out, len(q_TAD))
 
 
 class ExtendAttention:
@@ -177,10 +197,7 @@ class ExtendAttention:
         self, layer: int, q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
         """Append the new keys and values, and attend to everything up to each token."""
-        keys, values = self._cache.layers[layer]
-        tokens = len(self._row_T)
-        keys[self._row_T, :, self._slot_T] = k_TGD[:tokens]
-        values[self._row_T, :, self._slot_T] = v_TGD[:tokens]
+        keys, values = self._cache.put(layer, self._row_T, self._slot_T, k_TGD, v_TGD)
         q_RQAD = q_TAD[self._added.slots_RQ]
         rows, queries, heads, size = q_RQAD.shape
         groups = keys.shape[1]
@@ -192,5 +209,4 @@ class ExtendAttention:
         )
         out = out.view(rows, groups, queries, -1, size).transpose(1, 2)
         out = out.reshape(rows * queries, heads, size)[self._added.filled_T]
-        padding = len(q_TAD) - tokens
-        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+        return pad_tokens(out, len(q_TAD))

@@ -299,12 +299,13 @@ class LanguageModel:
         device, lengths = self.parallel.device, tuple(map(len, rows))
         padding = -sum(lengths) % self.stream_multiple
         ids = [token for row in rows for token in row] + [0] * padding
-        before = zip(cache.lengths, lengths, strict=True)
-        positions = [place for held, added in before for place in range(held, held + added)]
+        ends = [held + added for held, added in zip(cache.lengths, lengths, strict=True)]
+        places = map(range, cache.lengths, ends)
+        positions = [place for row in places for place in row]
         tables = self.rotary_tables(torch.tensor(positions + [0] * padding, device=device))
         state = ExtendAttention(tables, cache, Rows(0, lengths, device))
         hidden = self.stage_forward(Stream(torch.tensor(ids, device=device), state))
-        cache.start([held + added for held, added in zip(cache.lengths, lengths, strict=True)])
+        cache.start(ends)
         last = torch.tensor(list(accumulate(lengths)), device=device) - 1
         return None if hidden is None else hidden[last]
 

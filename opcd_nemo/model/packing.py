@@ -91,16 +91,17 @@ def pack(
         positions.extend(range(first_position + common, first_position + len(sequences[index])))
         return len(sequences[index]) - common
 
+    turns_of: dict[int, list[int]] = {i: [] for i, (trunk, _) in enumerate(trunks) if trunk == i}
+    for i, (trunk, common) in enumerate(trunks):
+        if trunk != i and common < len(sequences[i]):
+            turns_of[trunk].append(i)
     lengths: list[int] = []
     branches: list[Branch] = []
-    for row, (trunk, _) in enumerate(trunks):
-        if trunk == row:
-            lengths.append(store(row, shared))
-            branches += [
-                Branch(len(lengths) - 1, common - shared, store(i, common))
-                for i, (other, common) in enumerate(trunks)
-                if other == row and i != row and common < len(sequences[i])
-            ]
+    for row, (trunk, turns) in enumerate(turns_of.items()):
+        lengths.append(store(trunk, shared))
+        for i in turns:
+            common = trunks[i][1]
+            branches.append(Branch(row, common - shared, store(i, common)))
     predict: list[int] = []
     for i, (count, (trunk, common)) in enumerate(zip(num_predicted, trunks, strict=True)):
         for place in range(len(sequences[i]) - count, len(sequences[i])):
@@ -130,9 +131,10 @@ def _trunks(
             longest[game] = index
     trunks = []
     for index, game in enumerate(games):
-        trunk = longest[game]
-        common = common_start(sequences[index], sequences[trunk])
-        trunks.append((trunk, common) if index != trunk and common > shared else (index, shared))
+        trunk, common = longest[game], shared
+        if index != trunk:
+            common = common_start(sequences[index], sequences[trunk])
+        trunks.append((trunk, common) if common > shared else (index, shared))
     return trunks
 
 

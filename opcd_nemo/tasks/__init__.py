@@ -67,9 +67,9 @@ class Episode(Protocol):
 
 
 def has_many_turns(episode: Episode) -> bool:
-    """Whether further turns may repeat what was said in earlier ones: a game's class says so.
+    """Whether a later turn's prompt may repeat this turn: the episode's class has `many_turns`.
 
-    It says it by `many_turns = True`. Engines then keep what they have computed of a turn.
+    Engines keep what they have computed of such a turn. A class without `many_turns` has one turn.
     """
     return bool(getattr(episode, "many_turns", False))
 

@@ -84,10 +84,9 @@ def make_distill_batches(
 
     Args:
         rollouts: this rank's rollouts, all of cp's together; ranks may have different numbers of
-            them (games). What the turns of a game have in common
-            is computed once, where they are in one micro-batch.
-        micro_batch_size: sequences a micro-batch; of games as many turns as take no more tokens
-            than so many of the longest.
+            them (games). What turns of a game have in common is computed once in a micro-batch.
+        micro_batch_size: sequences a micro-batch; of games as many turns as take the memory of so
+            many sequences of the longest.
         aggregation: how tokens are weighed.
         sum_over_ranks: sums a tensor over the data-parallel ranks.
         device: where the tensors go.
